@@ -1,0 +1,123 @@
+"""Quality against steps: BSR (Yang), PSNR and SSIM of every sampler, without and with stage 2.
+
+    python -m benchmarks.quality --phantoms 8 --pairs FOLDER --json benchmarks/results/quality.json
+
+Held-out phantoms are ones no training sees (the seeds `python -m train phantoms` starts at). Pairs given with --pairs
+are named in the output as what they are for the model at hand: training pairs, if it was trained on them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import SAMPLERS, Preprocessing
+from bsdiff_rt.intensity import from_network, subtract_local_bone, to_network
+from bsdiff_rt.metrics import Quality, mean_quality, quality
+from bsdiff_rt.noise import ImageNoise
+from bsdiff_rt.pipeline import suppress
+from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.raster import read_together
+from bsdiff_rt.runners import load_runner, resolve_device
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.schedule import Table, sampler_table
+
+STEPS = (1, 2, 3, 5, 10, 20, 50)
+
+Image = NDArray[np.float32]
+Pair = tuple[Image, Image]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    bundle: Annotated[str, typer.Option(help="Model.")] = "demo",
+    phantoms: Annotated[Path | None, typer.Option(help="Folder of `python -m train phantoms`.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Folder of real pairs.")] = None,
+    pairs_are: Annotated[str, typer.Option(help="What to call the pairs in the table.")] = "training pairs",
+    steps: Annotated[str, typer.Option(help="Numbers of steps, comma separated.")] = ",".join(map(str, STEPS)),
+    full: Annotated[int, typer.Option(help="Images per group for ddpm with all steps; 0 leaves it out.")] = 1,
+    size: Annotated[int, typer.Option(help="Side at which images are compared, px; 0: each image's own.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+) -> None:
+    """Print and write one row per group, sampler, number of steps, stage and detail."""
+    model = open_bundle(bundle)
+    schedule, prep = model.manifest.schedule, model.manifest.preprocessing
+    groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
+    groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
+    settings = [(sampler, int(count)) for sampler in SAMPLERS for count in steps.split(",")]
+    settings += [("ddpm", schedule.train_steps)] if full else []
+    rows: list[dict[str, Any]] = []
+    with load_runner(model, "auto", resolve_device(device)) as runner:
+        for group, images in groups.items():
+            for sampler, count in settings:
+                some = images[:full] if count == schedule.train_steps else images
+                table = sampler_table(schedule, sampler, count)
+                started = time.monotonic()
+                found = [judge(runner, prep, table, pair, size) for pair in some]
+                row = {"group": group, "images": len(some), "sampler": sampler, "steps": count}
+                row["seconds"] = (time.monotonic() - started) / len(some)
+                for stage2, detail in found[0]:
+                    figures = mean_quality([one[stage2, detail] for one in found]).as_dict()
+                    rows.append(row | {"stage2": stage2, "detail": detail} | figures)
+                    print(line(rows[-1]), flush=True)
+    if output:
+        head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
+        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
+        output.write_text(json.dumps(head | {"size_px": size, "rows": rows}, indent=1) + "\n")
+
+
+def load_pairs(folder: Path) -> list[Pair]:
+    """X-ray and truth of every NAME_cxr / NAME_soft_tissue pair in a folder, [H, W] float32 in [0, 1]."""
+    sources = sorted(folder.glob("*_cxr.png"))
+    truths = [path.with_name(path.name.replace("_cxr.", "_soft_tissue.")) for path in sources]
+    read = (read_together([cxr, truth]) for cxr, truth in zip(sources, truths, strict=True))
+    return [(cxr, truth) for cxr, truth in read]
+
+
+def judge(runner: Runner, prep: Preprocessing, table: Table, pair: Pair, size: int) -> dict[tuple[bool, str], Quality]:
+    """Quality by (stage 2 on, detail) of what `infer` would write, compared at `size` px; stage 1 runs once."""
+    cxr, soft_tissue = pair
+    cxr_net, placement = to_network(cxr, prep)
+    noise = [ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))]
+    first = suppress(runner, cxr_net[None, None], table, noise, enhance=False)
+    x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
+    runner.enhance(x, second)
+    found = {}
+    for stage2, predicted in ((False, first[0, 0]), (True, second.clamp_(-1, 1)[0, 0].cpu().numpy())):
+        from_source = subtract_local_bone(cxr, cxr_net, predicted, placement)
+        for detail, written in (("network", from_network(predicted, placement)), ("source", from_source)):
+            found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))
+    return found
+
+
+def _at(image: Image, size: int) -> Image:
+    """A square image at `size` px a side."""
+    if size in (0, image.shape[0]):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text."""
+    return (
+        f"{row['group']:18} {row['sampler']:9} {row['steps']:4d} steps  stage 2 {'on ' if row['stage2'] else 'off'} "
+        f"{row['detail']:7}  BSR {row['bsr']:6.3f}  tone-matched {row['bsr_tone_matched']:6.3f}  "
+        f"PSNR {row['psnr']:5.2f} dB  SSIM {row['ssim']:.4f}  {row['seconds']:6.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,291 @@
+"""The command line: thin, typed, and fast to answer (torch is imported only by the commands that compute)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bsdiff_rt import __version__
+from bsdiff_rt.config import DetailName, InferSettings, SamplerName
+from bsdiff_rt.errors import BsdiffError
+
+if TYPE_CHECKING:
+    from bsdiff_rt.metrics import Quality
+    from bsdiff_rt.report import FileEntry
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use.",
+)
+
+EXIT_SOME_FAILED = 3
+EXIT_INTERRUPTED = 130
+PLAIN_PROGRESS_EVERY_S = 10.0
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what is decided along the way.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use."""
+    if show:
+        typer.echo(f"bsdiff-rt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def infer(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders searched recursively.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results and report.json.")],
+    bundle: Annotated[str, typer.Option("--bundle", "-b", help="Model: demo, or a bundle's folder.")] = "demo",
+    runner: Annotated[
+        Literal["auto", "eager", "onnxruntime", "aoti", "tensorrt"],
+        typer.Option(help="Backend; auto takes the fastest that is installed and built, and says which."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of weights and activations.")
+    ] = "auto",
+    sampler: Annotated[
+        SamplerName | None,
+        typer.Option(show_default="the bundle's", help="ddpm --steps 1000 is the paper, release the published code."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", "-n", show_default="the bundle's", help="Denoiser steps per image, 1 to 1000."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise; the same image and seed give the same picture.")] = 0,
+    batch: Annotated[str, typer.Option(help="Images per batch, or auto.")] = "auto",
+    enhance: Annotated[
+        bool | None, typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Stage 2 on or off.")
+    ] = None,
+    size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
+    detail: Annotated[
+        DetailName | None,
+        typer.Option(
+            show_default="the bundle's",
+            help="network: the networks' picture. source: the source minus the local bone layer, "
+            "which keeps the source's tone and sharpness.",
+        ),
+    ] = None,
+    output_format: Annotated[
+        Literal["auto", "png", "dicom"],
+        typer.Option("--format", help="auto: DICOM for DICOM, PNG otherwise (16 bit beyond 8-bit sources)."),
+    ] = "auto",
+    sop: Annotated[
+        Literal["same", "sc"], typer.Option(help="DICOM class: same as a CR or DX source, or Secondary Capture.")
+    ] = "same",
+    preview: Annotated[bool, typer.Option("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished files again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take lateral views and other body parts, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done or refused.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove the bones from chest X-rays: DICOM, PNG, JPEG or TIFF in, the same matrix out."""
+    _log(quiet, verbose)
+    settings = InferSettings(
+        output=output,
+        bundle=bundle,
+        runner=runner,
+        device=device,
+        precision=precision,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+        batch=_batch(batch),
+        enhance=enhance,
+        size=size,
+        detail=detail,
+        format=output_format,
+        sop=sop,
+        preview=preview,
+        overwrite=overwrite,
+        force_view=force,
+    )
+    from bsdiff_rt.pipeline import Inference
+
+    inference = Inference(settings)
+    if dry_run:
+        entries = list(inference.plan(inputs))
+        _print_plan(entries, as_json)
+    else:
+        tasks = inference.tasks(inputs)
+        with _Progress(len(tasks), quiet) as progress:
+            report = inference.run(tasks, progress.on_file)
+        entries = report.files
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            counts = report.counts()
+            known = ", ".join(f"{counts[s]} {s}" for s in ("ok", "skipped", "refused", "failed") if counts[s])
+            speed = f", {report.images_per_second:.2f} images/s" if counts["ok"] else ""
+            typer.echo(f"{known or 'no images found'}{speed}; results and report.json in {output}")
+    if any(entry.status in ("refused", "failed") for entry in entries):
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def evaluate(
+    predicted: Annotated[Path, typer.Argument(help="Result of infer: a file or a folder.")],
+    soft_tissue: Annotated[Path, typer.Argument(help="True soft-tissue image(s).")],
+    cxr: Annotated[Path, typer.Option("--cxr", help="X-ray(s) the results were made from.")],
+    size: Annotated[int, typer.Option(min=16, help="Longer side at which images are compared, px.")] = 256,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure results against the truth: BSR (Yang, tone-matched, as published), MSE, SSIM, PSNR."""
+    _log(quiet, verbose)
+    from bsdiff_rt.evaluate import evaluate as compare
+    from bsdiff_rt.evaluate import match
+    from bsdiff_rt.metrics import mean_quality
+
+    rows = list(compare(match(predicted, soft_tissue, cxr), size))
+    mean = mean_quality([row for _, row in rows])
+    if as_json:
+        images = [{"name": name} | _numbers(row) for name, row in rows]
+        typer.echo(json.dumps({"size_px": size, "images": images, "mean": _numbers(mean)}, indent=1))
+        return
+    table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
+    _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
+
+
+@app.command()
+def info(as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Versions, devices, runners (or why not), bundles, engines in the cache."""
+    _log(quiet, verbose)
+    from bsdiff_rt.info import describe
+
+    found = describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for title, content in found.items():
+        typer.echo(title)
+        for name, value in content.items():
+            typer.echo(f"  {name}: {value}")
+
+
+class _Progress:
+    """Files done, images/s and time left, on stderr: a live bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
+        self._done = self._computed = 0
+        self._started = self._told = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty() and not self._quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._total, speed="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_file(self, entry: FileEntry) -> None:
+        """Count one file; say at once what is wrong with it."""
+        self._done += 1
+        self._computed += entry.status == "ok"
+        elapsed = time.monotonic() - self._started
+        speed = f"{self._computed / elapsed:.2f} images/s, " if self._computed and elapsed else ""
+        if entry.reason is not None:
+            self._say(f"{entry.status}: {entry.input}: {entry.reason}")
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, speed=speed.rstrip(", "))
+        elif time.monotonic() - self._told > PLAIN_PROGRESS_EVERY_S:
+            self._told = time.monotonic()
+            left = elapsed / self._done * (self._total - self._done)
+            typer.echo(f"{self._done}/{self._total} files, {speed}{left:.0f} s left", err=True)
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            typer.echo(line, err=True)
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is not auto or a whole number above 0", param_hint="--batch")
+    return int(text)
+
+
+def _numbers(row: Quality) -> dict[str, float | None]:
+    """Figures for JSON, which has no infinity (PSNR of equal images) and no NaN (BSR without bone): null."""
+    return {name: value if math.isfinite(value) else None for name, value in row.as_dict().items()}
+
+
+def _print_plan(entries: list[FileEntry], as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
+        return
+    words = {"ok": "would write", "skipped": "would skip", "refused": "would refuse", "failed": "would fail"}
+    for entry in entries:
+        typer.echo(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}")
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _log(quiet: bool, verbose: bool) -> None:
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("bsdiff_rt").setLevel(level)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C, or a job scheduler's stop. Not KeyboardInterrupt, which the command line library would end with 1."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
+
+
+def main() -> None:
+    """Entry point: our errors become one line and their exit code; anything else is a bug and shows its trace."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text; show them escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except BsdiffError as error:
+        typer.echo(f"bsdiff-rt: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except _Interrupted:
+        typer.echo("bsdiff-rt: interrupted; finished files are complete, the same command resumes", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None

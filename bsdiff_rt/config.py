@@ -1,0 +1,138 @@
+"""Frozen settings, one dataclass per concern, and the named network presets. Torch-free: the command line imports it.
+
+Each default lives here and nowhere else. The resolved settings are saved in every report and every bundle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ScheduleName = Literal["cosine", "squaredcos_cap_v2"]
+Objective = Literal["eps", "v", "x0"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
+DetailName = Literal["network", "source"]
+RunnerName = Literal["eager", "onnxruntime", "aoti", "tensorrt"]
+RUNNERS: tuple[RunnerName, ...] = ("eager", "onnxruntime", "aoti", "tensorrt")
+SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmpp-2m", "release")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Shape of the stage 1 U-Net: one entry per level, from full resolution down (docs/design.md, Networks)."""
+
+    channels: tuple[int, ...]
+    res_blocks: tuple[int, ...]
+    attention: tuple[bool, ...]
+    norm_groups: int = 32
+
+    in_channels: int = 2  # x_t and cxr, concatenated
+    out_channels: int = 1
+
+
+@dataclass(frozen=True)
+class EnhancerConfig:
+    """Shape of the stage 2 autoencoder: one entry per level, from full resolution down (docs/design.md, Networks)."""
+
+    channels: tuple[int, ...]
+    res_blocks: tuple[int, ...]
+    attention: tuple[bool, ...]
+    latent_channels: int
+    middle_attention: bool = True
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The diffusion the denoiser was trained for; stored with the weights, never assumed.
+
+    `cosine` runs beta along half a cosine from `beta_start` to `beta_end` (the paper's words); `squaredcos_cap_v2` is
+    Nichol and Dhariwal's schedule as diffusers implements it (the published code), which ignores the two betas.
+    """
+
+    name: ScheduleName = "cosine"
+    train_steps: int = 1000
+    beta_start: float = 0.0015
+    beta_end: float = 0.0205
+    objective: Objective = "eps"
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How an image is sampled: named sampler, number of denoiser steps, user seed."""
+
+    name: SamplerName = "ddpm"
+    steps: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a radiograph in [0, 1] to the denoiser's input; shared by training and inference, recorded in the bundle.
+
+    `size` is the side of the square the network sees, in px. `clahe_clip_limit` is OpenCV's clip limit, 0 for no CLAHE.
+    """
+
+    size: int = 256
+    clahe_clip_limit: float = 0.0
+    clahe_tiles: int = 8
+
+
+@dataclass(frozen=True)
+class InferSettings:
+    """What `infer` was asked for; None and "auto" are resolved against the bundle and the machine (pipeline.py)."""
+
+    output: Path
+    bundle: str = "demo"
+    runner: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    sampler: str | None = None
+    steps: int | None = None
+    seed: int = 0
+    batch: int | None = None
+    enhance: bool | None = None
+    size: Literal["source", "model"] = "source"
+    detail: DetailName | None = None
+    format: Literal["auto", "png", "dicom"] = "auto"
+    sop: Literal["same", "sc"] = "same"
+    preview: bool = False
+    overwrite: bool = False
+    force_view: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pair of network shapes."""
+
+    name: str
+    denoiser: DenoiserConfig
+    enhancer: EnhancerConfig
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        # The published networks: 220.2 M and 34.4 M parameters. Attention is single-head, head size = channels.
+        Preset(
+            "paper",
+            DenoiserConfig((64, 128, 256, 512, 768), (3,) * 5, (False, True, True, True, True)),
+            EnhancerConfig((128, 256, 384), (2,) * 3, (False, True, True), latent_channels=8),
+        ),
+        # Small enough for two CPU cores; five levels so that the attention in the middle sees the whole chest.
+        Preset(
+            "demo",
+            DenoiserConfig((16, 32, 64, 96, 128), (1, 1, 2, 2, 2), (False,) * 5, norm_groups=8),
+            EnhancerConfig(
+                (16, 48, 128), (1, 1, 3), (False,) * 3, latent_channels=16, middle_attention=False, norm_groups=8
+            ),
+        ),
+        # For tests: every kind of block, in milliseconds.
+        Preset(
+            "tiny",
+            DenoiserConfig((8, 16), (1, 1), (False, True), norm_groups=4),
+            EnhancerConfig((8, 16), (1, 1), (False, True), latent_channels=4, norm_groups=4),
+        ),
+    )
+}

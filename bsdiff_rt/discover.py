@@ -1,0 +1,125 @@
+"""From what the user named to a list of files to do, each with the place its result goes. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bsdiff_rt.dicom import is_dicom
+
+RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to do.
+
+    Attributes:
+        input: the file.
+        output: where the result goes, relative to the output folder.
+        refusal: why it cannot be done, known before reading it; None normally.
+    """
+
+    input: Path
+    output: Path | None
+    refusal: str | None = None
+
+
+def find_tasks(
+    inputs: Iterable[Path], output: Path, file_format: Literal["auto", "png", "dicom"], reserved: Collection[str] = ()
+) -> list[Task]:
+    """Every file to do, in the order given, folders in sorted order.
+
+    Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
+    what else lies there is not an input. A file named by the user always is one. The output folder is never searched,
+    and no result replaces an input.
+
+    Args:
+        inputs: files and folders.
+        output: the output folder.
+        file_format: of the results.
+        reserved: names that the run itself writes into the output folder.
+    """
+    found = list(_files(inputs, output))
+    sources = {_real(file): file for file, relative, _ in found if relative is not None}
+    tasks: list[Task] = []
+    taken: dict[Path, Path] = {}
+    seen: set[str] = set()
+    for file, relative, refusal in found:
+        if relative is None:
+            tasks.append(Task(file, None, refusal))
+            continue
+        real = _real(file)
+        if real in seen:  # named twice, or named and in a named folder
+            continue
+        seen.add(real)
+        suffix = ".dcm" if file_format == "dicom" or (file_format == "auto" and is_dicom(file)) else ".png"
+        target = relative.parent / (stem_of(relative) + suffix)
+        if target in taken:
+            refusal = f"its result {target} would replace that of {taken[target]}; run it apart"
+        elif source := sources.get(_real(output / target)):
+            refusal = f"its result would replace the X-ray {source}; choose another --output"
+        elif str(target) in reserved:
+            refusal = f"its result {target} would replace the run's own; rename it"
+        else:
+            taken[target] = file
+        tasks.append(Task(file, None if refusal else target, refusal))
+    return tasks
+
+
+def is_input(file: Path) -> bool:
+    """Whether a file found in a folder is one to process: by its suffix, or DICOM by content; never a hidden one."""
+    if file.name.startswith(".") or file.name.upper() == "DICOMDIR":
+        return False
+    if not os.path.isfile(file):  # a pipe would be waited for; a link that leads nowhere is worth a word
+        return file.is_symlink() and _has_suffix(file)
+    return _has_suffix(file) or is_dicom(file)
+
+
+def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | None, str | None]]:
+    """Each file with its path relative to the input it was found under, or with None and the reason why not."""
+    excluded = _real(output)
+    for given in inputs:
+        if os.path.isdir(given):
+            if _real(given) == excluded:
+                yield given, None, "it is the output folder, which is never searched; choose another --output"
+                continue
+            closed: list[OSError] = []
+            for folder, folders, names in os.walk(given, onerror=closed.append):
+                here = Path(folder)
+                folders[:] = sorted(n for n in folders if not n.startswith(".") and _real(here / n) != excluded)
+                for file in (here / name for name in sorted(names)):
+                    if is_input(file):
+                        yield _checked(file, file.relative_to(given))
+            for error in closed:
+                yield Path(error.filename), None, f"cannot be searched: {error.strerror}"
+        else:
+            yield _checked(given, Path(given.name))
+
+
+def _real(path: Path) -> str:
+    """The path without links; unlike Path.resolve it also answers for links that lead in a circle."""
+    return os.path.realpath(path)
+
+
+def _checked(file: Path, relative: Path) -> tuple[Path, Path | None, str | None]:
+    if os.path.isfile(file):
+        return file, relative, None
+    return (
+        file,
+        None,
+        "no file or folder (a pipe, socket or device)" if os.path.exists(file) else "no such file or folder",
+    )
+
+
+def _has_suffix(file: Path) -> bool:
+    return file.suffix.lower() in RASTER_SUFFIXES | DICOM_SUFFIXES
+
+
+def stem_of(file: Path) -> str:
+    """The name without its image suffix. A DICOM file may be named by a UID: what follows its last dot is no suffix."""
+    return file.stem if _has_suffix(file) else file.name

@@ -1,0 +1,52 @@
+"""Every error this package raises on purpose, each with the exit code the command line returns for it.
+
+A message says what was wrong, with the value, and what to do about it. It never contains patient data: no DICOM
+attribute that names or dates a person is ever formatted into one.
+"""
+
+_SHOWN_CHARACTERS = 300
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of somebody else's exception in one line of bounded length.
+
+    Only for exceptions that cannot quote a DICOM attribute: those of backends, which see arrays and graphs.
+    """
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:_SHOWN_CHARACTERS]
+
+
+class BsdiffError(Exception):
+    """Base class; `exit_code` is what the command line returns when this error ends a command."""
+
+    exit_code = 1
+
+
+class SettingsError(BsdiffError):
+    """An argument or a setting that cannot be used, or a combination of settings that contradict each other."""
+
+    exit_code = 2
+
+
+class InputRefused(BsdiffError):
+    """A readable file that this program does not process: not a radiograph, wrong modality, too small, empty."""
+
+    exit_code = 3
+
+
+class InputFailed(BsdiffError):
+    """A file that should have worked and did not: truncated, unreadable, or a result that is not an image."""
+
+    exit_code = 3
+
+
+class BundleError(BsdiffError):
+    """A model bundle that is incomplete, altered or of another format."""
+
+    exit_code = 4
+
+
+class EngineError(BsdiffError):
+    """A built engine or a runner's backend that does not fit this machine, this bundle or these settings."""
+
+    exit_code = 4

@@ -1,0 +1,142 @@
+"""Compare predictions with the truth, matched by stem: the command `evaluate`. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.dicom import is_dicom, read_dicom
+from bsdiff_rt.discover import is_input, stem_of
+from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.metrics import Quality, quality
+from bsdiff_rt.preview import FILE_NAME as PREVIEW
+from bsdiff_rt.radiograph import Radiograph
+from bsdiff_rt.raster import read_raster
+
+SIZE_PX = 256  # the longer side at which the paper's figures are taken
+
+_ROLES = re.compile(r"_(cxr|soft_tissue)$")
+
+
+@dataclass(frozen=True)
+class Match:
+    """The three files of one patient."""
+
+    name: str
+    predicted: Path
+    soft_tissue: Path
+    cxr: Path
+
+
+def match(predicted: Path, soft_tissue: Path, cxr: Path) -> list[Match]:
+    """Match files or folders by stem; a trailing _cxr or _soft_tissue does not count, and says which is which where
+    both kinds lie in one folder.
+
+    Raises:
+        SettingsError: a path that is not there, a prediction without its truth or X-ray, or nothing to compare.
+    """
+    if predicted.is_file() and soft_tissue.is_file() and cxr.is_file():
+        return [Match(_name(predicted), predicted, soft_tissue, cxr)]
+    predictions = _by_name(predicted, "")
+    truths, sources = _by_name(soft_tissue, "_soft_tissue"), _by_name(cxr, "_cxr")
+    for name, file in predictions.items():
+        if name not in truths:
+            raise SettingsError(f"{file}: no soft-tissue image named {name} in {soft_tissue}")
+        if name not in sources:
+            raise SettingsError(f"{file}: no X-ray named {name} in {cxr}")
+    if not predictions:
+        raise SettingsError(f"{predicted}: no image to evaluate")
+    return [Match(name, file, truths[name], sources[name]) for name, file in predictions.items()]
+
+
+def evaluate(matches: list[Match], size: int = SIZE_PX) -> Iterator[tuple[str, Quality]]:
+    """Name and quality of each match, with every image brought to `size` px on its longer side first.
+
+    Raises:
+        SettingsError: images of one patient differ in aspect ratio.
+        InputRefused, InputFailed: a file that cannot be read.
+    """
+    for one in matches:
+        images = _pictures(one)
+        ratios = [image.shape[0] / image.shape[1] for image in images]
+        if max(ratios) / min(ratios) > 1.02:
+            shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (image.shape for image in images))
+            raise SettingsError(f"{one.name}: X-ray, truth and prediction differ in aspect ratio ({shapes})")
+        rows, columns = images[0].shape
+        scale = size / max(rows, columns)
+        target = (max(1, round(columns * scale)), max(1, round(rows * scale)))
+        yield one.name, quality(*(_resize(image, target) for image in images))
+
+
+def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
+    """A result of `infer` on the grey scale of its X-ray, [H, W], float32, in [0, 1].
+
+    A 16-bit PNG does not say its depth. Read by itself, 1.0 is the largest value of the smallest depth that holds it,
+    and a result that stays below half its X-ray's range would come out twice as bright as it is.
+
+    Args:
+        path: the result.
+        bits_stored: of the X-ray.
+
+    Raises:
+        InputRefused, InputFailed: it cannot be read; names the file.
+    """
+    return _scaled(_read(path), bits_stored)
+
+
+def _by_name(path: Path, role: str) -> dict[str, Path]:
+    if not path.exists():
+        raise SettingsError(f"{path}: no such file or folder")
+    if path.is_file():
+        return {_name(path): path}
+    files = [file for file in sorted(path.rglob("*")) if is_input(file) and file.name != PREVIEW]
+    if role and (labelled := [file for file in files if stem_of(file).endswith(role)]):
+        files = labelled
+    named: dict[str, Path] = {}
+    for file in files:
+        if _name(file) in named:
+            raise SettingsError(f"{file} and {named[_name(file)]} have the same stem; evaluate them apart")
+        named[_name(file)] = file
+    return named
+
+
+def _name(path: Path) -> str:
+    return _ROLES.sub("", stem_of(path))
+
+
+def _pictures(one: Match) -> list[NDArray[np.float32]]:
+    """X-ray, truth and prediction. Image files share the deepest one's grey scale; DICOM files say their own, and
+    `infer --format png` writes at its DICOM source's depth."""
+    cxr, soft_tissue, predicted = three = [_read(path) for path in (one.cxr, one.soft_tissue, one.predicted)]
+    if cxr.dataset is not None:
+        return [cxr.cxr, soft_tissue.cxr, _scaled(predicted, cxr.bits_stored)]
+    deepest = max(picture.bits_stored for picture in three if picture.dataset is None)
+    return [_scaled(picture, deepest) for picture in three]
+
+
+def _scaled(picture: Radiograph, bits_stored: int) -> NDArray[np.float32]:
+    """A picture on the scale of a depth it was written at, if it comes from a file that does not say it."""
+    if picture.dataset is not None or not 8 < picture.bits_stored < bits_stored:
+        return picture.cxr
+    return picture.cxr * np.float32((2**picture.bits_stored - 1) / (2**bits_stored - 1))
+
+
+def _read(path: Path) -> Radiograph:
+    try:
+        return read_dicom(path, derived=True) if is_dicom(path) else read_raster(path)
+    except BsdiffError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _resize(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    if image.shape[::-1] == size:
+        return image
+    shrinks = image.shape[1] > size[0]
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)

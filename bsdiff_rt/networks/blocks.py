@@ -1,0 +1,119 @@
+"""The blocks that both networks are made of: residual block, self-attention, nearest x2 upsampling.
+
+Everything here is exportable (torch.export, ONNX opset 18) with a dynamic batch axis: no branch depends on a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6  # the published networks' value; torch's default is 1e-5
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """GroupNorm as both published networks use it.
+
+    Raises:
+        ValueError: `channels` is not a multiple of `groups`.
+    """
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection; optionally told the time in between.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; the skip connection is a 1x1 convolution where the two differ.
+        groups: groups of both norms; divides both channel counts.
+        time_features: size of the time embedding, 0 for a block without one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, time_features: int = 0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_features, out_channels) if time_features else None
+        self.norm2 = group_norm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: [B, in_channels, H, W], floating.
+            time_embedding: [B, time_features]; used by blocks built with `time_features`, ignored by the others.
+
+        Returns:
+            [B, out_channels, H, W], same dtype.
+        """
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time_embedding is not None:
+            h = h + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = self.skip_connection(x) + h
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention over all pixels, with a skip connection. The head is as wide as the channels.
+
+    There is no output projection: the published networks hold one (`proj_attn`) and never apply it. Nothing is lost:
+    with one head it could be multiplied into `to_v`.
+
+    Args:
+        channels: channels of input and output.
+        groups: groups of the norm; divides `channels`.
+    """
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block: [B, channels, H, W] -> the same shape and dtype."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, channels]
+        # The head axis of length 1 is what lets torch choose a fused kernel; the default scale is 1/sqrt(channels).
+        query, key, value = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
+        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)  # [B, H*W, channels]
+        # x comes first: the sum takes its memory format, so channels_last stays channels_last and NCHW stays NCHW.
+        return x + attended.transpose(1, 2).reshape(x.shape)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour x2, then a 3x3 convolution: [B, channels, H, W] -> [B, channels, 2H, 2W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block; the dtype stays."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+def sinusoidal_embedding(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of the time step, cosines first, in float32 whatever the network's precision.
+
+    Args:
+        t: [B], int or float, 0 .. training steps - 1.
+        size: length of the embedding, even.
+        max_period: slowest wavelength / (2 pi), in steps.
+
+    Returns:
+        [B, size], float32, in [-1, 1].
+    """
+    half = size // 2
+    # Multiplied, then divided, then exp, all in float32: at t = 999 another order moves the published last digits.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.to(torch.float32)[:, None] * torch.exp(exponents / half)
+    return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)

@@ -1,0 +1,114 @@
+"""Weights of the published networks (monai-generative 0.2.x key names) -> weights of `Denoiser` and `Enhancer`.
+
+The published keys differ from ours by a wrapper around each convolution (`conv1.conv.weight` for `conv1.weight`) and
+by the few names below. What does not reach the output is dropped: the final convolution's output channels beyond ours
+(never trained), the autoencoder's log-sigma branch (never decoded) and the attentions' `proj_attn`, which the published
+code creates, saves and never applies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bsdiff_rt.config import DenoiserConfig, EnhancerConfig
+from bsdiff_rt.errors import BundleError
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
+
+# Our module name (a regular expression) -> theirs.
+_DENOISER_NAMES = {r"\bdownsampler$": "downsampler.op", r"^norm_out$": "out.0", r"^conv_out$": "out.2"}
+_ENHANCER_NAMES = {r"^(encoder|decoder)\.": r"\1.blocks.", r"\bskip_connection$": "nin_shortcut"}
+# Published keys without effect on the output; may be absent.
+_UNUSED = re.compile(r"(^|\.)proj_attn\.(weight|bias)$|^quant_conv_log_sigma\.conv\.(weight|bias)$")
+
+
+def denoiser_state(published: Mapping[str, Tensor], config: DenoiserConfig) -> dict[str, Tensor]:
+    """Convert the state dict of a published `DiffusionModelUNet` for `Denoiser(config).load_state_dict`.
+
+    Args:
+        published: the published state dict; not changed.
+        config: the shape the weights are for.
+
+    Returns:
+        Every tensor of `Denoiser(config)`, in the dtype and on the device it had; all but the final convolution share
+        memory with `published`.
+
+    Raises:
+        BundleError: keys are missing or unknown, or a tensor has another shape than `config` says; the message names
+            them by their published names.
+    """
+    with torch.device("meta"):
+        network = Denoiser(config)
+    names = _published_names(network, _DENOISER_NAMES)
+    cut = dict(published)
+    for key in ("out.2.conv.weight", "out.2.conv.bias"):
+        if key in cut:
+            # Cloned: a view would keep the dropped channel in memory.
+            cut[key] = cut[key][: config.out_channels].clone()
+    return _convert(cut, network, names, "denoiser")
+
+
+def enhancer_state(published: Mapping[str, Tensor], config: EnhancerConfig) -> dict[str, Tensor]:
+    """Convert the state dict of a published `AutoencoderKL` for `Enhancer(config).load_state_dict`.
+
+    Args:
+        published: the published state dict, not changed.
+        config: the shape the weights are for.
+
+    Returns:
+        Every tensor of `Enhancer(config)`, in the dtype and on the device it had, sharing memory with `published`.
+
+    Raises:
+        BundleError: keys are missing or unknown, or a tensor has another shape than `config` says; the message names
+            them by their published names.
+    """
+    with torch.device("meta"):
+        network = Enhancer(config)
+    names = _published_names(network, _ENHANCER_NAMES)
+    return _convert(published, network, names, "enhancer")
+
+
+def _published_names(network: nn.Module, renamed: Mapping[str, str]) -> dict[str, str]:
+    """The published key of each of our parameters: {our key: their key}."""
+    names: dict[str, str] = {}
+    for module_name, module in network.named_modules():
+        theirs = module_name
+        for pattern, replacement in renamed.items():
+            theirs = re.sub(pattern, replacement, theirs)
+        if isinstance(module, nn.Conv2d):
+            theirs += ".conv"
+        for leaf, _ in module.named_parameters(recurse=False):
+            names[f"{module_name}.{leaf}"] = f"{theirs}.{leaf}"
+    return names
+
+
+def _listed(items: list[str], most: int = 10) -> str:
+    """The items on one line; weights of another network differ in hundreds, of which the first few tell enough."""
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def _convert(
+    published: Mapping[str, Tensor], network: nn.Module, names: Mapping[str, str], stage: str
+) -> dict[str, Tensor]:
+    """Rename, after checking that keys and shapes are exactly the network's."""
+    missing = sorted(set(names.values()) - set(published))
+    unknown = sorted(key for key in set(published) - set(names.values()) if not _UNUSED.search(key))
+    if missing or unknown:
+        parts = [f"{what}: {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise BundleError(
+            f"these are not the weights of the published {stage} in the shape asked for ({'; '.join(parts)}); "
+            "check the preset, and that the file holds monai-generative 0.2.x weights of this stage"
+        )
+    misshapen = [
+        f"{names[key]} is {tuple(published[names[key]].shape)}, expected {tuple(parameter.shape)}"
+        for key, parameter in network.named_parameters()
+        if published[names[key]].shape != parameter.shape
+    ]
+    if misshapen:
+        raise BundleError(f"published {stage} weights of another shape: {_listed(misshapen)}; check the preset")
+    return {ours: published[theirs] for ours, theirs in names.items()}

@@ -1,0 +1,55 @@
+"""One picture of a run: X-ray | soft tissue | bone, one row per image. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.radiograph import write_atomically
+
+FILE_NAME = "preview.png"
+SIDE_PX = 320
+ROWS = 40  # more would make a picture no viewer opens
+BONE_GAIN = 2.0
+GAP_PX = 4
+
+
+class Preview:
+    """Collects rows and writes the picture."""
+
+    def __init__(self) -> None:
+        self._rows: list[NDArray[np.uint8]] = []
+
+    def add(self, cxr: NDArray[np.float32], soft_tissue: NDArray[np.float32]) -> None:
+        """Add one image, both [H, W] float32 in [0, 1], of any two sizes; nothing is added after ROWS rows."""
+        if len(self._rows) >= ROWS:
+            return
+        shown, suppressed = _thumbnail(cxr), _thumbnail(soft_tissue)
+        # Black where nothing was taken away, as on a dual-energy bone image.
+        bone = np.clip((shown - suppressed) * BONE_GAIN, 0, 1)
+        gap = np.ones((SIDE_PX, GAP_PX), np.float32)
+        row = np.hstack([shown, gap, suppressed, gap, bone])
+        self._rows.append(np.rint(row * 255).astype(np.uint8))
+
+    def write(self, folder: Path) -> Path | None:
+        """Write preview.png into `folder`; None when no image was added."""
+        if not self._rows:
+            return None
+        gap = np.full((GAP_PX, self._rows[0].shape[1]), 255, np.uint8)
+        picture = np.vstack([part for row in self._rows for part in (row, gap)][:-1])
+        write_atomically(folder / FILE_NAME, cv2.imencode(".png", picture)[1].tobytes())
+        return folder / FILE_NAME
+
+
+def _thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`image` in the middle of a black square of SIDE_PX, aspect ratio kept."""
+    scale = SIDE_PX / max(image.shape)
+    rows, columns = (max(1, round(side * scale)) for side in image.shape)
+    small = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    square = np.zeros((SIDE_PX, SIDE_PX), np.float32)
+    top, left = (SIDE_PX - rows) // 2, (SIDE_PX - columns) // 2
+    square[top : top + rows, left : left + columns] = np.clip(small, 0, 1)
+    return square

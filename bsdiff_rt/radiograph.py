@@ -1,0 +1,92 @@
+"""One X-ray between reading and writing: what raster.py and dicom.py return and what the pipeline passes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.errors import InputFailed, InputRefused
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+MIN_SIDE_PX = 32  # smaller than this is a thumbnail or a damaged header, not a chest X-ray
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """A decoded chest X-ray.
+
+    Attributes:
+        cxr: [H, W], float32, in [0, 1], air dark (MONOCHROME2 polarity), after modality LUT, VOI and polarity.
+        bits_stored: 8 to 16; the depth results are written at.
+        pixel_digest: SHA-256 of the decoded pixels; keys the image's noise stream (noise.py).
+        dataset: the source header without its pixels, for a derived DICOM; None for raster files.
+    """
+
+    cxr: NDArray[np.float32]
+    bits_stored: int
+    pixel_digest: bytes
+    dataset: Dataset | None = None
+
+
+def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
+    """SHA-256 over shape, dtype and little-endian C-order bytes of decoded pixels, [H, W], any integer dtype."""
+    little = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
+    return hashlib.sha256(f"{little.shape}{little.dtype.str}".encode() + little.tobytes()).digest()
+
+
+def check_picture(cxr: NDArray[np.float32]) -> None:
+    """Refuse a decoded picture, [H, W], float32, that cannot be a chest X-ray.
+
+    Raises:
+        InputRefused: a side is shorter than MIN_SIDE_PX, or all pixels are equal.
+    """
+    rows, columns = cxr.shape
+    if min(rows, columns) < MIN_SIDE_PX:
+        raise InputRefused(f"the image is {rows} x {columns} px; at least {MIN_SIDE_PX} px a side are needed")
+    if float(cxr.min()) == float(cxr.max()):
+        raise InputRefused("the image is empty: every pixel shows the same grey")
+
+
+def to_stored(soft_tissue: NDArray[np.float32], bits_stored: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Round a result to the integers it is stored as.
+
+    Args:
+        soft_tissue: [H, W], float32, in [0, 1]; values outside are clipped.
+        bits_stored: 8 to 16; 1.0 becomes 2**bits_stored - 1.
+
+    Returns:
+        [H, W], uint8 for 8 bits, else uint16.
+
+    Raises:
+        InputFailed: NaN or infinity among the values, or not a picture.
+    """
+    if soft_tissue.ndim != 2 or not soft_tissue.size or not np.isfinite(soft_tissue).all():
+        raise InputFailed("the result is not an image (NaN, infinity or no pixels); nothing was written")
+    stored = np.rint(np.clip(soft_tissue, 0, 1) * np.float32(2**bits_stored - 1))
+    if bits_stored == 8:
+        return np.asarray(stored, dtype=np.uint8)
+    return np.asarray(stored, dtype=np.uint16)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either absent (or the old one) or complete, whatever interrupts.
+
+    Raises:
+        OSError: the folder does not exist, is full or not writable.
+    """
+    part = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except BaseException:  # also KeyboardInterrupt: leave no part behind
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,166 @@
+"""The run report: every input and its fate, in report.json beside the results. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from bsdiff_rt import __version__
+from bsdiff_rt.radiograph import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "report.json"
+SAVE_EVERY_S = 5.0
+PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
+
+Status = Literal["ok", "skipped", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One input and what became of it.
+
+    Attributes:
+        input: its path as given or found.
+        output: path below the output folder; None when nothing was written.
+        status: `ok` written now, `skipped` written by an earlier run with the same settings, `refused` not something
+            this program processes, `failed` should have worked.
+        reason: one line, for refused and failed.
+        seconds: reading, its share of the batch, and writing.
+        sha256: of the output file.
+        input_sha256: of the input file; a changed input is done again.
+    """
+
+    input: str
+    output: str | None
+    status: Status
+    reason: str | None = None
+    seconds: float = 0.0
+    sha256: str | None = None
+    input_sha256: str | None = None
+
+
+@dataclass
+class Report:
+    """Everything report.json holds."""
+
+    bundle: dict[str, str]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    images_per_second: float = 0.0
+    files: list[FileEntry] = field(default_factory=list)
+    bsdiff_rt: str = __version__
+
+    def counts(self) -> Counter[str]:
+        """Number of files by status."""
+        return Counter(entry.status for entry in self.files)
+
+    def to_json(self) -> str:
+        """The text of report.json."""
+        head = {"bsdiff_rt": self.bsdiff_rt, "bundle": self.bundle, "settings": self.settings}
+        tail = {"environment": self.environment, "images_per_second": round(self.images_per_second, 4)}
+        return json.dumps(head | tail | {"files": [asdict(entry) for entry in self.files]}, indent=1) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write report.json into `folder`, whole or not at all."""
+        write_atomically(folder / FILE_NAME, self.to_json().encode())
+
+    def settings_digest(self) -> str:
+        """SHA-256 over bundle and settings: two runs with the same digest make the same pictures."""
+        return hashlib.sha256(json.dumps([self.bundle, self.settings], sort_keys=True).encode()).hexdigest()
+
+
+class Ledger:
+    """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
+
+    Args:
+        report: the run's report, without files yet.
+        folder: output folder.
+        before: what an earlier run finished (`finished_before`); entries not reached yet stay in the saved report, so
+            that an interrupted run can be resumed again.
+        on_file: told each entry as it is added.
+    """
+
+    def __init__(
+        self, report: Report, folder: Path, before: dict[str, FileEntry], on_file: Callable[[FileEntry], None]
+    ) -> None:
+        self.report = report
+        self._folder = folder
+        self._before = before
+        self._on_file = on_file
+        self._started = self._saved = time.monotonic()
+
+    def add(self, entry: FileEntry) -> None:
+        """Take up one file's fate."""
+        self.report.files.append(entry)
+        self._on_file(entry)
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save()
+            self._saved = time.monotonic()
+
+    def save(self) -> None:
+        """Write the report as it stands."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self.report.images_per_second = self.report.counts()["ok"] / seconds
+        inputs = {entry.input for entry in self.report.files}
+        outputs = {entry.output for entry in self.report.files}
+        waiting = [
+            replace(entry, status="skipped")
+            for entry in self._before.values()
+            if entry.input not in inputs and entry.output not in outputs
+        ]
+        replace(self.report, files=[*self.report.files, *waiting]).write(self._folder)
+
+
+def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
+    """Outputs an earlier run with the version and settings of `report` finished, by output path.
+
+    An entry counts only while its file still has the hash it was written with.
+    """
+    path = folder / FILE_NAME
+    try:
+        earlier = json.loads(path.read_text())
+        entries = [FileEntry(**entry) for entry in earlier["files"]]
+        done = {entry.output: entry for entry in entries if entry.status in ("ok", "skipped") and entry.output}
+        same = all(earlier[key] == getattr(report, key) for key in ("bsdiff_rt", "bundle", "settings"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be used (%s): every file is done again", path, type(error).__name__)
+        return {}
+    if not same:
+        logger.info("%s is from another version or other settings: every file is done again", path)
+        return {}
+    return done
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine, without user or host names."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "packages": package_versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide what the pixels are."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

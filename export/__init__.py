@@ -1,0 +1,1 @@
+"""Workshop: trained weights become a bundle. Not part of the installed package."""

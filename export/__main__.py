@@ -1,0 +1,112 @@
+"""`python -m export CHECKPOINTS -o BUNDLE`: trained weights become a bundle.
+
+`python -m export random PRESET -o BUNDLE` makes one with random weights: to time networks, no checkpoint is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bsdiff_rt.config import PRESETS, DetailName, Preprocessing, SamplerName, SamplerSettings, Schedule
+from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
+from export.bundle import BundleOptions, write_bundle
+from export.checkpoint import averaged_weights
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("random")
+def export_random(
+    preset: Annotated[str, typer.Argument(help=f"Network shape: {', '.join(PRESETS)}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
+) -> None:
+    """Make a bundle with random weights, for timing."""
+    if preset not in PRESETS:
+        raise SettingsError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    torch.manual_seed(0)
+    shape = PRESETS[preset]
+    options = BundleOptions(f"{preset}-random", SamplerSettings(), Preprocessing(size=size))
+    denoiser, enhancer = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
+    for parameter in denoiser.parameters():
+        if not parameter.any():  # zero at the start of training: the graph's agreement would compare zeros
+            torch.nn.init.normal_(parameter, std=0.02)
+    write_bundle(output, shape, Schedule(), denoiser, enhancer, options)
+
+
+@app.command("checkpoints")
+def export_checkpoints(
+    checkpoints: Annotated[Path, typer.Argument(help="Folder with denoiser.pt and enhancer.pt of `python -m train`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "model",
+    sampler: Annotated[SamplerName, typer.Option(help="Default sampler.")] = "ddpm",
+    steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
+    detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = "network",
+    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "MIT",
+    training: Annotated[Path | None, typer.Option(help="JSON file with the provenance of the weights.")] = None,
+) -> None:
+    """Make a bundle; refused unless ONNX Runtime agrees with eager."""
+    provenance = {} if training is None else read_provenance(training)
+    first, state = averaged_weights(checkpoints / "denoiser.pt")
+    second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
+    if first["preset"] != second["preset"]:
+        raise SettingsError(f"{checkpoints}: denoiser is {first['preset']}, enhancer is {second['preset']}")
+    if first["preset"] not in PRESETS:
+        raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
+    if not first["schedule"]:
+        raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
+    preset, schedule = PRESETS[first["preset"]], Schedule(**first["schedule"])
+    denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
+    denoiser.load_state_dict(state)
+    enhancer.load_state_dict(enhancer_state)
+    options = BundleOptions(
+        name=name,
+        sampler=SamplerSettings(sampler, steps),
+        preprocessing=Preprocessing(size=first["size"]),
+        detail=detail,
+        enhance=enhance,
+        licence=licence,
+        training=provenance | {"denoiser_steps": first["step"], "enhancer_steps": second["step"]},
+    )
+    manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
+    typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
+
+
+def read_provenance(path: Path) -> dict[str, object]:
+    """The JSON object in `path`.
+
+    Raises:
+        SettingsError: not readable, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--training {path}: not a readable JSON file ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"--training {path}: should hold a JSON object")
+    return content
+
+
+def main() -> None:
+    """Entry point: our errors become one line and their exit code."""
+    # `export CHECKPOINTS` is the plain form; a first word that is no command is its folder.
+    if len(sys.argv) > 1 and sys.argv[1] not in ("random", "checkpoints") and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "checkpoints")
+    try:
+        app()
+    except BsdiffError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

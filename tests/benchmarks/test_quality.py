@@ -1,0 +1,57 @@
+"""Quality against steps: the rows are what `infer` writes, judged by the same metrics."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.quality import app, load_pairs
+from train.phantoms import write_pairs
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_pairs(folder, 2, first_seed=3, size=64)
+    return folder
+
+
+def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_path):
+    path = tmp_path / "q.json"
+    arguments = ["--bundle", tiny_bundle, "--phantoms", phantoms, "--pairs", phantoms, "--pairs-are", "the same again"]
+    arguments += ["--steps", "1,2", "--full", 0, "--device", "cpu", "--json", path]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    written = json.loads(path.read_text())
+    rows = written["rows"]
+    assert len(rows) == 2 * 4 * 2 * 2 * 2  # groups, samplers, steps, stage 2, detail
+    assert len(result.output.splitlines()) == len(rows)
+    assert {row["images"] for row in rows} == {2}
+    first, again = (
+        [{k: v for k, v in row.items() if k not in ("group", "seconds")} for row in rows if row["group"] == group]
+        for group in ("held-out phantoms", "the same again")
+    )
+    assert first == again
+    assert all(np.isfinite(row["bsr"]) for row in rows)
+    one_step = [row for row in first if row["steps"] == 1 and not row["stage2"] and row["detail"] == "network"]
+    assert len({row["bsr"] for row in one_step}) == 1  # one step is the same for every sampler: x0 of t = 999
+
+
+def test_all_steps_run_on_fewer_images(phantoms, tiny_bundle, tmp_path, monkeypatch):
+    """`--full 1` adds ddpm over the whole schedule for one image; shortened here by judging without networks."""
+    seen = []
+    monkeypatch.setattr("benchmarks.quality.judge", lambda _, prep, table, *rest: seen.append(table.steps) or {})
+    arguments = ["--bundle", str(tiny_bundle), "--phantoms", str(phantoms), "--steps", "1", "--full", "1"]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    assert seen == [1] * 8 + [1000]
+
+
+def test_pairs_share_one_grey_scale(tmp_path):
+    cxr = np.full((64, 64), 60000, np.uint16)
+    cxr[0] = 10
+    cv2.imwrite(str(tmp_path / "a_cxr.png"), cxr)
+    cv2.imwrite(str(tmp_path / "a_soft_tissue.png"), cxr // 4)
+    ((loaded, truth),) = load_pairs(tmp_path)
+    np.testing.assert_allclose(truth * 4, loaded, atol=1e-4)

@@ -1,0 +1,115 @@
+"""What every test may use: the tiny model bundle, exported once, and the command line run inside this process."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ToyRunner, randomise
+
+from bsdiff_rt import cli as command_line
+from bsdiff_rt import pipeline
+from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
+
+SIZE_PX, STEPS = 64, 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "tensorrt": None if find_spec("tensorrt") else "the package tensorrt is not installed",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bundle with the `tiny` networks, seeded random weights, 64 px, x0, ddim in 3 steps. Do not change it.
+
+    Exported once: the exporter takes 10 to 20 seconds, whatever the network's size.
+    """
+    from export.bundle import BundleOptions, write_bundle
+
+    preset = PRESETS["tiny"]
+    denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
+    randomise(denoiser, 1)
+    randomise(enhancer, 2)
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    options = BundleOptions("tiny", SamplerSettings("ddim", STEPS), Preprocessing(SIZE_PX), training={"data": "none"})
+    write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to be changed."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle copy"))
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
+    """Makes the pipeline run this runner in place of the bundle's networks, and returns it."""
+    runner = ToyRunner(SIZE_PX)
+    monkeypatch.setattr(pipeline, "load_runner", lambda *_: runner)
+    return runner
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `bsdiff-rt` with the given arguments through its real entry point; what that changes is put back."""
+
+    def run(*arguments: object) -> Outcome:
+        root, ours = logging.getLogger(), logging.getLogger("bsdiff_rt")
+        handlers, levels, hook = root.handlers[:], (root.level, ours.level), sys.excepthook
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys, "argv", ["bsdiff-rt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")  # no line broken within a sentence
+        capsys.readouterr()
+        try:
+            command_line.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            root.handlers[:], sys.excepthook = handlers, hook
+            root.setLevel(levels[0])
+            ours.setLevel(levels[1])
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+        return Outcome(code, *(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in capsys.readouterr()))
+
+    return run
+
+
+@pytest.fixture
+def infer(cli: Callable[..., Outcome], tiny_bundle: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs `bsdiff-rt infer` on `tmp_path`/in into `tmp_path`/out with the tiny bundle, and further arguments."""
+
+    def run(*arguments: object) -> Outcome:
+        return cli("infer", tmp_path / "in", "-o", tmp_path / "out", "--bundle", tiny_bundle, *arguments)
+
+    return run

@@ -1,0 +1,65 @@
+"""The command line of the export: every refusal is one line that says what to do."""
+
+import json
+
+import pytest
+import torch
+
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.errors import SettingsError
+from export import __main__ as command
+
+SCHEDULE = {"name": "cosine", "train_steps": 1000, "beta_start": 0.0015, "beta_end": 0.0205, "objective": "x0"}
+GOOD = {"preset": "tiny", "step": 1, "size": 64, "averaged": {}, "schedule": SCHEDULE}
+
+
+def save(folder, denoiser, enhancer=None):
+    torch.save(denoiser, folder / "denoiser.pt")
+    torch.save(enhancer or GOOD, folder / "enhancer.pt")
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "enhancer", "message"),
+    [
+        ({"preset": "demo"}, {}, "denoiser is demo, enhancer is tiny"),
+        ({"preset": "giant"}, {"preset": "giant"}, "preset 'giant' is not one of"),
+        ({"schedule": None}, {}, "no schedule in it"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(tmp_path, denoiser, enhancer, message):
+    save(tmp_path, GOOD | denoiser, GOOD | enhancer)
+    with pytest.raises(SettingsError, match=message):
+        command.export_checkpoints(tmp_path, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "FileNotFoundError"), ("{", "JSONDecodeError"), ("[1]", "should hold a JSON object")]
+)
+def test_provenance_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "p.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        command.read_provenance(path)
+
+
+def test_an_unknown_preset_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="preset 'giant': choose one of paper, demo, tiny"):
+        command.export_random("giant", tmp_path / "bundle")
+
+
+def test_main_turns_an_error_into_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys):
+    """A first word that is no command is the folder of checkpoints."""
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path), "-o", str(tmp_path / "b")])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 2
+    assert "denoiser.pt: no such checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_random_weights_make_a_bundle(tmp_path):
+    command.export_random("tiny", tmp_path / "bundle", 64)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert json.loads(bundle.manifest.to_json())["name"] == "tiny-random"
+    assert 0 < bundle.manifest.agreement["denoiser"] < 1e-4

@@ -1,0 +1,106 @@
+"""Files to process and a runner to process them with, for the tests of everything above the networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from synthetic import chest, dataset, save, stored
+from torch import nn
+
+from bsdiff_rt.runners.base import Runner
+
+SHAPE = (80, 72)  # larger than the tiny networks' 64 px, and not square
+
+
+def randomise(network: nn.Module, seed: int) -> None:
+    """Fill every parameter, the zero-initialised too, with noise that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.normal_(1.0, 0.1, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.1, generator=generator)
+
+
+def png(path: Path, bits: int = 8, seed: int = 0, shape: tuple[int, int] = SHAPE) -> Path:
+    """A drawn chest X-ray as PNG: 8 bits, or 9 to 16 bits in 16; every depth's largest value occurs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.rint(chest(*shape, seed) * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    values[0, 0] = 2**bits - 1
+    path.write_bytes(cv2.imencode(".png", values)[1].tobytes())
+    return path
+
+
+def dicom(path: Path, bits: int = 12, seed: int = 0, **elements: Any) -> Path:
+    """A drawn chest X-ray as DICOM, computed radiography; its header holds synthetic.SECRETS."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    uid = {"SOPInstanceUID": f"1.2.826.0.1.3680043.8.498.4711.3.{seed}"}
+    return save(path, dataset(stored(chest(*SHAPE, seed), bits), bits, **uid | elements))
+
+
+def pixels(path: Path) -> NDArray[Any]:
+    """The stored values of a PNG."""
+    values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert values is not None, f"{path} is no picture"
+    return values
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """report.json of an output folder."""
+    return json.loads((folder / "report.json").read_text())
+
+
+def fates(folder: Path) -> dict[str, str]:
+    """Status by input file name, from report.json; one entry per name."""
+    files = report_of(folder)["files"]
+    found = {Path(entry["input"]).name: entry["status"] for entry in files}
+    assert len(found) == len(files), files
+    return found
+
+
+def tree(folder: Path) -> set[str]:
+    """Every file below a folder, hidden ones too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+class ToyRunner(Runner):
+    """A pixelwise stand-in for both networks: milliseconds to build, the same bits at every batch size.
+
+    The denoiser (x0) returns 0.7 cxr + 0.2 tanh(x_t), the enhancer 0.9 x. Each call is counted first, and `before` is
+    then asked with the number of enhancer calls so far; what it raises is what the runner raises. `after` may change
+    the enhancer's output in place.
+    """
+
+    name = "toy"
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__(device=torch.device("cpu"), precision="fp32", batch_range=(1, None), image_size=image_size)
+        self.denoised = self.enhanced = 0
+        self.batches: list[int] = []
+        self.before: Callable[[int], None] = lambda _: None
+        self.after: Callable[[int, torch.Tensor], None] = lambda _, __: None
+        self.closed = False
+
+    def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
+        self.denoised += 1
+        torch.add(0.7 * cxr, torch.tanh(x_t), alpha=0.2, out=out)
+
+    def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.enhanced += 1
+        self.batches.append(len(x))
+        self.before(self.enhanced)
+        torch.mul(x, 0.9, out=out)
+        self.after(self.enhanced, out)
+
+    def close(self) -> None:
+        self.closed = True

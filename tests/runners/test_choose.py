@@ -1,0 +1,180 @@
+"""Choosing device, runner and precision: what was asked for by name is used, or the run stops and says why."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bsdiff_rt import runners
+from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle
+from bsdiff_rt.errors import BundleError, EngineError, SettingsError
+from bsdiff_rt.runners import choose, load_networks, load_runner, resolve_device, resolve_precision, unavailable
+from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(params=[0, 2])
+def gpus(request, monkeypatch):
+    """A machine with so many CUDA devices, as far as torch.cuda says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
+    return request.param
+
+
+def test_device_auto(gpus):
+    assert resolve_device("auto") == (GPU if gpus else CPU)
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("name", "needed"), [("cuda", 1), ("cuda:0", 1), ("cuda:1", 2), ("cuda:2", 3)])
+def test_device_by_name(gpus, name, needed):
+    if gpus >= needed:
+        assert resolve_device(name) == torch.device(name)
+    else:
+        with pytest.raises(SettingsError, match=f"--device {name}: this machine has {gpus} CUDA devices; use --device"):
+            resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "meta", "mps", "cpu:1", "CPU", "cuda:0:1"])
+def test_no_device(gpus, name):
+    with pytest.raises(SettingsError, match=f"--device {name}: not .*use auto, cpu, cuda or cuda:N"):
+        resolve_device(name)
+
+
+def test_auto_on_a_cpu():
+    name, why = choose("auto", CPU)
+    assert name == "onnxruntime"
+    assert "not tensorrt: " in why
+    assert "not aoti: " in why
+
+
+def test_auto_on_a_gpu():
+    name, why = choose("auto", GPU)
+    assert name == "eager"
+    assert "not onnxruntime: it runs on the CPU, not yet on cuda:0" in why
+
+
+def test_auto_without_onnxruntime(monkeypatch):
+    monkeypatch.setattr(runners, "find_spec", lambda _: None)
+    name, why = choose("auto", CPU)
+    assert name == "eager"
+    assert "not onnxruntime: the package onnxruntime is not installed" in why
+
+
+def test_auto_takes_the_fastest_that_can_be_used(monkeypatch):
+    monkeypatch.setattr(runners, "unavailable", lambda *_: None)
+    assert choose("auto", GPU) == ("tensorrt", "fastest available")
+
+
+@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
+def test_by_name(name):
+    assert choose(name, CPU) == (name, "asked for")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("aoti", CPU, "no engine of this kind"),
+        ("tensorrt", GPU, "no engine of this kind"),
+        ("onnxruntime", GPU, "it runs on the CPU"),
+    ],
+)
+def test_by_name_is_never_substituted(name, device, reason):
+    with pytest.raises(EngineError, match=f"--runner {name} cannot be used on {device}: {reason}.* use --runner auto"):
+        choose(name, device)
+
+
+def test_by_name_without_its_package(monkeypatch):
+    monkeypatch.setattr(runners, "find_spec", lambda _: None)
+    assert unavailable("eager", CPU) is None
+    with pytest.raises(EngineError, match="the package onnxruntime is not installed"):
+        choose("onnxruntime", CPU)
+
+
+@pytest.mark.parametrize("runner", ["eager", "onnxruntime"])
+def test_precision(runner):
+    assert resolve_precision(runner, "auto") == resolve_precision(runner, "fp32") == "fp32"
+    for precision in ("fp16", "bf16"):
+        with pytest.raises(EngineError, match=f"--precision {precision}: runner {runner} computes in fp32"):
+            resolve_precision(runner, precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("auto", OnnxRuntimeRunner), ("onnxruntime", OnnxRuntimeRunner), ("eager", EagerRunner)]
+)
+def test_load(tiny_bundle, name, kind, caplog):
+    with caplog.at_level(logging.INFO), load_runner(open_bundle(tiny_bundle), name, CPU) as runner:
+        assert type(runner) is kind
+        assert runner.image_size == 64
+    assert f"runner {runner.name} on cpu" in caplog.text
+
+
+def test_load_checks_the_precision(tiny_bundle):
+    with pytest.raises(EngineError, match="--precision fp16"):
+        load_runner(open_bundle(tiny_bundle), "eager", CPU, "fp16")
+
+
+def test_networks_have_the_bundles_weights(tiny_bundle):
+    for network, name in zip(load_networks(open_bundle(tiny_bundle)), ("denoiser", "enhancer"), strict=True):
+        stored = load_file(tiny_bundle / f"{name}.safetensors")
+        state = network.state_dict()
+        assert set(state) == set(stored)
+        assert all(torch.equal(state[key], stored[key]) for key in state)
+        assert not network.training
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def opened(folder, **changes) -> Bundle:
+    """The bundle with a changed manifest; what its files hash to is another test's business."""
+    content = json.loads((folder / MANIFEST).read_text())
+    for path, value in changes.items():
+        section, key = path.split("__")
+        content[section][key] = value
+    return Bundle(folder, Manifest.from_json(json.dumps(content)), "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser__channels": [8, 32]},
+        {"denoiser__res_blocks": [2, 1]},
+        {"denoiser__channels": [8, 16, 32]},
+        {"denoiser__channels": []},
+        {"denoiser__norm_groups": 3},
+        {"denoiser__norm_groups": 0},
+        {"enhancer__latent_channels": 8},
+        {"enhancer__middle_attention": False},
+        {"enhancer__attention": [True]},
+        {"enhancer__channels": [-8, 16]},
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_the_manifest(bundle_copy, changes):
+    name = next(iter(changes)).split("__")[0]
+    with pytest.raises(
+        BundleError, match=rf"{name}\.safetensors: weights do not fit the manifest's network: "
+    ) as caught:
+        load_networks(opened(bundle_copy, **changes))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600  # not the list of every weight
+
+
+def test_a_weight_that_is_missing(bundle_copy):
+    path = bundle_copy / "denoiser.safetensors"
+    weights = load_file(path)
+    weights.pop("conv_in.bias")
+    save_file(weights, path)
+    with pytest.raises(BundleError, match=r"denoiser\.safetensors: .*conv_in\.bias"):
+        load_networks(opened(bundle_copy))
+
+
+def test_weights_that_are_no_safetensors(bundle_copy):
+    (bundle_copy / "enhancer.safetensors").write_bytes(b"not weights")
+    with pytest.raises(BundleError, match=r"enhancer\.safetensors: weights do not fit"):
+        load_networks(opened(bundle_copy))

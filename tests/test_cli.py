@@ -1,0 +1,523 @@
+"""The command line: exit codes, what goes to which stream, options that are refused, inputs that are bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from helpers import dicom, fates, pixels, png, report_of, tree
+from pydicom.uid import CTImageStorage
+from synthetic import SECRETS, chest
+
+from bsdiff_rt import __version__, bundle
+from bsdiff_rt import cli as module
+
+COMMANDS = ("infer", "evaluate", "info")
+
+
+def lines(text):
+    return text.strip().splitlines()
+
+
+# --- help and version ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_with_its_default(cli, command):
+    shown = cli(command, "--help")
+    assert shown.code == 0
+    assert shown.err == ""
+    for option in {"infer": ("--output", "--sampler", "--dry-run"), "evaluate": ("--cxr",), "info": ("--json",)}[
+        command
+    ]:
+        assert option in shown.out
+    if command == "infer":
+        for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
+            assert default in shown.out
+        assert shown.out.count("the bundle's") == 4  # sampler, steps, enhance, detail
+
+
+def test_version(cli):
+    assert cli("--version").out == f"bsdiff-rt {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("nothing",), ("infer",), ("infer", "x"), ("infer", "-o", "x")])
+def test_what_is_no_command(cli, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(*arguments).code == 2
+    assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("infer", "--help"), ("info", "--help")])
+def test_answers_come_from_the_installed_command_too(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", "from bsdiff_rt.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+# --- infer: streams, --json, --dry-run ---
+
+
+def test_infer(infer, tmp_path):
+    """With the real networks, from PNG and DICOM."""
+    png(tmp_path / "in" / "a.png")
+    dicom(tmp_path / "in" / "sub" / "b.dcm")
+    done = infer()
+    assert done.code == 0
+    assert lines(done.out)[0].startswith("2 ok, ")
+    assert "images/s; results and report.json in " in done.out
+    assert "runner onnxruntime on cpu" in done.err
+    assert tree(tmp_path / "out") == {"a.png", "sub/b.dcm", "report.json"}
+    again = infer()
+    assert (again.code, again.out) == (0, f"2 skipped; results and report.json in {tmp_path / 'out'}\n")
+
+
+def test_json_is_the_report(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"text")
+    done = infer("--json")
+    assert done.code == 3
+    assert json.loads(done.out) == report_of(tmp_path / "out")
+
+
+def test_quiet_says_only_what_is_wrong(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    assert infer("--quiet").err == ""
+    (tmp_path / "in" / "b.png").write_bytes(b"text")
+    done = infer("-q")
+    assert lines(done.err) == [f"refused: {tmp_path / 'in' / 'b.png'}: not a PNG, JPEG or TIFF file"]
+
+
+def test_verbose_shows_why_a_batch_failed(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+
+    def before(_):
+        raise RuntimeError("no room")
+
+    toy.before = before
+    quiet, verbose = infer(), infer("-v")
+    assert (quiet.code, verbose.code) == (3, 3)
+    assert "Traceback" not in quiet.err
+    assert "Traceback" in verbose.err
+    assert "no room" in quiet.err
+
+
+def test_nothing_found(infer, toy, tmp_path):
+    (tmp_path / "in").mkdir()
+    done = infer()
+    assert (done.code, done.out) == (0, f"no images found; results and report.json in {tmp_path / 'out'}\n")
+
+
+def test_dry_run_writes_nothing(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    dicom(tmp_path / "in" / "b")
+    (tmp_path / "in" / "c.png").write_bytes(b"text")
+    before = tree(tmp_path)
+    done = infer("--dry-run")
+    assert done.code == 3
+    assert [line.replace(str(tmp_path), "") for line in lines(done.out)] == [
+        "would write: /in/a.png -> a.png",
+        "would write: /in/b -> b.dcm",
+        "would refuse: /in/c.png -> not a PNG, JPEG or TIFF file",
+    ]
+    assert tree(tmp_path) == before
+    assert toy.denoised == 0
+    listed = json.loads(infer("--dry-run", "--json").out)
+    assert [entry["status"] for entry in listed] == ["ok", "ok", "refused"]
+    assert tree(tmp_path) == before
+    (tmp_path / "in" / "c.png").unlink()
+    infer()
+    finished = infer("--dry-run")
+    assert finished.code == 0
+    assert [line.partition(":")[0] for line in lines(finished.out)] == ["would skip", "would skip"]
+
+
+def test_a_name_that_is_no_text(infer, toy, tmp_path):
+    """File names are bytes; one that is not UTF-8 must not stop the others."""
+    png(tmp_path / "in" / "a.png").rename(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff\xfe.png"))
+    (tmp_path / "in" / os.fsdecode(b"\xfd.png")).write_bytes(b"text")
+    assert infer("--dry-run").code == 3
+    assert infer().code == 3
+    assert json.loads(infer("--json").out)["files"]
+    assert {entry["status"] for entry in report_of(tmp_path / "out")["files"]} == {"skipped", "refused"}
+
+
+def test_progress_in_a_log(infer, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PLAIN_PROGRESS_EVERY_S", 0.0)
+    for seed in range(3):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    told = [line for line in lines(infer("--batch", 1).err) if "files" in line]
+    assert [line.split(" ")[0] for line in told] == ["1/3", "2/3", "3/3"]
+    assert all("images/s" in line and "s left" in line for line in told)
+    assert [line for line in lines(infer().err) if "files" in line] == [f"{n}/3 files, 0 s left" for n in (1, 2, 3)]
+    assert "files" not in infer("--quiet", "--overwrite").err
+
+
+def test_progress_on_a_terminal(infer, toy, tmp_path, monkeypatch):
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "[red]b.png").write_bytes(b"text")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    done = infer()
+    assert done.code == 3
+    assert "2/2" in done.err
+    assert "[red]b.png: not a PNG, JPEG or TIFF file" in done.err  # brackets are no markup
+    assert "2/2" not in infer("--quiet").err
+
+
+# --- infer: options ---
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m", "release"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
+    png(tmp_path / "in" / "a.png")
+    assert infer("--sampler", sampler, "--steps", steps).code == 0
+    settings = report_of(tmp_path / "out")["settings"]
+    assert (settings["sampler"], settings["steps"]) == (sampler, steps)
+    assert toy.denoised == steps
+
+
+def test_every_option_arrives(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    options = (
+        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --batch 3 --no-enhance --size model"
+    )
+    more = "--detail source --format png --sop sc --preview --overwrite --force"
+    assert infer(*options.split(), *more.split()).code == 0
+    assert report_of(tmp_path / "out")["settings"] == {
+        "sampler": "ddpm",
+        "steps": 2,
+        "seed": 9,
+        "enhance": False,
+        "size": "model",
+        "detail": "source",
+        "format": "png",
+        "sop": "sc",
+        "runner": "eager",
+        "precision": "fp32",
+    }
+    assert toy.enhanced == 0
+    assert pixels(tmp_path / "out" / "a.png").shape == (64, 58)
+    assert (tmp_path / "out" / "preview.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--sampler euler", "Invalid value for '--sampler'"),
+        ("--steps 0", "0 sampling steps asked for"),
+        ("--steps 1001", "give 1 to 1000"),
+        ("--steps many", "Invalid value for '--steps'"),
+        ("--seed -1", "seed -1 is out of range"),
+        ("--seed 1.5", "Invalid value for '--seed'"),
+        ("--batch 0", "'0' is not auto or a whole number above 0"),
+        ("--batch -3", "'-3' is not auto or a whole number above 0"),
+        ("--batch two", "'two' is not auto"),
+        ("--batch ²", "'²' is not auto"),
+        ("--device gpu", "--device gpu: not a device"),
+        ("--device cuda:99", "CUDA devices"),
+        ("--size big", "Invalid value for '--size'"),
+        ("--detail best", "Invalid value for '--detail'"),
+        ("--format jpeg", "Invalid value for '--format'"),
+        ("--runner fast", "Invalid value for '--runner'"),
+        ("--precision fp8", "Invalid value for '--precision'"),
+        ("--unknown", "No such option: --unknown"),
+    ],
+)
+def test_options_that_are_refused(infer, toy, tmp_path, options, message):
+    png(tmp_path / "in" / "a.png")
+    refused = infer(*options.split())
+    assert refused.code == 2
+    assert message in refused.err
+    assert refused.out == ""
+    assert "Traceback" not in refused.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", ["--runner tensorrt", "--runner aoti", "--precision fp16"])
+def test_a_runner_that_cannot_be_used(infer, tmp_path, options):
+    png(tmp_path / "in" / "a.png")
+    refused = infer(*options.split())
+    assert refused.code == 4
+    assert refused.err.startswith(f"bsdiff-rt: {options} ") or "--precision fp16: runner" in refused.err
+    assert len(lines(refused.err)) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- infer: what is refused as a whole ---
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "enhancer.safetensors"])
+def test_a_bundle_with_one_byte_changed(cli, bundle_copy, tmp_path, name):
+    png(tmp_path / "in" / "a.png")
+    content = bytearray((bundle_copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_copy / name).write_bytes(content)
+    refused = cli("infer", tmp_path / "in", "-o", tmp_path / "out", "--bundle", bundle_copy)
+    assert refused.code == 4
+    (line,) = lines(refused.err)
+    assert line.startswith(f"bsdiff-rt: {bundle_copy / name}: SHA-256 is ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_bundle(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "BUNDLES", tmp_path)
+    png(tmp_path / "in" / "a.png")
+    refused = cli("infer", tmp_path / "in", "-o", tmp_path / "out")
+    assert refused.code == 4
+    assert lines(refused.err) == ["bsdiff-rt: no bundle 'demo': neither a folder nor one of those shipped (none)"]
+
+
+def test_an_output_folder_that_cannot_be_written(cli, toy, tiny_bundle, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "file").write_text("mine")
+    refused = cli("infer", tmp_path / "in", "-o", tmp_path / "file" / "out", "--bundle", tiny_bundle)
+    assert refused.code == 2
+    (line,) = lines(refused.err)
+    assert line.startswith(f"bsdiff-rt: --output {tmp_path / 'file' / 'out'}: cannot be written (")
+
+
+# --- infer: bad inputs ---
+
+
+def truncated(path: Path, share: float = 0.6) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def colour(path: Path) -> Path:
+    picture = np.stack([np.rint(chest(80, 72, seed) * 255).astype(np.uint8) for seed in range(3)], axis=2)
+    picture[20:40, 20:40] = (10, 60, 200)
+    path.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
+    return path
+
+
+def black(path: Path) -> Path:
+    path.write_bytes(cv2.imencode(".png", np.zeros((80, 72), np.uint8))[1].tobytes())
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("SECRET^ÄNNE was here\n")
+    return path
+
+
+def link_to_nothing(path: Path) -> Path:
+    path.symlink_to("nowhere")
+    return path
+
+
+BAD = {
+    "truncated 1.png": (lambda path: truncated(png(path)), "failed", "truncated"),
+    "truncated 2.dcm": (lambda path: truncated(dicom(path)), "failed", ""),
+    "header cut off.dcm": (lambda path: truncated(dicom(path), 0.02), "failed", ""),
+    "pixels left out.dcm": (lambda path: dicom(path, PixelData=None), "failed", "no pixel data"),
+    "ct.dcm": (lambda path: dicom(path, SOPClassUID=CTImageStorage, Modality="CT"), "refused", "CT"),
+    "lateral.dcm": (lambda path: dicom(path, ViewPosition="LL"), "refused", "not a frontal view"),
+    "photo.jpg": (colour, "refused", "a colour picture"),
+    "small 1.png": (lambda path: png(path, shape=(20, 20)), "refused", "20 x 20 px"),
+    "small 2.dcm": (lambda path: dicom(path, Rows=20, Columns=20), "failed", "more pixels than one frame"),
+    "black.png": (black, "refused", "every pixel shows the same grey"),
+    "text 1.dcm": (text, "refused", "not a DICOM file"),
+    "text 2.ima": (text, "refused", "not a DICOM file"),
+    "text 3.png": (text, "refused", "not a PNG, JPEG or TIFF file"),
+    "empty 1.png": (lambda path: path.write_bytes(b""), "failed", "empty"),
+    "empty 2.dcm": (lambda path: path.write_bytes(b""), "failed", "empty"),
+    "link.png": (link_to_nothing, "refused", "no such file"),
+}
+
+
+def test_bad_inputs_are_told_and_the_rest_is_done(infer, cli, toy, tiny_bundle, tmp_path):
+    good = ["a.png", "z.dcm"]
+    png(tmp_path / "in" / "a.png")
+    dicom(tmp_path / "in" / "z.dcm")
+    for name, (make, _, _) in BAD.items():
+        make(tmp_path / "in" / name)
+    done = infer("-v", "--batch", 2)
+    assert done.code == 3
+    assert fates(tmp_path / "out") == dict.fromkeys(good, "ok") | {name: status for name, (_, status, _) in BAD.items()}
+    entries = {Path(entry["input"]).name: entry for entry in report_of(tmp_path / "out")["files"]}
+    for name, (_, status, reason) in BAD.items():
+        entry = entries[name]
+        assert reason in entry["reason"], name
+        assert entry["reason"], name
+        assert "\n" not in entry["reason"], name
+        assert (entry["output"], entry["sha256"]) == (None, None)
+        assert f"{status}: {entry['input']}: {entry['reason']}" in lines(done.err)
+    assert tree(tmp_path / "out") == {*good, "report.json"}
+    said = done.out + done.err + (tmp_path / "out" / "report.json").read_text()
+    assert not [secret for secret in SECRETS if secret in said.replace(str(tmp_path), "")]
+    assert "Traceback" not in said
+    assert "Warning" not in said
+
+
+def test_a_missing_input(cli, toy, tiny_bundle, tmp_path):
+    good = png(tmp_path / "a.png")
+    done = cli("infer", tmp_path / "absent", good, "-o", tmp_path / "out", "--bundle", tiny_bundle)
+    assert done.code == 3
+    assert fates(tmp_path / "out") == {"absent": "refused", "a.png": "ok"}
+    assert f"refused: {tmp_path / 'absent'}: no such file or folder" in lines(done.err)
+
+
+def test_a_folder_named_like_a_picture(infer, toy, tmp_path):
+    png(tmp_path / "in" / "x.png" / "a.png")
+    assert infer().code == 0
+    assert tree(tmp_path / "out") == {"x.png/a.png", "report.json"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # from writing what this test reads
+def test_secrets_stay_out_of_the_log_when_all_is_well(infer, toy, tmp_path):
+    dicom(tmp_path / "in" / "a.dcm", StudyDate="not a date SECRET", PatientName="SECRET^" + "X" * 80)
+    done = infer("-v")
+    assert done.code == 0
+    said = done.out + done.err + (tmp_path / "out" / "report.json").read_text()
+    assert not [secret for secret in SECRETS if secret in said.replace(str(tmp_path), "")]
+
+
+# --- interruption ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_with_130_and_resumes(infer, toy, tmp_path, number):
+    for seed in range(4):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    toy.before = lambda call: signal.raise_signal(number) if call == 3 else None
+    stopped = infer("--batch", 1)
+    assert stopped.code == 130
+    assert lines(stopped.err)[-1] == "bsdiff-rt: interrupted; finished files are complete, the same command resumes"
+    assert "Traceback" not in stopped.err
+    assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok"}
+    toy.before = lambda _: None
+    assert infer("--batch", 1).code == 0
+    assert fates(tmp_path / "out") == {"0.png": "skipped", "1.png": "skipped", "2.png": "ok", "3.png": "ok"}
+
+
+def test_an_interruption_of_the_real_program(tiny_bundle, tmp_path):
+    """By a signal from outside, at whatever moment it comes."""
+    for seed in range(3):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    arguments = ["infer", tmp_path / "in", "-o", tmp_path / "out", "--bundle", tiny_bundle, "--sampler", "ddim"]
+    program = subprocess.Popen(
+        [sys.executable, "-c", "from bsdiff_rt.cli import main; main()", *map(str, arguments), "--steps", "200"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("0.png")) and program.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    program.send_signal(signal.SIGINT)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert lines(said)[-1] == "bsdiff-rt: interrupted; finished files are complete, the same command resumes"
+    known = fates(tmp_path / "out")
+    assert known["0.png"] == "ok"
+    assert tree(tmp_path / "out") == {*known, "report.json"}
+
+
+def test_a_bug_is_not_hidden(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+
+    def before(_):
+        raise TypeError("a bug")
+
+    toy.before = before
+    with pytest.raises(TypeError, match="a bug"):  # the interpreter then prints its trace and ends with 1
+        infer()
+
+
+# --- evaluate and info ---
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Prediction, truth and X-ray of two images; the second prediction is perfect."""
+    for seed in (0, 1):
+        png(tmp_path / "cxr" / f"p{seed}.png", 16, seed=seed)
+        truth = chest(80, 72, seed) * np.float32(0.9)
+        for folder, picture in (("truth", truth), ("out", truth * np.float32(0.95 if seed == 0 else 1))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            values = np.rint(picture * 65535).astype(np.uint16)
+            cv2.imwrite(str(tmp_path / folder / f"p{seed}.png"), values)
+    return tmp_path / "out", tmp_path / "truth", "--cxr", tmp_path / "cxr"
+
+
+def test_evaluate(cli, pairs):
+    done = cli("evaluate", *pairs)
+    assert (done.code, done.err) == (0, "")
+    table = lines(done.out)
+    titles = ["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"]
+    assert re.split(" {2,}", table[0]) == titles
+    assert [row.split()[0] for row in table[1:]] == ["p0", "p1", "mean"]
+    assert table[2].split()[1:] == ["1.0000", "1.0000", "1.0000", "0.0000", "1.0000", "inf"]
+
+
+def test_evaluate_json_is_json(cli, pairs):
+    """Equal images have an infinite PSNR, which JSON has no number for."""
+
+    def no_constant(name):
+        pytest.fail(f"{name} is not JSON")
+
+    done = cli("evaluate", *pairs, "--json", "--size", 64)
+    found = json.loads(done.out, parse_constant=no_constant)
+    assert found["size_px"] == 64
+    assert [image["name"] for image in found["images"]] == ["p0", "p1"]
+    assert found["images"][1]["psnr"] is None
+    assert found["images"][1]["bsr"] == 1
+    assert set(found["mean"]) == {"bsr", "bsr_tone_matched", "bsr_release", "mse", "ssim", "psnr"}
+    assert found["mean"]["mse"] == pytest.approx(found["images"][0]["mse"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--size", 8], 2, "Invalid value for '--size'"),
+        ([], 2, "no such file or folder"),
+        (["--cxr"], 2, "requires an argument"),
+    ],
+)
+def test_evaluate_refuses(cli, tmp_path, options, code, message):
+    refused = cli("evaluate", tmp_path / "a", tmp_path / "b", "--cxr", tmp_path / "c", *options)
+    assert refused.code == code
+    assert message in refused.err
+
+
+def test_evaluate_names_the_file_that_is_bad(cli, pairs):
+    truncated(pairs[0] / "p1.png")
+    refused = cli("evaluate", *pairs)
+    assert refused.code == 3
+    assert lines(refused.err)[-1].startswith(f"bsdiff-rt: {pairs[0] / 'p1.png'}: ")
+
+
+def test_info(cli):
+    done = cli("info")
+    assert done.code == 0
+    assert f"  bsdiff-rt: {__version__}" in lines(done.out)
+    assert "bundles" in lines(done.out)
+    assert set(json.loads(cli("info", "--json").out)) >= {"versions", "devices", "bundles", "engines"}
+
+
+def test_infer_then_evaluate(cli, infer, tmp_path):
+    """What infer writes is what evaluate reads, for PNG and for DICOM named by a UID."""
+    png(tmp_path / "in" / "a.png", 12)
+    dicom(tmp_path / "in" / "1.2.3.4")
+    assert infer("--preview").code == 0
+    done = cli("evaluate", tmp_path / "out", tmp_path / "in", "--cxr", tmp_path / "in", "--json")
+    assert done.code == 0, done.err
+    assert [image["name"] for image in json.loads(done.out)["images"]] == ["1.2.3.4", "a"]
+    assert json.loads(done.out)["images"][0]["bsr"] is None  # the X-ray as its own truth: no bone

@@ -1,0 +1,213 @@
+"""Which files are inputs, where their results go, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import dicom, png
+
+from bsdiff_rt.discover import find_tasks
+
+OUT = Path("/nowhere/out")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """tmp_path/in, empty, with tmp_path as working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def put(*paths):
+    """Files with content of no format: what counts is the name."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"some text")
+
+
+def results(*inputs, output=OUT, file_format="auto"):
+    """Output by input, both as text."""
+    tasks = find_tasks(inputs, output, file_format)
+    assert all(task.refusal is None for task in tasks)
+    return {str(task.input): str(task.output) for task in tasks}
+
+
+def refusals(*inputs, output=OUT, file_format="auto", **options):
+    """Reason by input file name; those that are not refused are left out."""
+    tasks = find_tasks(inputs, output, file_format, **options)
+    assert all((task.output is None) == (task.refusal is not None) for task in tasks)
+    return {task.input.name: task.refusal for task in tasks if task.refusal}
+
+
+def test_a_folder_is_mirrored_in_sorted_order(folder):
+    put(folder / "b.png", folder / "B" / "x.png", folder / "a" / "deep" / "er" / "y.jpeg", folder / "a.tif")
+    tasks = find_tasks([Path("in")], OUT, "auto")
+    assert [(str(task.input), str(task.output)) for task in tasks] == [
+        ("in/a.tif", "a.png"),
+        ("in/b.png", "b.png"),
+        ("in/B/x.png", "B/x.png"),
+        ("in/a/deep/er/y.jpeg", "a/deep/er/y.png"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.JPEG", "a.tif", "a.tiff", "a.dcm", "a.DCM", "a.ima"])
+def test_suffixes_that_are_searched_for(folder, name):
+    put(folder / name)
+    assert results(folder) == {str(folder / name): "a.png"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.json", "README", ".hidden.png", ".DS_Store", "DICOMDIR", "dicomdir", "a.gif"]
+)
+def test_what_is_no_input(folder, name):
+    put(folder / name, folder / "sub" / name)
+    assert results(folder) == {}
+
+
+def test_a_dicomdir_is_no_input_even_though_it_is_dicom(folder):
+    dicom(folder / "DICOMDIR")
+    assert results(folder) == {}
+
+
+def test_hidden_folders_are_not_searched(folder):
+    put(folder / ".git" / "a.png", folder / "sub" / ".cache" / "a.png")
+    assert results(folder) == {}
+
+
+@pytest.mark.parametrize("name", ["a.gif", ".hidden.png", "README", "DICOMDIR"])
+def test_a_file_named_by_the_user_is_one(folder, name):
+    put(folder / name)
+    assert [task.input for task in find_tasks([folder / name], OUT, "auto")] == [folder / name]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("IM000001", "IM000001"),
+        ("1.2.840.113619.2.5", "1.2.840.113619.2.5"),
+        ("1.2.840.dcm", "1.2.840"),
+        ("scan.v2", "scan.v2"),
+        ("a.png", "a"),  # DICOM, whatever its name says
+    ],
+)
+def test_dicom_is_found_by_content_and_keeps_its_name(folder, name, stem):
+    dicom(folder / name)
+    assert results(folder) == {str(folder / name): f"{stem}.dcm"}
+    assert results(folder, file_format="png") == {str(folder / name): f"{stem}.png"}
+
+
+def test_the_format_decides_the_suffix(folder):
+    dicom(folder / "a.dcm")
+    png(folder / "b.png")
+    assert set(results(folder).values()) == {"a.dcm", "b.png"}
+    assert set(results(folder, file_format="png").values()) == {"a.png", "b.png"}
+    assert set(results(folder, file_format="dicom").values()) == {"a.dcm", "b.dcm"}
+
+
+def test_files_given_one_by_one_lie_side_by_side(folder):
+    put(folder / "a" / "x.png", folder / "b" / "y.png")
+    assert list(results(folder / "a" / "x.png", folder / "b" / "y.png").values()) == ["x.png", "y.png"]
+
+
+@pytest.mark.parametrize("second", ["in", "in/a.png", "./in/sub/../a.png", "link.png"])
+def test_a_file_named_twice_is_done_once(folder, second):
+    put(folder / "a.png", folder / "sub" / "b.png")
+    (folder.parent / "link.png").symlink_to(folder / "a.png")
+    assert sorted(results(Path("in"), Path(second)).values()) == ["a.png", "sub/b.png"]
+
+
+def test_results_that_would_replace_each_other(folder):
+    put(folder / "a.jpg", folder / "a.png", folder / "a.tif", folder / "b.png", folder.parent / "b.png")
+    assert refusals(folder, Path("b.png")) == {
+        "a.png": f"its result a.png would replace that of {folder / 'a.jpg'}; run it apart",
+        "a.tif": f"its result a.png would replace that of {folder / 'a.jpg'}; run it apart",
+        "b.png": f"its result b.png would replace that of {folder / 'b.png'}; run it apart",
+    }
+
+
+def test_a_dicom_and_a_png_of_one_name_do_not_collide(folder):
+    dicom(folder / "a.dcm")
+    png(folder / "a.png")
+    assert set(results(folder).values()) == {"a.dcm", "a.png"}
+    assert refusals(folder, file_format="png").keys() == {"a.png"}
+
+
+def test_what_is_not_there(folder):
+    put(folder / "a.png")
+    assert refusals(Path("absent"), folder, Path("in/b.png")) == {
+        "absent": "no such file or folder",
+        "b.png": "no such file or folder",
+    }
+
+
+def test_the_output_folder_is_not_searched(folder, monkeypatch):
+    put(
+        folder / "a.png", folder / "out" / "a.png", folder / "out" / "sub" / "b.png", folder / "other" / "out" / "c.png"
+    )
+    expected = ["a.png", "other/out/c.png"]
+    assert list(results(folder, output=folder / "out").values()) == expected
+    monkeypatch.chdir(folder)
+    assert list(results(Path(), output=Path("out")).values()) == expected
+    (folder.parent / "elsewhere").symlink_to(folder / "out")
+    assert list(results(folder, output=folder.parent / "elsewhere").values()) == expected
+
+
+def test_the_output_folder_as_input_is_refused(folder):
+    """Its results would be the next run's X-rays."""
+    put(folder / "a.jpg")
+    assert refusals(folder, output=Path("in")) == {
+        "in": "it is the output folder, which is never searched; choose another --output"
+    }
+
+
+def test_a_result_never_replaces_an_x_ray(folder):
+    put(folder / "a.png", folder / "b.jpg", folder / "sub" / "c.png", folder / "sub" / "sub" / "c.png")
+    reason = "its result would replace the X-ray {}; choose another --output"
+    assert refusals(folder / "a.png", folder / "b.jpg", output=folder) == {"a.png": reason.format(folder / "a.png")}
+    # in/sub/sub/c.png -> sub/c.png below in/
+    found = find_tasks([folder / "sub"], folder, "auto")
+    assert [task.refusal for task in found] == [None, reason.format(folder / "sub" / "c.png")]
+
+
+def test_a_result_that_the_preview_would_replace(folder):
+    put(folder / "preview.png", folder / "sub" / "preview.png")
+    assert results(folder).keys() == {str(folder / "preview.png"), str(folder / "sub" / "preview.png")}
+    tasks = find_tasks([folder], OUT, "auto", reserved=("preview.png",))
+    assert [task.refusal for task in tasks] == ["its result preview.png would replace the run's own; rename it", None]
+
+
+def test_a_folder_that_cannot_be_searched_is_said(folder, monkeypatch):
+    put(folder / "a.png", folder / "locked" / "b.png")
+    real = os.scandir
+
+    def scandir(path):  # permissions do not stop root, who may run this test
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    tasks = find_tasks([folder], OUT, "auto")
+    assert [(task.input.name, task.refusal) for task in tasks] == [
+        ("a.png", None),
+        ("locked", "cannot be searched: Permission denied"),
+    ]
+
+
+def test_links(folder):
+    put(folder / "a.png", folder.parent / "far" / "b.png")
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "link").symlink_to(folder.parent / "far")  # not followed: it may lead in a circle
+    found = {task.input.name: task.refusal for task in find_tasks([folder], OUT, "auto")}
+    assert found == {"a.png": None, "broken.png": "no such file or folder", "loop.png": "no such file or folder"}
+    assert list(results(folder / "link").values()) == ["b.png"]
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe"])
+def test_what_is_no_regular_file_does_not_hang(folder, name):
+    os.mkfifo(folder / name)
+    assert results(folder) == {}
+    assert refusals(folder / name) == {name: "no file or folder (a pipe, socket or device)"}

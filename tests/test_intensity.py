@@ -1,0 +1,152 @@
+"""Resize, padding and tone: there and back without a shift, and the local bone layer."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from synthetic import chest
+
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.intensity import equalize, from_network, place, subtract_local_bone, to_network
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (256, 200), (101, 256)])
+def test_a_picture_of_the_networks_size_comes_back_unchanged(rows, columns):
+    levels = np.random.default_rng(0).integers(0, 65536, (rows, columns))
+    picture = (levels / 65535).astype(np.float32)
+    square, placement = to_network(picture, Preprocessing(size=256))
+    assert square.shape == (256, 256)
+    assert square.dtype == np.float32
+    assert (placement.height, placement.width) == (rows, columns)
+    back = from_network(square, placement)
+    np.testing.assert_allclose(back, picture, atol=1e-7)
+    np.testing.assert_array_equal(np.rint(back * 65535), levels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        (1024, 1024, (0, 0, 256, 256)),
+        (1955, 1841, (0, 7, 256, 241)),
+        (2048, 2500, (23, 0, 210, 256)),
+        (333, 77, (0, 98, 256, 59)),
+        (40, 50, (25, 0, 205, 256)),
+        (3, 3000, (127, 0, 1, 256)),
+    ],
+)
+def test_placement_keeps_the_aspect_and_centres(rows, columns, expected):
+    placement = place(rows, columns, 256)
+    assert (placement.top, placement.left, placement.height, placement.width) == expected
+    assert (placement.rows, placement.columns, placement.size) == (rows, columns, 256)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1955, 1841), (700, 901), (333, 77), (120, 95), (64, 256)])
+def test_smooth_pictures_survive_the_round_trip(rows, columns):
+    y, x = np.mgrid[0:rows, 0:columns]
+    picture = (0.5 + 0.4 * np.sin(4 * (x + 0.5) / columns) * np.cos(3 * (y + 0.5) / rows)).astype(np.float32)
+    square, placement = to_network(picture, Preprocessing(size=256))
+    assert -1 <= square.min() <= square.max() <= 1
+    back = from_network(square, placement)
+    assert back.shape == picture.shape
+    assert back.dtype == np.float32
+    # Rows and columns each hold less than a period: bicubic is good to a thousandth, edges (no gradient there) to 1 %.
+    np.testing.assert_allclose(back, picture, atol=0.02)
+    assert np.abs(back - picture).mean() < 1.5e-3
+
+
+def _centroid(picture):
+    y, x = np.mgrid[0 : picture.shape[0], 0 : picture.shape[1]]
+    weights = picture.astype(np.float64) / picture.sum(dtype=np.float64)
+    return (y * weights).sum(), (x * weights).sum()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1000, 700), (511, 513), (100, 130)])
+def test_nothing_shifts(rows, columns):
+    centre = (0.4 * rows, 0.62 * columns)
+    y, x = np.mgrid[0:rows, 0:columns]
+    sigma = 0.05 * max(rows, columns)
+    picture = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * sigma**2)).astype(np.float32)
+    square, placement = to_network(picture, Preprocessing(size=256))
+    scale = placement.height / rows, placement.width / columns
+    row, column = _centroid((square + 1) / 2)
+    # The centre of pixel i lies at i + 0.5; half a pixel of the 256 square would be 0.5 here.
+    assert row == pytest.approx((centre[0] + 0.5) * scale[0] - 0.5 + placement.top, abs=0.02)
+    assert column == pytest.approx((centre[1] + 0.5) * scale[1] - 0.5 + placement.left, abs=0.02)
+    assert _centroid(from_network(square, placement)) == pytest.approx(_centroid(picture), abs=0.02 * rows / 256)
+
+
+def test_the_border_is_the_repeated_edge():
+    picture = chest(100, 60)
+    square, placement = to_network(picture, Preprocessing(size=128))
+    inside = slice(placement.left, placement.left + placement.width)
+    assert (square[:, : placement.left] == square[:, inside][:, :1]).all()
+    assert (square[:, placement.left + placement.width :] == square[:, inside][:, -1:]).all()
+
+
+def test_results_outside_the_range_are_clipped():
+    placement = place(64, 64, 32)
+    assert from_network(np.full((32, 32), 1.5, np.float32), placement).max() == 1
+    assert from_network(np.full((32, 32), -1.5, np.float32), placement).min() == 0
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (256, 211), (131, 256), (64, 40)])
+@pytest.mark.parametrize("clip_limit", [1.0, 2.0, 40.0])
+def test_clahe_is_opencvs_within_a_level(rows, columns, clip_limit):
+    levels = np.rint(chest(rows, columns) * 255).astype(np.uint8)
+    expected = cv2.createCLAHE(clip_limit, (8, 8)).apply(levels) / 255
+    got = equalize((levels / 255).astype(np.float32), clip_limit, 8)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, atol=1.01 / 255)
+
+
+def test_clahe_does_not_depend_on_the_source_depth():
+    # What cv2's 16-bit CLAHE gets wrong: the same picture at 12 and at 16 bits.
+    picture = chest(512, 480)
+    prep = Preprocessing(size=256, clahe_clip_limit=2.0)
+    at_12, _ = to_network((np.rint(picture * 4095) / 4095).astype(np.float32), prep)
+    at_16, _ = to_network((np.rint(picture * 65535) / 65535).astype(np.float32), prep)
+    plain, _ = to_network(picture, Preprocessing(size=256))
+    assert np.abs(at_12 - at_16).max() < 0.03
+    assert np.abs(at_12 - at_16).mean() < 0.002
+    assert np.abs(at_12 - plain).mean() > 0.05  # and it does something
+
+
+def test_no_bone_leaves_the_source_alone():
+    source = chest(300, 260)
+    square, placement = to_network(source, Preprocessing(size=128))
+    np.testing.assert_array_equal(subtract_local_bone(source, square, square, placement), source)
+
+
+def test_a_change_of_tone_alone_leaves_the_source_alone():
+    source = chest(300, 260)
+    square, placement = to_network(source, Preprocessing(size=128))
+    np.testing.assert_allclose(subtract_local_bone(source, square, square - 0.3, placement), source, atol=1e-6)
+
+
+def test_local_bone_is_subtracted_and_detail_stays():
+    generator = np.random.default_rng(1)
+    fine = 0.05 * generator.standard_normal((1024, 900)).astype(np.float32)
+    y = np.mgrid[0:1024, 0:900][0]
+    rib = (0.1 * np.exp(-(((y - 500) / 12.0) ** 2))).astype(np.float32)
+    source = np.float32(0.5) + rib + fine
+    cxr_net, placement = to_network(source, Preprocessing(size=256))
+    soft_net, _ = to_network(np.float32(0.5) + fine, Preprocessing(size=256))
+    result = subtract_local_bone(source, cxr_net, soft_net, placement)
+    assert result.shape == source.shape
+    assert result.dtype == np.float32
+    # The Gaussian of a 3 px wide rib at sigma 6 px keeps a third of its height: two thirds go.
+    left = (result - fine - 0.5)[495:505].mean() / rib[495:505].mean()
+    assert 0.25 < left < 0.45
+    fine_in, fine_out = source - cv2.blur(source, (5, 5)), result - cv2.blur(result, (5, 5))
+    assert np.corrcoef(fine_in.ravel(), fine_out.ravel())[0, 1] > 0.999
+
+
+def test_sigma_scales_with_the_square():
+    source = chest(256, 256)
+    for size, sigma in ((256, 6.0), (128, 3.0)):
+        cxr_net, placement = to_network(source, Preprocessing(size=size))
+        soft_net = np.where(np.mgrid[0:size, 0:size][0] % 32 < 4, cxr_net - 0.2, cxr_net).astype(np.float32)
+        default = subtract_local_bone(source, cxr_net, soft_net, placement)
+        np.testing.assert_array_equal(default, subtract_local_bone(source, cxr_net, soft_net, placement, sigma))
+        assert not np.array_equal(default, subtract_local_bone(source, cxr_net, soft_net, placement, 2 * sigma))

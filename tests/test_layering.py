@@ -1,0 +1,183 @@
+"""Who may import whom, that only declared packages are needed, and that --help waits for nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRODUCT, WORKSHOPS = "bsdiff_rt", ("train", "export", "benchmarks")
+TORCH_FREE = [
+    "config",
+    "errors",
+    "bundle",
+    "metrics",
+    "noise",
+    "schedule",
+    "intensity",
+    "dicom",
+    "dicom_grey",
+    "derived",
+    "raster",
+    "radiograph",
+    "report",
+    "discover",
+    "preview",
+    "evaluate",
+    "cli",
+]
+# docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler -> pipeline -> cli.
+LAYERS = (
+    {"errors", "config", ""},
+    {"schedule", "bundle", "radiograph", "noise", "networks"},
+    {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
+    {"derived", "discover", "preview", "runners"},
+    {"evaluate", "sampler"},
+    {"pipeline", "info"},
+    {"cli"},
+)
+
+
+def imports(path: Path) -> dict[str, int]:
+    """Every module a file imports, at any depth in it, with the line; names imported from packages included."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name: node.lineno for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}": node.lineno for alias in node.names}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def layer_of(part: str) -> int:
+    (level,) = (number for number, layer in enumerate(LAYERS) if part in layer)
+    return level
+
+
+@pytest.mark.parametrize("folder", [PRODUCT, *WORKSHOPS])
+def test_directions(folder):
+    forbidden = {*WORKSHOPS, "tests", "synthetic", "helpers", "conftest"} - {folder}
+    assert files(folder)
+    for path in files(folder):
+        for module, line in imports(path).items():
+            assert module.split(".")[0] not in forbidden, f"{path}:{line} imports {module}"
+
+
+def test_layers_inside_the_product():
+    """A module imports only lower layers and its own; a new module needs its place in LAYERS."""
+    for path in files(PRODUCT):
+        part = path.relative_to(ROOT / PRODUCT).with_suffix("").parts[0].replace("__init__", "")
+        if part == "bundles":
+            continue
+        for module, line in imports(path).items():
+            if module.startswith(f"{PRODUCT}."):
+                other = module.split(".")[1]
+                other = "" if other.startswith("__") else other
+                assert layer_of(other) <= layer_of(part), f"{path}:{line} imports {module}, a layer above its own"
+
+
+def test_no_circles_inside_the_product():
+    graph = {}
+    for path in files(PRODUCT):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = {module for module in imports(path) if module.startswith(f"{PRODUCT}.")}
+    known = set(graph)
+    edges = {
+        name: {module if module in known else module.rpartition(".")[0] for module in found} - {name, PRODUCT}
+        for name, found in graph.items()
+    }
+    done: set[str] = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for other in sorted(edges.get(name, ())):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, [])
+
+
+def test_the_product_needs_only_what_it_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    optional = {"tensorrt": {"bsdiff_rt/runners/tensorrt.py"}}  # an extra, imported in one place
+    distributions = packages_distributions()
+    for path in files(PRODUCT):
+        for module, line in imports(path).items():
+            package = module.split(".")[0]
+            if package == PRODUCT or package in sys.stdlib_module_names:
+                continue
+            place = f"{path.relative_to(ROOT)}:{line} imports {module}"
+            if package in optional:
+                assert path.relative_to(ROOT).as_posix() in optional[package], place
+                continue
+            owners = {owner.lower().replace("_", "-") for owner in distributions.get(package, [])}
+            assert owners & declared, f"{place}, which no declared dependency provides"
+
+
+def loaded_by(code: str) -> dict[str, list[str]]:
+    """Runs code that prints a JSON document as its last line, in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors", "bsdiff_rt.pipeline")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["infer", "--help"], ["evaluate", "--help"]])
+def test_answers_wait_for_nothing_heavy(arguments):
+    code = f"""
+import json, sys
+from bsdiff_rt.cli import main
+sys.argv = ["bsdiff-rt", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print()
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    assert loaded_by(code) == []
+
+
+def test_torch_free_modules():
+    """Reading, writing and measuring need no torch: what brings it in first is named."""
+    code = f"""
+import importlib, json, sys
+found = {{}}
+for name in {TORCH_FREE!r}:
+    importlib.import_module("bsdiff_rt." + name)
+    for heavy in ("torch", "onnxruntime"):
+        if heavy in sys.modules and heavy not in found:
+            found[heavy] = name
+print(json.dumps(found))
+"""
+    assert loaded_by(code) == {}
+
+
+def test_training_and_export_packages_stay_out_of_inference():
+    """The bare install runs inference: nothing of the extras is imported on the way."""
+    code = """
+import json, sys
+import bsdiff_rt.pipeline, bsdiff_rt.info, bsdiff_rt.runners.onnxruntime
+extras = ("monai", "generative", "accelerate", "onnxscript", "skimage", "tensorboard", "diffusers", "tensorrt")
+print(json.dumps([name for name in extras if name in sys.modules]))
+"""
+    assert loaded_by(code) == []

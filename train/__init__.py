@@ -1,0 +1,1 @@
+"""Training of the denoiser and the enhancer, and the data they learn from."""

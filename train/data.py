@@ -1,0 +1,254 @@
+"""Training pairs: real dual-energy pairs and phantoms, and the augmentation that makes a small set go a long way.
+
+Everything here is numpy and cv2 on [H, W] float32 images in [0, 1]; a batch for step `k` depends only on the seed and
+`k`, so an interrupted training resumes on exactly the batches it would have seen.
+
+Two kinds of target, told apart by how the X-ray looks:
+
+- *scanner*: the dual-energy soft-tissue image as its scanner displays it, which is darker than the X-ray overall;
+- *tone-matched*: the X-ray minus its local bone layer. Used whenever the intensities were changed strongly, because an
+  image from somewhere else must keep its own tone ("tone is not bone").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.raster import read_together
+
+Image = NDArray[np.float32]
+
+STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
+BONE_FREE_PERCENTILE = 25  # within a window wider than a rib, this share of the pixels shows tone only
+BONE_WINDOW_PX = 31  # at 256 x 256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One patient: X-ray, truth, and the truth in the X-ray's own tone. All [S, S] float32 in [0, 1]."""
+
+    name: str
+    cxr: Image
+    soft_tissue: Image
+    tone_matched: Image
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How often and how strongly training pairs are changed. Probabilities in [0, 1].
+
+    Attributes:
+        geometry: scale of rotation, zoom, shear and elastic deformation; 1 is the recipe of the demo model, 0 none.
+        foreign: share of the real samples made to look like another scanner's (tone-matched target).
+        swap_bones: share of the real samples whose bone layer comes from another pair or a phantom.
+        blur_noise: share of the samples with changed sharpness or added noise in the X-ray.
+    """
+
+    geometry: float = 1.0
+    foreign: float = 0.5
+    swap_bones: float = 0.35
+    blur_noise: float = 0.3
+
+
+def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
+    """Name, X-ray and soft-tissue files of every NAME_cxr.* / NAME_soft_tissue.* pair in `folder`, sorted by name.
+
+    Raises:
+        SettingsError: no pair there, or an X-ray without its soft-tissue image.
+    """
+    pairs = []
+    for cxr in sorted(folder.glob("*_cxr.*")):
+        name = re.sub(r"_cxr$", "", cxr.stem)
+        partners = list(folder.glob(f"{name}_soft_tissue.*"))
+        if len(partners) != 1:
+            raise SettingsError(f"{cxr}: expected one file {name}_soft_tissue.*, found {len(partners)}")
+        pairs.append((name, cxr, partners[0]))
+    if not pairs:
+        raise SettingsError(f"{folder}: no pairs NAME_cxr.png / NAME_soft_tissue.png found")
+    return pairs
+
+
+def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
+    """Read one pair and bring it to `size` x `size` (area averaging)."""
+    cxr, soft_tissue = (
+        cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+        for image in read_together([cxr_path, soft_tissue_path])
+    )
+    return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue))
+
+
+def match_tone(cxr: Image, soft_tissue: Image) -> Image:
+    """The truth in the X-ray's tone: the smooth lower envelope of cxr - soft_tissue is tone, what rises above is bone.
+
+    Returns: [H, W] float32 in [0, 1].
+    """
+    bone = cxr - soft_tissue
+    size = cxr.shape[0]
+    small = cv2.resize(bone, (128, 128), interpolation=cv2.INTER_AREA)
+    window = BONE_WINDOW_PX // 2 | 1  # at 128 px
+    padded = np.pad(small, window // 2, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window))
+    envelope = np.percentile(windows.reshape(128, 128, -1), BONE_FREE_PERCENTILE, axis=-1).astype(np.float32)
+    envelope = cv2.GaussianBlur(envelope, (0, 0), 5.0)
+    tone = cv2.resize(envelope, (size, size), interpolation=cv2.INTER_CUBIC)
+    matched: Image = np.clip(soft_tissue + tone, 0.0, 1.0)
+    return matched
+
+
+class Batches:
+    """Deterministic source of augmented batches: `Batches.batch(step)` for any step, in any order.
+
+    Args:
+        real: dual-energy pairs.
+        phantoms: [N, 2, P, P] uint8, X-ray and soft tissue of each phantom.
+        real_share: share of real samples in a batch; 0 when there are no pairs.
+        augmentation: see `Augmentation`.
+        seed: every batch is a function of this and its step.
+    """
+
+    def __init__(
+        self,
+        real: list[Pair],
+        phantoms: NDArray[np.uint8],
+        real_share: float,
+        augmentation: Augmentation,
+        seed: int,
+    ) -> None:
+        if not real and not len(phantoms):
+            raise SettingsError("nothing to train on: give a folder of pairs, a number of phantoms, or both")
+        self.real = real
+        self.phantoms = phantoms
+        self.real_share = real_share if real else 0.0
+        if not len(phantoms):
+            self.real_share = 1.0
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def batch(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
+        """`count` augmented samples for `step`: [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.
+
+        Geometry is that of a `size` x `size` image; `crop` cuts a random window out of it.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        samples = [self._sample(rng, size, crop) for _ in range(count)]
+        return np.stack(samples) * 2.0 - 1.0
+
+    def _sample(self, rng: np.random.Generator, size: int, crop: int) -> NDArray[np.float32]:
+        if rng.random() < self.real_share:
+            cxr, soft_tissue = self._real(rng, size, crop)
+        else:
+            stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
+            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation.geometry)
+            if rng.random() < self.augmentation.foreign:
+                curve = tone_curve(rng)
+                cxr, soft_tissue = curve(cxr), curve(soft_tissue)
+        if rng.random() < self.augmentation.blur_noise:
+            cxr, soft_tissue = degrade(rng, cxr, soft_tissue)
+        return np.clip(np.stack([cxr, soft_tissue]), 0.0, 1.0)
+
+    def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
+        pair = self.real[rng.integers(len(self.real))]
+        strength = self.augmentation.geometry
+        foreign = rng.random() < self.augmentation.foreign
+        truth = pair.tone_matched if foreign else pair.soft_tissue
+        cxr, soft_tissue = warp(rng, [pair.cxr, truth], size, crop, strength)
+        bone = cxr - soft_tissue
+        if rng.random() < self.augmentation.swap_bones:
+            bone = self._other_bone(rng, size, crop, foreign)
+        if foreign:
+            cxr = soft_tissue + rng.uniform(0.35, 1.25) * bone
+            curve = tone_curve(rng)
+            return curve(np.clip(cxr, 0, 1)), curve(soft_tissue)
+        # The scanner's own look: only as much variation as exposures of one scanner show.
+        gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
+        cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
+        return gain * cxr + offset, gain * soft_tissue + offset
+
+    def _other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
+        """A bone layer that never belonged to this soft tissue: another patient's, or a phantom's."""
+        if foreign and len(self.phantoms) and rng.random() < 0.5:
+            stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
+            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation.geometry)
+            bone = cxr - soft_tissue
+            spread = float(bone.std())
+            return bone * (0.035 / spread) if spread > 1e-3 else bone
+        donor = self.real[rng.integers(len(self.real))]
+        truth = donor.tone_matched if foreign else donor.soft_tissue
+        (bone,) = warp(rng, [donor.cxr - truth], size, crop, self.augmentation.geometry)
+        return bone
+
+
+def warp(rng: np.random.Generator, images: list[Image], size: int, crop: int, strength: float) -> list[Image]:
+    """One random flip, affine map and elastic deformation, applied to every image alike; a `crop` window of the result.
+
+    Rotation up to 10 degrees, zoom 0.85 to 1.35, aspect and shear to 8 %, elastic displacement about 1 % of the
+    image, each times `strength`; borders repeat the edge, as in preprocessing.
+    """
+    source = images[0].shape[0]
+    angle = np.deg2rad(rng.uniform(-10, 10) * strength)
+    zoom = np.exp(rng.uniform(-0.16, 0.3) * strength)
+    stretch = np.exp(rng.uniform(-0.08, 0.08) * strength)
+    shear = rng.uniform(-0.08, 0.08) * strength
+    flip = -1.0 if strength > 0 and rng.random() < 0.5 else 1.0
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    # From output to source coordinates, both centred and in units of half a side.
+    matrix = rotation @ np.array([[flip * stretch, shear], [0.0, 1.0 / stretch]]) / zoom
+    free = size - crop
+    corner = rng.integers(0, free + 1, 2) if free else np.zeros(2, int)
+    axis = (np.arange(crop) + 0.5) * 2.0 / size - 1.0
+    x, y = np.meshgrid(axis + corner[0] * 2.0 / size, axis + corner[1] * 2.0 / size)
+    shift = rng.uniform(-0.08, 0.08, 2) * strength
+    elastic = rng.normal(0.0, 0.02 * strength, (2, 6, 6)).astype(np.float32)
+    bend = [cv2.resize(field, (crop, crop), interpolation=cv2.INTER_CUBIC) for field in elastic]
+    map_x = (matrix[0, 0] * x + matrix[0, 1] * y + shift[0] + bend[0] + 1.0) * source / 2.0 - 0.5
+    map_y = (matrix[1, 0] * x + matrix[1, 1] * y + shift[1] + bend[1] + 1.0) * source / 2.0 - 0.5
+    # Linear sampling aliases when it skips source pixels: blur first by what the reduction calls for.
+    reduction = source / size / zoom
+    blur = 0.45 * np.sqrt(max(reduction**2 - 1.0, 0.0))
+    maps = map_x.astype(np.float32), map_y.astype(np.float32)
+    return [
+        cv2.remap(
+            cv2.GaussianBlur(image, (0, 0), blur) if blur > 0.2 else image,
+            *maps,
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        for image in images
+    ]
+
+
+def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
+    """A random monotone curve on [0, 1]: gamma, a smooth piecewise-linear bend, and a range inside [0, 1]."""
+    knots = np.cumsum(np.concatenate([[0.0], rng.uniform(0.45, 1.55, 7)]))
+    gamma = np.exp(rng.uniform(-0.5, 0.5))
+    grid = np.linspace(0.0, 1.0, 257)
+    bent = np.interp(grid**gamma, np.linspace(0.0, 1.0, 8), knots / knots[-1])
+    # The bend's corners would show as edges in smooth tissue.
+    smooth = cv2.GaussianBlur(bent[None], (0, 0), 12.0, borderType=cv2.BORDER_REFLECT)[0]
+    low, high = rng.uniform(0.0, 0.15), rng.uniform(0.8, 1.0)
+    values = low + (high - low) * smooth
+    return lambda image: np.interp(image, grid, values).astype(np.float32)
+
+
+def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[Image, Image]:
+    """Another detector: both images softer or sharper alike, and noise in the X-ray alone."""
+    kind = rng.integers(3)
+    if kind == 0:
+        sigma = rng.uniform(0.3, 0.9)
+        cxr, soft_tissue = cv2.GaussianBlur(cxr, (0, 0), sigma), cv2.GaussianBlur(soft_tissue, (0, 0), sigma)
+    elif kind == 1:
+        amount = rng.uniform(0.2, 0.8)
+        cxr, soft_tissue = (
+            image + amount * (image - cv2.GaussianBlur(image, (0, 0), 1.5)) for image in (cxr, soft_tissue)
+        )
+    else:
+        cxr = cxr + rng.normal(0.0, rng.uniform(0.002, 0.012), cxr.shape).astype(np.float32)
+    return cxr, soft_tissue

@@ -1,0 +1,103 @@
+"""What a network in training is judged on: held-out phantoms and pairs, and a picture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bsdiff_rt.config import Schedule
+from bsdiff_rt.intensity import place, subtract_local_bone
+from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
+from bsdiff_rt.noise import ImageNoise, batch_noise
+from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.sampler import sample
+from bsdiff_rt.schedule import sampler_table
+from train.data import Pair, tone_curve
+
+Image = NDArray[np.float32]
+Predict = Callable[[Image], Image]
+
+SAMPLER, STEPS = "ddim", 3
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out pairs by group name, at the network's size.
+
+    `denoiser` and `both` return one flat dict of figures and write a picture: X-ray | truth | prediction | true bone |
+    predicted bone, one row per image.
+    """
+
+    groups: dict[str, list[Pair]]
+    schedule: Schedule
+
+    def denoiser(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """Stage 1 alone: BSR and PSNR per group after a few steps; and, for real pairs shown with a foreign tone, the
+        tone-matched BSR of what `--detail source` makes of them.
+        """
+        return self._judge(lambda cxr: few_step(network, self.schedule, cxr), picture)
+
+    def both(self, denoiser: nn.Module, enhancer: nn.Module, picture: Path) -> dict[str, float]:
+        """Both stages, the same figures."""
+
+        @torch.no_grad()
+        def predict(cxr: Image) -> Image:
+            x = torch.from_numpy(few_step(denoiser, self.schedule, cxr) * 2 - 1)[None, None]
+            enhanced: Tensor = enhancer(x).clamp(-1, 1)
+            return (enhanced[0, 0].numpy() + 1) / 2
+
+        return self._judge(predict, picture)
+
+    def _judge(self, predict: Predict, picture: Path) -> dict[str, float]:
+        rows, figures = [], {}
+        for group, pairs in self.groups.items():
+            predicted = [predict(pair.cxr) for pair in pairs]
+            known = [(pair.cxr, pair.soft_tissue) for pair in pairs]
+            mean = mean_quality([quality(*pair, image) for pair, image in zip(known, predicted, strict=True)])
+            figures |= {f"{group}_bsr": mean.bsr, f"{group}_psnr": mean.psnr}
+            rows += [_row(*pair, image) for pair, image in zip(known[:4], predicted, strict=False)]
+            if group != "phantoms":
+                foreign = [_foreign(pair) for pair in pairs]
+                detailed = [_from_source(cxr, predict(cxr)) for cxr, _ in foreign]
+                scores = [bsr_tone_matched(*pair, image) for pair, image in zip(foreign, detailed, strict=True)]
+                figures |= {f"{group}_foreign": float(np.mean(scores))}
+                rows += [_row(*pair, image) for pair, image in zip(foreign[:2], detailed, strict=False)]
+        cv2.imwrite(str(picture), (np.clip(np.vstack(rows), 0, 1) * 255).astype(np.uint8))
+        return figures
+
+
+def few_step(network: nn.Module, schedule: Schedule, cxr: Image) -> Image:
+    """Stage 1 in a few steps: [S, S] float32 in [0, 1] to the same."""
+    runner = EagerRunner(network, nn.Identity(), cxr.shape[0], torch.device("cpu"))
+    noise = [ImageNoise(0, pixel_digest((cxr * 65535).astype(np.uint16)))]
+
+    def draw(number: int) -> Tensor:
+        return torch.from_numpy(batch_noise(noise, number, cxr.shape))
+
+    table = sampler_table(schedule, SAMPLER, STEPS)
+    x_0 = sample(runner, torch.from_numpy(2 * cxr - 1)[None, None], table, draw)
+    predicted: Image = (x_0[0, 0].numpy() + 1) / 2
+    return predicted
+
+
+def _from_source(cxr: Image, predicted: Image) -> Image:
+    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(*cxr.shape, cxr.shape[0]))
+
+
+def _foreign(pair: Pair) -> tuple[Image, Image]:
+    """A pair as another scanner might show it: weaker bone, its own tone, a tone curve of a fixed seed."""
+    curve = tone_curve(np.random.default_rng(7))
+    weaker = np.clip(pair.tone_matched + 0.6 * (pair.cxr - pair.tone_matched), 0, 1)
+    return curve(weaker), curve(pair.tone_matched)
+
+
+def _row(cxr: Image, soft_tissue: Image, predicted: Image) -> Image:
+    return np.hstack([cxr, soft_tissue, predicted, 2 * (cxr - soft_tissue) + 0.3, 2 * (cxr - predicted) + 0.3])
