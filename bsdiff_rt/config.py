@@ -20,12 +20,17 @@ SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmpp-2m", "release")
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Shape of the stage 1 U-Net: one entry per level, from full resolution down (docs/design.md, Networks)."""
+    """Shape of the stage 1 U-Net: one entry per level, from full resolution down (docs/design.md, Networks).
+
+    `residual` adds the radiograph to the output, so that a network that predicts x0 has only the bone to find and
+    cannot smooth the rest; the published network has no such shortcut.
+    """
 
     channels: tuple[int, ...]
     res_blocks: tuple[int, ...]
     attention: tuple[bool, ...]
     norm_groups: int = 32
+    residual: bool = False
 
     in_channels: int = 2  # x_t and cxr, concatenated
     out_channels: int = 1
@@ -123,7 +128,7 @@ PRESETS: dict[str, Preset] = {
         # Small enough for two CPU cores; five levels so that the attention in the middle sees the whole chest.
         Preset(
             "demo",
-            DenoiserConfig((16, 32, 64, 96, 128), (1, 1, 2, 2, 2), (False,) * 5, norm_groups=8),
+            DenoiserConfig((16, 32, 64, 96, 128), (1, 1, 2, 2, 2), (False,) * 5, norm_groups=8, residual=True),
             EnhancerConfig(
                 (16, 48, 128), (1, 1, 3), (False,) * 3, latent_channels=16, middle_attention=False, norm_groups=8
             ),

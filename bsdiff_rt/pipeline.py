@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -127,35 +127,24 @@ class Inference:
         folder = self.settings.output
         _make_output_folder(folder)
         before = self._finished_before()
-        ledger = Ledger(self.report, folder, before, on_file)
-        writing: deque[Future[FileEntry]] = deque()
-
-        def collect(at_most: int) -> None:
-            while len(writing) > at_most:
-                wait([writing[0]])  # interrupted here, its entry is not lost
-                ledger.add(writing.popleft().result())
-
+        ledger = Ledger(self.report, folder, (str(task.input) for task in tasks), before, on_file)
         runner = load_runner(self.bundle, self.settings.runner, self.device, self.settings.precision)
-        with runner, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
-            try:
+        try:
+            with runner, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
+                writing: deque[Future[None]] = deque()
                 for outcome in _batched(self._read_ahead(tasks, before, readers), self.batch):
                     if isinstance(outcome, FileEntry):
                         ledger.add(outcome)
                         continue
-                    for done in self._do(outcome, runner, writers):
-                        if isinstance(done, FileEntry):
-                            ledger.add(done)
-                        else:
-                            writing.append(done)
-                    collect(at_most=2 * self.batch)
-                collect(at_most=0)
-            finally:
-                try:
-                    collect(at_most=0)
-                finally:
-                    ledger.save()
+                    writing += self._do(outcome, runner, writers, ledger)
+                    while len(writing) > 2 * self.batch:
+                        writing.popleft().result()
+                for write in writing:
+                    write.result()
+        finally:  # after the writers: leaving their `with` waits for what they were given
+            ledger.save()
         if self.settings.preview:
-            self._write_preview(tasks)
+            self._write_preview()
         return self.report
 
     def _finished_before(self) -> dict[str, FileEntry]:
@@ -207,9 +196,9 @@ class Inference:
         )
 
     def _do(
-        self, batch: list[Ready], runner: Runner, writers: ThreadPoolExecutor
-    ) -> Iterator[FileEntry | Future[FileEntry]]:
-        """Both networks on one batch, then hand each result to a writer.
+        self, batch: list[Ready], runner: Runner, writers: ThreadPoolExecutor, ledger: Ledger
+    ) -> Iterator[Future[None]]:
+        """Both networks on one batch, then hand each result to a writer, which enters it into the ledger.
 
         A backend that fails (RuntimeError: out of memory, say) fails the files of this batch; the next one may fit.
         """
@@ -226,11 +215,16 @@ class Inference:
             logger.debug("a batch failed", exc_info=True)
             smaller = ", a smaller --batch may help" if len(batch) > 1 else ""
             reason = f"the networks failed ({one_line(error)}); nothing was written{smaller}"
-            yield from (_not_done(ready.task, "failed", reason, started - ready.seconds) for ready in batch)
+            for ready in batch:
+                ledger.add(_not_done(ready.task, "failed", reason, started - ready.seconds))
             return
         share = (time.monotonic() - started) / len(batch)
+
+        def finish(ready: Ready, soft_tissue_net: NDArray[np.float32]) -> None:
+            ledger.add(self._write(ready, soft_tissue_net))
+
         for ready, image in zip(batch, soft_tissue, strict=True):
-            yield writers.submit(self._write, replace(ready, seconds=ready.seconds + share), image[0])
+            yield writers.submit(finish, replace(ready, seconds=ready.seconds + share), image[0])
 
     def _write(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> FileEntry:
         """Bring one result to its output matrix and write it; a result that is no image fails its file."""
@@ -250,11 +244,9 @@ class Inference:
         seconds = round(ready.seconds + time.monotonic() - started, 4)
         return FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, digest, ready.input_sha256)
 
-    def _write_preview(self, tasks: list[Task]) -> None:
+    def _write_preview(self) -> None:
         """preview.png from the files as they lie there, so that those of an earlier run are in it, too."""
-        position = {str(task.input): number for number, task in enumerate(tasks)}
         shown = [entry for entry in self.report.files if entry.output is not None]
-        shown.sort(key=lambda entry: position[entry.input])
         preview = Preview()
         for entry in shown[:ROWS]:
             try:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import platform
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,33 +84,50 @@ class Report:
 class Ledger:
     """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
 
+    Any thread may add: who finishes a file adds its entry itself, so that an interruption of the main thread cannot
+    part the two.
+
     Args:
         report: the run's report, without files yet.
         folder: output folder.
+        order: every input, as the report lists them.
         before: what an earlier run finished (`finished_before`); entries not reached yet stay in the saved report, so
             that an interrupted run can be resumed again.
         on_file: told each entry as it is added.
     """
 
     def __init__(
-        self, report: Report, folder: Path, before: dict[str, FileEntry], on_file: Callable[[FileEntry], None]
+        self,
+        report: Report,
+        folder: Path,
+        order: Iterable[str],
+        before: dict[str, FileEntry],
+        on_file: Callable[[FileEntry], None],
     ) -> None:
         self.report = report
         self._folder = folder
+        self._place = {name: number for number, name in enumerate(order)}
         self._before = before
         self._on_file = on_file
+        self._lock = threading.RLock()
         self._started = self._saved = time.monotonic()
 
     def add(self, entry: FileEntry) -> None:
         """Take up one file's fate."""
-        self.report.files.append(entry)
-        self._on_file(entry)
-        if time.monotonic() - self._saved > SAVE_EVERY_S:
-            self.save()
-            self._saved = time.monotonic()
+        with self._lock:
+            self.report.files.append(entry)
+            self._on_file(entry)
+            if time.monotonic() - self._saved > SAVE_EVERY_S:
+                self.save()
+                self._saved = time.monotonic()
 
     def save(self) -> None:
         """Write the report as it stands."""
+        with self._lock:
+            self._save()
+
+    def _save(self) -> None:
+        self.report.files.sort(key=lambda entry: self._place[entry.input])
         seconds = max(time.monotonic() - self._started, 1e-9)
         self.report.images_per_second = self.report.counts()["ok"] / seconds
         inputs = {entry.input for entry in self.report.files}

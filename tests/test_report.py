@@ -16,6 +16,7 @@ from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_be
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
 FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1)
+ORDER = ["in/a.png", "in/b.png", "in/c.png"]
 
 
 def make(files=(), **changes) -> Report:
@@ -131,7 +132,7 @@ def test_the_ledger_saves_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
     seen = []
-    ledger = Ledger(make(), tmp_path, {}, seen.append)
+    ledger = Ledger(make(), tmp_path, ORDER, {}, seen.append)
     ledger.add(DONE)
     assert not (tmp_path / "report.json").exists()
     now[0] += report.SAVE_EVERY_S + 1
@@ -148,9 +149,17 @@ def test_the_ledger_saves_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_the_report_lists_the_inputs_in_order_whoever_finishes_first(tmp_path):
+    ledger = Ledger(make(), tmp_path, ORDER, {}, lambda _: None)
+    ledger.add(FAILED)
+    ledger.add(DONE)
+    ledger.save()
+    assert list(saved(tmp_path)) == [("in/a.png", "a.png"), ("in/b.png", None)]
+
+
 def test_what_was_finished_before_stays_known(tmp_path):
     before = {"a.png": DONE, "c.png": dataclasses.replace(DONE, input="in/c.png", output="c.png")}
-    ledger = Ledger(make(), tmp_path, before, lambda _: None)
+    ledger = Ledger(make(), tmp_path, ORDER, before, lambda _: None)
     ledger.add(dataclasses.replace(DONE, seconds=9.0))
     ledger.save()
     assert saved(tmp_path) == {("in/a.png", "a.png"): "ok", ("in/c.png", "c.png"): "skipped"}
@@ -159,7 +168,7 @@ def test_what_was_finished_before_stays_known(tmp_path):
 
 def test_an_input_has_one_fate(tmp_path):
     """A file that was finished before and fails now is failed, not also skipped."""
-    ledger = Ledger(make(), tmp_path, {"a.png": DONE}, lambda _: None)
+    ledger = Ledger(make(), tmp_path, ORDER, {"a.png": DONE}, lambda _: None)
     ledger.add(FileEntry(DONE.input, None, "failed", "truncated"))
     ledger.save()
     assert saved(tmp_path) == {("in/a.png", None): "failed"}

@@ -207,4 +207,4 @@ class Denoiser(nn.Module):
         for up_block in self.up_blocks:
             h = up_block(h, skips, time_embedding)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return cxr + out if self.config.residual else out

@@ -40,7 +40,15 @@ def test_equals_published_network(preset, size, published_denoiser, relative_dif
     for t in (0, 500, 999):
         steps = torch.tensor([t])
         expected = published(torch.cat((x_t, cxr), dim=1), steps)[:, :1]
+        expected = expected + cxr if config.residual else expected  # ours alone; see the next test
         assert relative_difference(ours(x_t, cxr, steps), expected) < TOLERANCE, f"t = {t}"
+
+
+def test_only_the_demo_preset_is_residual():
+    assert {name for name, preset in PRESETS.items() if preset.denoiser.residual} == {"demo"}
+    network = Denoiser(PRESETS["demo"].denoiser)  # its last convolution starts at zero: no bone found yet
+    x_t, cxr = _inputs(1, 16)
+    assert torch.equal(network(x_t, cxr, torch.tensor([5])), cxr)
 
 
 @torch.no_grad()
