@@ -14,6 +14,8 @@ Objective = Literal["eps", "v", "x0"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
 DetailName = Literal["network", "source"]
 RunnerName = Literal["eager", "onnxruntime", "aoti", "tensorrt"]
+EngineRunnerName = Literal["aoti", "tensorrt"]
+Precision = Literal["fp32", "bf16", "fp16"]
 RUNNERS: tuple[RunnerName, ...] = ("eager", "onnxruntime", "aoti", "tensorrt")
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmpp-2m", "release")
 
@@ -82,6 +84,18 @@ class Preprocessing:
     size: int = 256
     clahe_clip_limit: float = 0.0
     clahe_tiles: int = 8
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `build-engine` was asked for.
+
+    `batch` is the smallest and largest batch the engine takes; equal for an engine of one batch size.
+    """
+
+    runner: EngineRunnerName
+    precision: Precision
+    batch: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

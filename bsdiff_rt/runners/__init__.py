@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bsdiff_rt.bundle import Bundle
-from bsdiff_rt.config import RunnerName
+from bsdiff_rt.config import Precision, RunnerName
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.base import Precision, Runner
+from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 
 logger = logging.getLogger(__name__)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 
+from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
 
-Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class Runner(ABC):
