@@ -12,7 +12,6 @@ from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
 
 
-
 class Runner(ABC):
     """Both networks of one bundle, ready to run on one device; a context manager.
 
