@@ -1,0 +1,226 @@
+"""The recorded loop against the plain one: on the CPU the same numbers, with a stand-in for CUDA the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise
+from test_sampler import SCHEDULES, ToyRunner, draws, images
+
+from bsdiff_rt import sampler as module
+from bsdiff_rt.config import PRESETS, SAMPLERS, SamplerName
+from bsdiff_rt.errors import EngineError, SettingsError
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.noise import ImageNoise, batch_noise
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.sampler import RING_SLOTS, WARM_UP_STEPS, CapturedSampler, sample
+from bsdiff_rt.schedule import Table, sampler_table
+
+SCHEDULE = SCHEDULES[0]
+
+
+def table(name: SamplerName, steps: int) -> Table:
+    return sampler_table(SCHEDULE, name, steps)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 2 * RING_SLOTS + 1])
+def test_equals_the_plain_loop_bit_for_bit(name: SamplerName, steps: int) -> None:
+    runner, cxr = ToyRunner(SCHEDULE), images(3)
+    expected = sample(runner, cxr, table(name, steps), draws(len(cxr)))
+    with CapturedSampler(runner) as captured:
+        for _ in range(2):  # the second call finds the buffers as the first one left them
+            assert torch.equal(captured.sample(cxr, table(name, steps), draws(len(cxr))), expected)
+
+
+def test_a_recording_serves_other_tables_of_as_many_steps() -> None:
+    runner, cxr = ToyRunner(SCHEDULE), images(2)
+    with CapturedSampler(runner, graphs=1) as captured:
+        for name in SAMPLERS:
+            expected = sample(runner, cxr, table(name, 6), draws(len(cxr)))
+            assert torch.equal(captured.sample(cxr, table(name, 6), draws(len(cxr))), expected)
+
+
+def test_a_result_outlives_the_next_call() -> None:
+    runner, cxr = ToyRunner(SCHEDULE), images(2)
+    with CapturedSampler(runner) as captured:
+        first = captured.sample(cxr, table("ddpm", 4), draws(len(cxr)))
+        kept = first.clone()
+        captured.sample(-cxr, table("ddpm", 4), draws(len(cxr)))
+        assert torch.equal(first, kept)
+
+
+def test_a_nan_does_not_reach_the_next_call() -> None:
+    runner, cxr = ToyRunner(SCHEDULE), images(2)
+    expected = sample(runner, cxr, table("dpmpp-2m", 4), draws(len(cxr)))
+    with CapturedSampler(runner) as captured:
+        assert captured.sample(cxr * torch.nan, table("dpmpp-2m", 4), draws(len(cxr))).isnan().all()
+        assert torch.equal(captured.sample(cxr, table("dpmpp-2m", 4), draws(len(cxr))), expected)
+
+
+def test_noise_for_one_image_is_not_spread_over_a_batch() -> None:
+    cxr = images(2)
+    with CapturedSampler(ToyRunner(SCHEDULE)) as captured, pytest.raises(SettingsError, match="draw one field per"):
+        captured.sample(cxr, table("ddim", 2), draws(1))
+
+
+def test_the_number_of_recordings_is_bounded() -> None:
+    runner = ToyRunner(SCHEDULE)
+    captured = CapturedSampler(runner, graphs=2)
+    for batch in (1, 2, 1, 3):
+        cxr = images(batch)
+        captured.sample(cxr, table("ddim", 2), draws(len(cxr)))
+    assert [key[0] for key in captured._recordings] == [1, 3]  # 2 was used longest ago
+    captured.close()
+    assert not captured._recordings
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: work is done at once, and the order in which it was given is written down.
+
+    A recorded graph replays by doing the step again. What this cannot show is that a device keeps the order; the tests
+    marked gpu do.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.names = iter(["copies", "side"] * 9)
+        self.current = "main"
+        self.fail: BaseException | None = None
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        cuda = self
+
+        class Stream:
+            def __init__(self, _: object = None) -> None:
+                self.name = next(cuda.names)
+
+            def wait_stream(self, other: Any) -> None:
+                cuda.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event: Any) -> None:
+                cuda.log.append(f"{self.name} waits for event of {event.of}")
+
+            def record_event(self) -> Event:
+                event = Event()
+                event.of = self.name
+                return event
+
+        class Event:
+            of = "nothing"
+
+            def record(self) -> None:
+                self.of = cuda.current
+
+        class Graph:
+            def replay(self) -> None:
+                cuda.log.append(f"replay on {cuda.current}")
+                self.work()
+
+            def reset(self) -> None:
+                cuda.log.append("reset")
+
+        @contextmanager
+        def stream(value: Any) -> Iterator[None]:
+            before, cuda.current = cuda.current, value.name
+            yield
+            cuda.current = before
+
+        @contextmanager
+        def graph(value: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert (stream.name, capture_error_mode) == ("side", "thread_local")
+            cuda.log.append("record")
+            recorded: list[tuple[Runner, Any]] = []
+            with patch.context() as inner:
+                inner.setattr(module, "step", lambda runner, buffers: recorded.append((runner, buffers)))
+                yield
+            ((runner, buffers),) = recorded
+            value.work = lambda: module.step(runner, buffers)
+            if cuda.fail:
+                raise cuda.fail
+
+        def current_stream(_: object = None) -> Any:
+            holder = Stream.__new__(Stream)
+            holder.name = cuda.current
+            return holder
+
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "graph", graph)
+        patch.setattr(torch.cuda, "current_stream", current_stream)
+        patch.setattr(torch.cuda, "synchronize", lambda _: cuda.log.append("synchronize"))
+        patch.setattr(module, "_Recording", module._Graph)  # although the images lie on the CPU
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+def test_records_after_warming_up_on_a_side_stream_and_replays(cuda: FakeCuda) -> None:
+    runner, cxr = ToyRunner(SCHEDULE), images(2)
+    expected = sample(ToyRunner(SCHEDULE), cxr, table("ddim", 3), draws(len(cxr)))
+    with CapturedSampler(runner) as captured:
+        assert torch.equal(captured.sample(cxr, table("ddim", 3), draws(len(cxr))), expected)
+        assert cuda.log == ["side waits for main", "record", "main waits for side", *["replay on main"] * 3]
+        assert len(runner.asked) == WARM_UP_STEPS + 3
+        cuda.log.clear()
+        assert torch.equal(captured.sample(cxr, table("ddim", 3), draws(len(cxr))), expected)
+        assert cuda.log == ["replay on main"] * 3  # recorded once
+        cuda.log.clear()
+    assert cuda.log == ["synchronize", "reset"]
+
+
+def test_noise_is_sent_on_its_own_stream_and_never_overtakes(cuda: FakeCuda) -> None:
+    cxr, steps = images(1), RING_SLOTS + 2
+    expected = sample(ToyRunner(SCHEDULE), cxr, table("ddpm", steps), draws(len(cxr)))
+    captured = CapturedSampler(ToyRunner(SCHEDULE))
+    assert torch.equal(captured.sample(cxr, table("ddpm", steps), draws(len(cxr))), expected)
+    sent = "main waits for event of copies"
+    first = ["copies waits for event of nothing", sent, "replay on main"]  # the slot was never used
+    later = ["copies waits for event of main", sent, "replay on main"]
+    last = ["replay on main"]  # adds no noise
+    assert cuda.log[3:] == first * RING_SLOTS + later * (steps - RING_SLOTS - 1) + last
+
+
+def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
+    cuda.fail = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.raises(EngineError, match=r"runner toy cannot be recorded in a CUDA graph: RuntimeError: operation not"):
+        CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
+
+
+def test_no_memory_for_a_recording_is_told_as_such(cuda: FakeCuda) -> None:
+    cuda.fail = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_recorded_network_equals_the_plain_loop_bit_for_bit_on_a_gpu(name: SamplerName) -> None:
+    denoiser, enhancer = Denoiser(PRESETS["tiny"].denoiser), Enhancer(PRESETS["tiny"].enhancer)
+    randomise(denoiser, 1)
+    randomise(enhancer, 2)
+    device = torch.device("cuda", 0)
+    cxr = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = [ImageNoise(0, bytes([number])) for number in range(2)]
+
+    def pinned(number: int) -> torch.Tensor:
+        return torch.from_numpy(batch_noise(noise, number, (64, 64))).pin_memory()
+
+    stream = torch.cuda.Stream(device)
+    with EagerRunner(denoiser, enhancer, 64, device) as runner, torch.cuda.stream(stream):
+        expected = sample(runner, cxr.to(device), table(name, 50), pinned)
+        with CapturedSampler(runner) as captured:
+            for _ in range(3):
+                assert torch.equal(captured.sample(cxr.to(device), table(name, 50), pinned), expected)
