@@ -20,12 +20,12 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from bsdiff_rt.batching import suppress
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SAMPLERS, Preprocessing
 from bsdiff_rt.intensity import from_network, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.pipeline import suppress
 from bsdiff_rt.radiograph import pixel_digest
 from bsdiff_rt.raster import read_together
 from bsdiff_rt.runners import load_runner, resolve_device

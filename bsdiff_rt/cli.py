@@ -68,6 +68,12 @@ def infer(
         typer.Option("--steps", "-n", show_default="the bundle's", help="Denoiser steps per image, 1 to 1000."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same image and seed give the same picture.")] = 0,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="Samples per image: their mean is the result, their deviation goes to uncertainty/."
+        ),
+    ] = 1,
     batch: Annotated[str, typer.Option(help="Images per batch, or auto.")] = "auto",
     enhance: Annotated[
         bool | None, typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Stage 2 on or off.")
@@ -107,6 +113,7 @@ def infer(
         sampler=sampler,
         steps=steps,
         seed=seed,
+        samples=samples,
         batch=_batch(batch),
         enhance=enhance,
         size=size,
@@ -137,6 +144,79 @@ def infer(
             typer.echo(f"{known or 'no images found'}{speed}; results and report.json in {output}")
     if any(entry.status in ("refused", "failed") for entry in entries):
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[
+        str, typer.Option("--bundle", "-b", help="demo, paper (the full size, random weights) or a bundle's folder.")
+    ] = "demo",
+    runner: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="all that can be used",
+            help="eager, onnxruntime, aoti, tensorrt; may be repeated, or comma separated. Eager fp32 always comes first.",
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(show_default="those a runner has", help="fp32, bf16, fp16; may be repeated, or comma separated."),
+    ] = None,
+    engine: Annotated[
+        list[Path] | None, typer.Option(show_default="those in the cache", help="Also this built engine; repeatable.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(show_default="1,4,8; 1 on a CPU", help="Batch sizes, comma separated.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            "-n",
+            show_default="the bundle's; 10 if it has 100 or more",
+            help="Denoiser steps of a whole image; 1000 measures the paper's.",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(show_default="20; 5 on a CPU", help="Measured rounds of steps; images get a fifth of them."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write rows and conditions there.")] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Draw them there: .png, .pdf or .svg; needs matplotlib.")
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time every runner on this machine, in turn, and compare its pictures with the eager network's."""
+    _log(quiet, verbose)
+    batches = None if batch is None else tuple(_whole(part, "--batch") for part in batch.split(","))
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json")
+    from bsdiff_rt import bench_report, plot
+    from bsdiff_rt.bench_model import Wanted
+    from bsdiff_rt.radiograph import write_atomically
+
+    if plot_path is not None:
+        plot.check_plot(plot_path)
+    wanted = Wanted(_names(runner), _names(precision), tuple(engine or ()))
+    settings = bench_report.BenchSettings(bundle, wanted, device, batches, steps, repeats)
+
+    def save(document: bench_report.Document) -> None:
+        if json_path is not None:
+            write_atomically(json_path, document.to_json().encode())
+
+    document = bench_report.run(settings, save)
+    found = document.as_dict()
+    header, *rows = bench_report.table(found)
+    _print_table(header, rows)
+    for line in bench_report.notes(found):
+        typer.echo(line)
+    if plot_path is not None:
+        plot.draw(found, plot_path)
+    if document.exit_code:
+        raise typer.Exit(document.exit_code)
 
 
 @app.command()
@@ -230,11 +310,18 @@ class _Progress:
 
 
 def _batch(text: str) -> int | None:
-    if text == "auto":
-        return None
+    return None if text == "auto" else _whole(text, "--batch", "auto or ")
+
+
+def _whole(text: str, option: str, alternative: str = "") -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is not auto or a whole number above 0", param_hint="--batch")
+        raise typer.BadParameter(f"{text!r} is not {alternative}a whole number above 0", param_hint=option)
     return int(text)
+
+
+def _names(values: list[str] | None) -> tuple[str, ...]:
+    """The values of an option that may be repeated, each a comma separated list; each name once."""
+    return tuple(dict.fromkeys(name for value in values or () for name in value.split(",")))
 
 
 def _numbers(row: Quality) -> dict[str, float | None]:

@@ -110,6 +110,7 @@ class InferSettings:
     sampler: str | None = None
     steps: int | None = None
     seed: int = 0
+    samples: int = 1
     batch: int | None = None
     enhance: bool | None = None
     size: Literal["source", "model"] = "source"

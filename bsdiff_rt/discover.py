@@ -12,6 +12,7 @@ from bsdiff_rt.dicom import is_dicom
 
 RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the samples' standard deviations
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_tasks(
         inputs: files and folders.
         output: the output folder.
         file_format: of the results.
-        reserved: names that the run itself writes into the output folder.
+        reserved: names of files and folders that the run itself writes into the output folder.
     """
     found = list(_files(inputs, output))
     sources = {_real(file): file for file, relative, _ in found if relative is not None}
@@ -63,7 +64,7 @@ def find_tasks(
             refusal = f"its result {target} would replace that of {taken[target]}; run it apart"
         elif source := sources.get(_real(output / target)):
             refusal = f"its result would replace the X-ray {source}; choose another --output"
-        elif str(target) in reserved:
+        elif str(target) in reserved or target.parts[0] in reserved:
             refusal = f"its result {target} would replace the run's own; rename it"
         else:
             taken[target] = file

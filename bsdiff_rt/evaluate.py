@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.dicom import is_dicom, read_dicom
-from bsdiff_rt.discover import is_input, stem_of
+from bsdiff_rt.discover import UNCERTAINTY, is_input, stem_of
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.metrics import Quality, quality
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
@@ -96,6 +96,7 @@ def _by_name(path: Path, role: str) -> dict[str, Path]:
     if path.is_file():
         return {_name(path): path}
     files = [file for file in sorted(path.rglob("*")) if is_input(file) and file.name != PREVIEW]
+    files = [file for file in files if UNCERTAINTY not in file.relative_to(path).parts]
     if role and (labelled := [file for file in files if stem_of(file).endswith(role)]):
         files = labelled
     named: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""One picture of a run: X-ray | soft tissue | bone, one row per image. Torch-free."""
+"""One picture of a run, one row per image: X-ray | soft tissue | bone, and where samples deviate. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ FILE_NAME = "preview.png"
 SIDE_PX = 320
 ROWS = 40  # more would make a picture no viewer opens
 BONE_GAIN = 2.0
+DEVIATION_SHOWN = 0.05  # a standard deviation of this share of the grey levels, or more, is shown in full red
 GAP_PX = 4
 
 
@@ -23,8 +24,16 @@ class Preview:
     def __init__(self) -> None:
         self._rows: list[NDArray[np.uint8]] = []
 
-    def add(self, cxr: NDArray[np.float32], soft_tissue: NDArray[np.float32]) -> None:
-        """Add one image, both [H, W] float32 in [0, 1], of any two sizes; nothing is added after ROWS rows."""
+    def add(
+        self,
+        cxr: NDArray[np.float32],
+        soft_tissue: NDArray[np.float32],
+        deviation: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Add one image, all [H, W] float32 in [0, 1], of any sizes; nothing is added after ROWS rows.
+
+        `deviation`, the standard deviation of several samples, is laid over the soft tissue in red.
+        """
         if len(self._rows) >= ROWS:
             return
         shown, suppressed = _thumbnail(cxr), _thumbnail(soft_tissue)
@@ -32,13 +41,17 @@ class Preview:
         bone = np.clip((shown - suppressed) * BONE_GAIN, 0, 1)
         gap = np.ones((SIDE_PX, GAP_PX), np.float32)
         row = np.hstack([shown, gap, suppressed, gap, bone])
+        if deviation is not None:
+            red = np.clip(_thumbnail(deviation) / DEVIATION_SHOWN, 0, 1)[..., None]
+            overlay = suppressed[..., None] * (1 - red) + red * np.array([0, 0, 1], np.float32)  # blue, green, red
+            row = np.hstack([cv2.cvtColor(row, cv2.COLOR_GRAY2BGR), np.ones((SIDE_PX, GAP_PX, 3), np.float32), overlay])
         self._rows.append(np.rint(row * 255).astype(np.uint8))
 
     def write(self, folder: Path) -> Path | None:
         """Write preview.png into `folder`; None when no image was added."""
         if not self._rows:
             return None
-        gap = np.full((GAP_PX, self._rows[0].shape[1]), 255, np.uint8)
+        gap = np.full((GAP_PX, *self._rows[0].shape[1:]), 255, np.uint8)
         picture = np.vstack([part for row in self._rows for part in (row, gap)][:-1])
         write_atomically(folder / FILE_NAME, cv2.imencode(".png", picture)[1].tobytes())
         return folder / FILE_NAME

@@ -59,6 +59,7 @@ class Report:
     settings: dict[str, Any]
     environment: dict[str, Any]
     images_per_second: float = 0.0
+    networks_busy: float = 0.0  # share of the run's wall time, from 0 to 1
     files: list[FileEntry] = field(default_factory=list)
     bsdiff_rt: str = __version__
 
@@ -70,6 +71,7 @@ class Report:
         """The text of report.json."""
         head = {"bsdiff_rt": self.bsdiff_rt, "bundle": self.bundle, "settings": self.settings}
         tail = {"environment": self.environment, "images_per_second": round(self.images_per_second, 4)}
+        tail |= {"networks_busy": round(self.networks_busy, 4)}
         return json.dumps(head | tail | {"files": [asdict(entry) for entry in self.files]}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -121,9 +123,10 @@ class Ledger:
                 self.save()
                 self._saved = time.monotonic()
 
-    def save(self) -> None:
-        """Write the report as it stands."""
+    def save(self, busy_s: float = 0.0) -> None:
+        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end."""
         with self._lock:
+            self.report.networks_busy = busy_s / max(time.monotonic() - self._started, 1e-9)
             self._save()
 
     def _save(self) -> None:

@@ -195,7 +195,7 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = (
-        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --batch 3 --no-enhance --size model"
+        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3 --no-enhance --size model"
     )
     more = "--detail source --format png --sop sc --preview --overwrite --force"
     assert infer(*options.split(), *more.split()).code == 0
@@ -203,6 +203,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         "sampler": "ddpm",
         "steps": 2,
         "seed": 9,
+        "samples": 2,
         "enhance": False,
         "size": "model",
         "detail": "source",

@@ -32,6 +32,7 @@ TORCH_FREE = [
     "discover",
     "preview",
     "evaluate",
+    "reading",
     "cli",
 ]
 # docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler -> pipeline -> cli.
@@ -40,7 +41,8 @@ LAYERS = (
     {"schedule", "bundle", "radiograph", "noise", "networks"},
     {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
     {"derived", "discover", "preview", "runners"},
-    {"evaluate", "sampler"},
+    {"evaluate", "reading", "sampler"},
+    {"batching"},
     {"pipeline", "info"},
     {"cli"},
 )

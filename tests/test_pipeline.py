@@ -19,7 +19,7 @@ from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
 from synthetic import chest
 
-from bsdiff_rt import pipeline, preview
+from bsdiff_rt import batching, pipeline, preview, reading
 from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
@@ -147,6 +147,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "sampler": "ddim",
         "steps": 3,
         "seed": 7,
+        "samples": 1,
         "enhance": True,
         "size": "source",
         "detail": "network",
@@ -297,7 +298,7 @@ def test_both_stages_stay_in_range(toy, enhance):
     cxr = np.linspace(-1, 1, 2 * 64 * 64, dtype=np.float32).reshape(2, 1, 64, 64)
     noise = [pipeline.ImageNoise(0, bytes([number])) for number in range(2)]
     table = sampler_table(Schedule(objective="x0"), "ddim", 3)
-    result = pipeline.suppress(toy, cxr, table, noise, enhance=enhance)
+    result = batching.suppress(toy, cxr, table, noise, enhance=enhance)
     assert (result.shape, result.dtype) == (cxr.shape, np.float32)
     assert np.abs(result).max() == 1 if enhance else 0.5 < np.abs(result).max() <= 1
     assert toy.enhanced == enhance
@@ -532,7 +533,7 @@ def test_an_interruption_while_the_last_files_are_written(run, toy, tmp_path, mo
         real_write(*arguments)
 
     def interrupted_result(future, *arguments):
-        if networks_done.is_set():
+        if networks_done.is_set() and threading.current_thread() is threading.main_thread():
             raise Stop
         return real_result(future, *arguments)
 
@@ -606,9 +607,8 @@ def test_a_result_that_is_no_image_is_not_written(run, toy, tmp_path, kind, batc
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RuntimeError("out of memory:\n  tried to allocate 3 GiB"), "RuntimeError: out of memory: tried to allocate 3"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
-        (MemoryError(), "MemoryError"),
+        (RuntimeError("no kernel:\n  for this device"), "RuntimeError: no kernel: for this device"),
+        (RuntimeError("CUDA error: an illegal memory access"), "RuntimeError: CUDA error: an illegal memory access"),
     ],
 )
 def test_a_batch_that_fails_fails_its_files_and_the_run_goes_on(run, toy, tmp_path, error, reason):
@@ -627,6 +627,132 @@ def test_a_batch_that_fails_fails_its_files_and_the_run_goes_on(run, toy, tmp_pa
         assert "\n" not in entries[name].reason
     assert tree(tmp_path / "out") == {"report.json", "0.png", "1.png", "4.png"}
     assert fates(tmp_path / "out") == statuses(entries)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("Failed to allocate memory for node")],
+)
+def test_without_the_memory_for_a_batch_the_folder_is_finished_in_smaller_ones(run, toy, tmp_path, error, caplog):
+    for seed in range(9):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+
+    def before(_):
+        if toy.batches[-1] > 2:
+            raise error
+
+    toy.before = before
+    assert set(statuses(run(batch=8)).values()) == {"ok"}
+    assert toy.batches == [8, 4, 2, 2, 2, 2, 1]  # the first eight files in parts, then batches of two
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "out of memory with 8 images at once; going on with 4",
+        "out of memory with 4 images at once; going on with 2",
+    ]
+    for seed in (0, 5, 8):
+        expected = pixels(tmp_path / "out" / f"{seed}.png")
+        run(batch=1, overwrite=True)
+        assert np.array_equal(pixels(tmp_path / "out" / f"{seed}.png"), expected)
+
+
+def test_without_the_memory_for_one_image_it_fails(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    toy.before = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    (entry,) = run(batch=4).values()
+    assert entry.status == "failed"
+    assert entry.reason == "the networks failed (OutOfMemoryError: CUDA out of memory); nothing was written"
+
+
+def test_a_batch_larger_than_the_engine_is_refused(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    toy.batch_range = (2, 4)
+    with pytest.raises(SettingsError, match="--batch 5: this toy engine takes at most 4; build a larger one"):
+        run(batch=5)
+
+
+def test_an_engine_of_one_batch_size_is_filled_up(run, toy, tmp_path):
+    for seed in range(3):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    run(batch=1)
+    expected = {seed: pixels(tmp_path / "out" / f"{seed}.png") for seed in range(3)}
+    toy.batch_range, toy.batches = (2, 2), []
+    assert set(statuses(run(overwrite=True)).values()) == {"ok"}  # auto: two at a time
+    assert toy.batches == [2, 2]
+    for seed in range(3):
+        assert np.array_equal(pixels(tmp_path / "out" / f"{seed}.png"), expected[seed])
+
+
+def test_a_device_that_fails_after_the_order_was_given_fails_the_file(run, toy, tmp_path, monkeypatch):
+    png(tmp_path / "in" / "a.png")
+
+    def failed(_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(batching._Clock, "wait", failed)
+    (entry,) = run().values()
+    assert entry.reason.startswith("the networks failed (RuntimeError: CUDA error: unspecified launch failure)")
+
+
+# --- several samples ---
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_samples_are_averaged_and_their_deviation_is_written(run, toy, tmp_path, batch):
+    for seed in range(2):
+        png(tmp_path / "in" / "sub" / f"{seed}.png", bits=16, seed=seed)
+    single = []
+    for number in range(3):  # sample k is what seed + k gives
+        run(seed=7 + number, overwrite=True, batch=1, size="model")  # not enlarged: that smooths the noise
+        single.append([pixels(tmp_path / "out" / "sub" / f"{seed}.png").astype(float) for seed in range(2)])
+    entries = run(seed=7, samples=3, batch=batch, preview=True, overwrite=True, size="model")
+    assert set(statuses(entries).values()) == {"ok"}
+    assert report_of(tmp_path / "out")["settings"]["samples"] == 3
+    for seed in range(2):
+        stack = np.stack([sample[seed] for sample in single])
+        # Each of the three files was rounded, and so is the mean.
+        assert np.abs(pixels(tmp_path / "out" / "sub" / f"{seed}.png") - stack.mean(0)).max() <= 1
+        deviation = pixels(tmp_path / "out" / "uncertainty" / "sub" / f"{seed}.png").astype(float)
+        assert np.abs(deviation - stack.std(0)).max() <= 1
+        assert deviation.mean() > 100
+    preview_picture = cv2.imread(str(tmp_path / "out" / "preview.png"))
+    assert preview_picture.shape[1] == 4 * preview.SIDE_PX + 3 * preview.GAP_PX
+    again = run(seed=7, samples=3, preview=True, size="model")
+    assert [entry.status for entry in again.values()] == ["skipped"] * 2
+    run(seed=7, samples=3, overwrite=True)
+    assert pixels(tmp_path / "out" / "uncertainty" / "sub" / "0.png").shape == SHAPE
+
+
+def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    run(samples=2)
+    (tmp_path / "out" / "uncertainty" / "a.png").unlink()
+    assert statuses(run(samples=2)) == {"a.png": "ok"}
+    assert (tmp_path / "out" / "uncertainty" / "a.png").is_file()
+
+
+def test_one_bad_sample_fails_its_file(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    toy.after = lambda call, out: out.fill_(float("nan")) if call == 2 else None
+    (entry,) = run(samples=3, batch=1).values()
+    assert entry.reason.startswith("the networks returned NaN")
+    assert tree(tmp_path / "out") == {"report.json"}
+
+
+def test_the_deviations_folder_is_nobody_elses(run, toy, tmp_path):
+    png(tmp_path / "in" / "uncertainty" / "b.png")
+    png(tmp_path / "in" / "a.png", seed=1)
+    entries = run(samples=2)
+    assert statuses(entries) == {"a.png": "ok", "b.png": "refused"}
+    assert entries["b.png"].reason == "its result uncertainty/b.png would replace the run's own; rename it"
+    assert tree(tmp_path / "out") == {"report.json", "a.png", "uncertainty/a.png"}
+
+
+def test_the_last_sample_needs_a_seed_too(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    with pytest.raises(SettingsError, match="out of range"):
+        run(seed=2**64 - 2, samples=3)
+
+
+# --- the run itself ---
 
 
 @pytest.mark.parametrize("error", [EngineError("batch of 2 given to the toy runner"), TypeError("a bug")])
@@ -697,14 +823,14 @@ def test_a_write_that_fails(run, toy, tmp_path, monkeypatch, error, reason):
 def test_a_file_that_cannot_be_read(run, toy, tmp_path, monkeypatch, error, reason):
     png(tmp_path / "in" / "a.png")
     png(tmp_path / "in" / "b.png")
-    real = pipeline.file_sha256
+    real = reading.file_sha256
 
     def read(path):  # permissions do not stop root, who may run this test
         if path == tmp_path / "in" / "a.png":
             raise error
         return real(path)
 
-    monkeypatch.setattr(pipeline, "file_sha256", read)
+    monkeypatch.setattr(reading, "file_sha256", read)
     entries = run()
     assert statuses(entries) == {"a.png": "failed", "b.png": "ok"}
     assert entries["a.png"].reason.startswith(reason)

@@ -1,0 +1,136 @@
+"""Input files, read ahead by threads and made ready for the networks; what cannot be read is told, not raised."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.bundle import file_sha256
+from bsdiff_rt.config import InferSettings, Preprocessing
+from bsdiff_rt.dicom import is_dicom, read_dicom
+from bsdiff_rt.discover import DICOM_SUFFIXES, UNCERTAINTY, Task
+from bsdiff_rt.errors import BsdiffError, InputRefused
+from bsdiff_rt.intensity import Placement, to_network
+from bsdiff_rt.radiograph import Radiograph
+from bsdiff_rt.raster import read_raster
+from bsdiff_rt.report import FileEntry
+
+READERS = 2
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A file that was read and is ready for the networks; `cxr_net` is [S, S] float32 in [-1, 1]."""
+
+    task: Task
+    output: Path
+    radiograph: Radiograph
+    cxr_net: NDArray[np.float32]
+    placement: Placement
+    input_sha256: str
+    seconds: float
+
+
+class Reader:
+    """Reads files for one run.
+
+    Args:
+        settings: of the run; its output folder holds what an earlier run finished.
+        preprocessing: the bundle's.
+        before: what an earlier run finished (`report.finished_before`).
+    """
+
+    def __init__(self, settings: InferSettings, preprocessing: Preprocessing, before: dict[str, FileEntry]) -> None:
+        self.before = before
+        self._settings = settings
+        self._preprocessing = preprocessing
+
+    def ahead(self, tasks: list[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
+        """Outcomes of reading, in the order of the tasks, read up to `depth` files ahead."""
+        pending: deque[Future[Ready | FileEntry]] = deque()
+        with ThreadPoolExecutor(READERS) as threads:
+            try:
+                for task in tasks:
+                    pending.append(threads.submit(self.read, task))
+                    if len(pending) > depth:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def read(self, task: Task) -> Ready | FileEntry:
+        """Read one file for the networks, or say why not; never raises for what is wrong with a file."""
+        started = time.monotonic()
+        try:
+            if task.refusal or task.output is None:
+                raise InputRefused(task.refusal or "no output")
+            digest = file_sha256(task.input)
+            if self._is_finished(task.output, digest):
+                return replace(self.before[str(task.output)], input=str(task.input), status="skipped", seconds=0.0)
+            radiograph = read_radiograph(task.input, force_view=self._settings.force_view)
+            if self._settings.format == "dicom" and radiograph.dataset is None:
+                raise InputRefused("--format dicom needs DICOM input: an image file has no study to belong to")
+            cxr_net, placement = to_network(radiograph.cxr, self._preprocessing)
+            return Ready(task, task.output, radiograph, cxr_net, placement, digest, time.monotonic() - started)
+        except Exception as error:
+            status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"
+            return not_done(task, status, reason_of(error, "read"), started)
+
+    def _is_finished(self, output: Path, input_sha256: str) -> bool:
+        """Whether an earlier run made this output from the same input and it is still what was written."""
+        entry = self.before.get(str(output))
+        path = self._settings.output / output
+        return (
+            entry is not None
+            and entry.input_sha256 == input_sha256
+            and path.is_file()
+            and file_sha256(path) == entry.sha256
+            and (self._settings.samples == 1 or uncertainty_path(self._settings.output, output).is_file())
+        )
+
+
+def uncertainty_path(folder: Path, output: Path | str) -> Path:
+    """Where the deviation of a result's samples goes."""
+    return folder / UNCERTAINTY / Path(output).with_suffix(".png")
+
+
+def read_radiograph(path: Path, *, force_view: bool = False) -> Radiograph:
+    """Read a DICOM or raster file, told apart by content, not by name.
+
+    Raises:
+        InputRefused, InputFailed: see `dicom.read_dicom` and `raster.read_raster`.
+    """
+    if is_dicom(path) or path.suffix.lower() in DICOM_SUFFIXES:
+        return read_dicom(path, force_view=force_view)
+    return read_raster(path)
+
+
+def not_done(task: Task, status: Literal["refused", "failed"], reason: str, started: float) -> FileEntry:
+    """The entry of a file that was not written; `started` in seconds of the monotonic clock."""
+    return FileEntry(str(task.input), None, status, reason, round(time.monotonic() - started, 4))
+
+
+def reason_of(error: Exception, doing: Literal["read", "written"]) -> str:
+    """One line on what happened to a file.
+
+    Of exceptions that are not ours the text is left out: an OSError's repeats the path, others may quote the file. What
+    nobody expected is a bug, which is told by its place, and still costs only the file that triggers it.
+    """
+    if isinstance(error, BsdiffError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
+    if isinstance(error, OSError):
+        return f"cannot be {doing}: {error.strerror or type(error).__name__}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"a bug ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno}); please report it"
