@@ -40,7 +40,11 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class EnhancerConfig:
-    """Shape of the stage 2 autoencoder: one entry per level, from full resolution down (docs/design.md, Networks)."""
+    """Shape of the stage 2 autoencoder: one entry per level, from full resolution down (docs/design.md, Networks).
+
+    `residual` adds the input to the output: the network has only the correction to find, and starts with none. The
+    published network has no such shortcut.
+    """
 
     channels: tuple[int, ...]
     res_blocks: tuple[int, ...]
@@ -48,6 +52,7 @@ class EnhancerConfig:
     latent_channels: int
     middle_attention: bool = True
     norm_groups: int = 32
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,13 @@ PRESETS: dict[str, Preset] = {
             "demo",
             DenoiserConfig((16, 32, 64, 96, 128), (1, 1, 2, 2, 2), (False,) * 5, norm_groups=8, residual=True),
             EnhancerConfig(
-                (16, 48, 128), (1, 1, 3), (False,) * 3, latent_channels=16, middle_attention=False, norm_groups=8
+                (16, 48, 128),
+                (1, 1, 3),
+                (False,) * 3,
+                latent_channels=16,
+                middle_attention=False,
+                norm_groups=8,
+                residual=True,
             ),
         ),
         # For tests: every kind of block, in milliseconds.

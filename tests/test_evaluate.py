@@ -95,6 +95,8 @@ def test_what_is_no_result_is_left_out(three):
     for name in ("preview.png", ".hidden.png"):
         shutil.copy(out / "p1.png", out / name)
     (out / "report.json").write_text("{}")
+    (out / "uncertainty").mkdir()
+    shutil.copy(out / "p1.png", out / "uncertainty" / "p3.png")
     assert len(match(*three)) == 2
 
 

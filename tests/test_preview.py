@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from helpers import pixels
 
-from bsdiff_rt.preview import BONE_GAIN, GAP_PX, ROWS, SIDE_PX, Preview
+from bsdiff_rt.preview import BONE_GAIN, DEVIATION_SHOWN, GAP_PX, ROWS, SIDE_PX, Preview
 
 WIDTH = 3 * SIDE_PX + 2 * GAP_PX
 
@@ -78,3 +79,16 @@ def test_rows_are_bounded_and_in_order(tmp_path):
 def test_nothing_to_show(tmp_path):
     assert Preview().write(tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_where_samples_deviate_is_laid_over_in_red(tmp_path):
+    preview = Preview()
+    deviation = flat(0.0)
+    deviation[32:] = DEVIATION_SHOWN / 2
+    preview.add(flat(0.8), flat(0.6), deviation)
+    preview.write(tmp_path)
+    picture = cv2.imread(str(tmp_path / "preview.png"))
+    assert picture.shape == (SIDE_PX, WIDTH + GAP_PX + SIDE_PX, 3)
+    assert picture[10, 10].tolist() == [204] * 3
+    assert picture[10, -10].tolist() == [153] * 3
+    assert picture[-10, -10].tolist() == [76, 76, 204]  # blue and green 0.6 / 2, red 0.6 / 2 + 1 / 2

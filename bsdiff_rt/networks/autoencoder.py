@@ -100,6 +100,9 @@ class Enhancer(nn.Module):
         self.quant_conv_mu = nn.Conv2d(latent, latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
         self.decoder = _decoder(config)
+        if config.residual:
+            for parameter in self.decoder[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode, and decode the mean of the latent.
@@ -113,4 +116,4 @@ class Enhancer(nn.Module):
         """
         mu = self.quant_conv_mu(self.encoder(x))  # [B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)]
         out: Tensor = self.decoder(self.post_quant_conv(mu))
-        return out
+        return x + out if self.config.residual else out
