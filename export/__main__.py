@@ -1,5 +1,6 @@
 """`python -m export CHECKPOINTS -o BUNDLE`: trained weights become a bundle.
 
+`python -m export published --denoiser X.pth --enhancer Y.pth -o BUNDLE` takes the published BS-Diff checkpoints.
 `python -m export random PRESET -o BUNDLE` makes one with random weights: to time networks, no checkpoint is needed.
 """
 
@@ -13,12 +14,15 @@ from typing import Annotated
 import torch
 import typer
 
+from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.config import PRESETS, DetailName, Preprocessing, SamplerName, SamplerSettings, Schedule
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser
 from export.bundle import BundleOptions, write_bundle
 from export.checkpoint import averaged_weights
+from export.published import WeightsName, published_weights
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,6 +44,46 @@ def export_random(
         if not parameter.any():  # zero at the start of training: the graph's agreement would compare zeros
             torch.nn.init.normal_(parameter, std=0.02)
     write_bundle(output, shape, Schedule(), denoiser, enhancer, options)
+
+
+@app.command("published")
+def export_published(
+    denoiser: Annotated[Path, typer.Option(help="Checkpoint of stage 1 (.pth).")],
+    enhancer: Annotated[Path, typer.Option(help="Checkpoint of stage 2 (.pth).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "bs-diff",
+    weights: Annotated[
+        WeightsName, typer.Option(help="Of stage 1: what the published test loads, the averages, or the optimiser's.")
+    ] = "model",
+    preset: Annotated[str, typer.Option(help="Network shape; the published one is `paper`.")] = "paper",
+    size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
+    clahe: Annotated[float, typer.Option(min=0, help="CLAHE clip limit; 0: images are equalised already.")] = 0.0,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unknown: ask the authors",
+) -> None:
+    """Make a bundle of the published checkpoints; nothing in them is run (docs/published-checkpoints.md)."""
+    shapes = {key: shape for key, shape in PRESETS.items() if not shape.denoiser.residual}  # no published one adds cxr
+    if preset not in shapes:
+        raise SettingsError(f"preset {preset!r}: choose one of {', '.join(shapes)}")
+    shape = shapes[preset]
+    first = denoiser_state(published_weights(denoiser, weights), shape.denoiser)
+    second = enhancer_state(published_weights(enhancer), shape.enhancer)
+    with torch.device("meta"):  # the weights are there: no second copy to fill with random numbers
+        networks = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
+    networks[0].load_state_dict(first, assign=True)
+    networks[1].load_state_dict(second, assign=True)
+    options = BundleOptions(
+        name=name,
+        sampler=SamplerSettings("release", 1000),
+        preprocessing=Preprocessing(size=size, clahe_clip_limit=clahe),
+        licence=licence,
+        training={
+            "source": "published checkpoints",
+            "denoiser": {"file": denoiser.name, "sha256": file_sha256(denoiser), "weights": weights},
+            "enhancer": {"file": enhancer.name, "sha256": file_sha256(enhancer)},
+        },
+    )
+    manifest = write_bundle(output, shape, Schedule("squaredcos_cap_v2"), *networks, options)
+    typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
 
 
 @app.command("checkpoints")
@@ -99,7 +143,11 @@ def read_provenance(path: Path) -> dict[str, object]:
 def main() -> None:
     """Entry point: our errors become one line and their exit code."""
     # `export CHECKPOINTS` is the plain form; a first word that is no command is its folder.
-    if len(sys.argv) > 1 and sys.argv[1] not in ("random", "checkpoints") and not sys.argv[1].startswith("-"):
+    if (
+        len(sys.argv) > 1
+        and sys.argv[1] not in ("random", "published", "checkpoints")
+        and not sys.argv[1].startswith("-")
+    ):
         sys.argv.insert(1, "checkpoints")
     try:
         app()

@@ -1,9 +1,19 @@
-"""Weights of the published networks (monai-generative 0.2.x key names) -> weights of `Denoiser` and `Enhancer`.
+"""Weights of the published networks -> weights of `Denoiser` and `Enhancer`.
 
-The published keys differ from ours by a wrapper around each convolution (`conv1.conv.weight` for `conv1.weight`) and
-by the few names below. What does not reach the output is dropped: the final convolution's output channels beyond ours
-(never trained), the autoencoder's log-sigma branch (never decoded) and the attentions' `proj_attn`, which the published
-code creates, saves and never applies.
+Two packages have the published classes, and the keys tell which one wrote the weights:
+
+| | monai-generative 0.2.x (the published checkpoints) | MONAI >= 1.4 |
+|---|---|---|
+| attention | `to_q`, `to_k`, `to_v` | `attn.to_q`, `attn.to_k`, `attn.to_v` |
+| its output projection | `proj_attn`, never applied: dropped | `attn.out_proj`, applied: multiplied into `to_v` |
+| upsampling | `upsampler.conv`, `blocks.N.conv` | `upsampler.postconv`, `blocks.N.postconv` |
+
+The product loses nothing. Attention averages values with weights that sum to 1, so for one head
+W_o (sum_j p_j (W_v x_j + b_v)) + b_o = sum_j p_j (W_o W_v x_j + W_o b_v + b_o).
+
+Otherwise both differ from ours by a wrapper around each convolution (`conv1.conv.weight` for `conv1.weight`) and by the
+few names below. What does not reach the output is dropped: the final convolution's output channels beyond ours (never
+trained) and the autoencoder's log-sigma branch (never decoded).
 """
 
 from __future__ import annotations
@@ -22,6 +32,9 @@ from bsdiff_rt.networks.unet import Denoiser
 # Our module name (a regular expression) -> theirs.
 _DENOISER_NAMES = {r"\bdownsampler$": "downsampler.op", r"^norm_out$": "out.0", r"^conv_out$": "out.2"}
 _ENHANCER_NAMES = {r"^(encoder|decoder)\.": r"\1.blocks.", r"\bskip_connection$": "nin_shortcut"}
+# Further names of MONAI >= 1.4, and what tells its keys from the others.
+_MONAI_NAMES = {r"\.to_([qkv])$": r".attn.to_\1", r"(\bupsampler|^decoder\.blocks\.\d+)\.conv$": r"\1.postconv"}
+_MONAI_KEY = re.compile(r"\.(attn|postconv)\.")
 # Published keys without effect on the output; may be absent.
 _UNUSED = re.compile(r"(^|\.)proj_attn\.(weight|bias)$|^quant_conv_log_sigma\.conv\.(weight|bias)$")
 
@@ -34,8 +47,8 @@ def denoiser_state(published: Mapping[str, Tensor], config: DenoiserConfig) -> d
         config: the shape the weights are for.
 
     Returns:
-        Every tensor of `Denoiser(config)`, in the dtype and on the device it had; all but the final convolution share
-        memory with `published`.
+        Every tensor of `Denoiser(config)`, in the dtype and on the device it had; all but the final convolution and
+        what an output projection was multiplied into share memory with `published`.
 
     Raises:
         BundleError: keys are missing or unknown, or a tensor has another shape than `config` says; the message names
@@ -43,13 +56,12 @@ def denoiser_state(published: Mapping[str, Tensor], config: DenoiserConfig) -> d
     """
     with torch.device("meta"):
         network = Denoiser(config)
-    names = _published_names(network, _DENOISER_NAMES)
     cut = dict(published)
     for key in ("out.2.conv.weight", "out.2.conv.bias"):
         if key in cut:
             # Cloned: a view would keep the dropped channel in memory.
             cut[key] = cut[key][: config.out_channels].clone()
-    return _convert(cut, network, names, "denoiser")
+    return _convert(cut, network, _DENOISER_NAMES, "denoiser")
 
 
 def enhancer_state(published: Mapping[str, Tensor], config: EnhancerConfig) -> dict[str, Tensor]:
@@ -60,7 +72,8 @@ def enhancer_state(published: Mapping[str, Tensor], config: EnhancerConfig) -> d
         config: the shape the weights are for.
 
     Returns:
-        Every tensor of `Enhancer(config)`, in the dtype and on the device it had, sharing memory with `published`.
+        Every tensor of `Enhancer(config)`, in the dtype and on the device it had, sharing memory with `published`
+        except where an output projection was multiplied in.
 
     Raises:
         BundleError: keys are missing or unknown, or a tensor has another shape than `config` says; the message names
@@ -68,8 +81,7 @@ def enhancer_state(published: Mapping[str, Tensor], config: EnhancerConfig) -> d
     """
     with torch.device("meta"):
         network = Enhancer(config)
-    names = _published_names(network, _ENHANCER_NAMES)
-    return _convert(published, network, names, "enhancer")
+    return _convert(published, network, _ENHANCER_NAMES, "enhancer")
 
 
 def _published_names(network: nn.Module, renamed: Mapping[str, str]) -> dict[str, str]:
@@ -93,22 +105,35 @@ def _listed(items: list[str], most: int = 10) -> str:
 
 
 def _convert(
-    published: Mapping[str, Tensor], network: nn.Module, names: Mapping[str, str], stage: str
+    published: Mapping[str, Tensor], network: nn.Module, renamed: Mapping[str, str], stage: str
 ) -> dict[str, Tensor]:
-    """Rename, after checking that keys and shapes are exactly the network's."""
-    missing = sorted(set(names.values()) - set(published))
-    unknown = sorted(key for key in set(published) - set(names.values()) if not _UNUSED.search(key))
+    """Rename, after checking that keys and shapes are exactly the network's; multiply output projections in."""
+    monai = any(_MONAI_KEY.search(key) for key in published)
+    names = _published_names(network, {**renamed, **_MONAI_NAMES} if monai else renamed)
+    projections = {}  # our key in `to_v` -> their key in the output projection, of the same shape
+    if any(".attn.out_proj." in key for key in published):
+        projections = {ours: key.replace(".to_v.", ".out_proj.") for ours, key in names.items() if ".to_v." in ours}
+    expected = {*names.values(), *projections.values()}
+    missing = sorted(expected - set(published))
+    unknown = sorted(key for key in set(published) - expected if not _UNUSED.search(key))
     if missing or unknown:
         parts = [f"{what}: {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
         raise BundleError(
             f"these are not the weights of the published {stage} in the shape asked for ({'; '.join(parts)}); "
-            "check the preset, and that the file holds monai-generative 0.2.x weights of this stage"
+            "check the preset, and that the file holds weights of this stage by monai-generative 0.2.x or MONAI >= 1.4"
         )
     misshapen = [
-        f"{names[key]} is {tuple(published[names[key]].shape)}, expected {tuple(parameter.shape)}"
-        for key, parameter in network.named_parameters()
-        if published[names[key]].shape != parameter.shape
+        f"{theirs} is {tuple(published[theirs].shape)}, expected {tuple(parameter.shape)}"
+        for ours, parameter in network.named_parameters()
+        for theirs in sorted({names[ours], projections.get(ours, names[ours])})
+        if published[theirs].shape != parameter.shape
     ]
     if misshapen:
         raise BundleError(f"published {stage} weights of another shape: {_listed(misshapen)}; check the preset")
-    return {ours: published[theirs] for ours, theirs in names.items()}
+    state = {ours: published[theirs] for ours, theirs in names.items()}
+    for ours, theirs in projections.items():
+        product = published[re.sub("bias$", "weight", theirs)].double() @ state[ours].double()
+        if ours.endswith(".bias"):
+            product += published[theirs].double()
+        state[ours] = product.to(state[ours].dtype)
+    return state
