@@ -1,0 +1,93 @@
+"""Attention of an exported graph as ONNX Runtime's own operator, which never holds all scores at once.
+
+The bundle's graphs spell attention out (MatMul, Softmax, MatMul), as TensorRT's fusions want it. ONNX Runtime's CPU
+kernels take that literally: at 16,384 tokens the scores are 1 GiB, written and read three times. Its operator
+`com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+DOMAIN = "com.microsoft"
+
+
+def fuse_attention(graph: Path) -> ModelProto:
+    """The graph with every single-head attention fused; external data stays outside, where it was.
+
+    What is replaced: Squeeze(Softmax((s Q) (s K)^T) V), with Q, K and V unsqueezed to one head. An attention of any
+    other form stays as it is.
+
+    Args:
+        graph: path of a graph of `python -m export`.
+
+    Returns:
+        The changed model; its weights are still found relative to the folder of `graph`.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    nodes = model.graph.node
+    made_by = {name: node for node in nodes for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    replaced: dict[str, NodeProto] = {}
+    for squeeze in nodes:
+        found = _attention(squeeze, made_by)
+        if found is None:
+            continue
+        query, key, value, scale = found
+        factor = float(np.asarray(numpy_helper.to_array(constants[scale])).item()) ** 2  # once on Q, once on K
+        replaced[squeeze.output[0]] = helper.make_node(
+            "MultiHeadAttention", [query, key, value], list(squeeze.output), domain=DOMAIN, num_heads=1, scale=factor
+        )
+    kept = _needed([replaced.get(node.output[0], node) for node in nodes], {out.name for out in model.graph.output})
+    used = {name for node in kept for name in node.input}
+    for field, still in ((nodes, kept), (model.graph.initializer, [t for t in constants.values() if t.name in used])):
+        del field[:]
+        field.extend(still)
+    if replaced and DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    return model
+
+
+def _attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, str, str, str] | None:
+    """Names of Q, K, V (each [B, S, C]) and of the scale s of the attention that ends here; None if none does."""
+
+    def source(name: str, *kinds: str) -> NodeProto | None:
+        """The node `kinds` steps up the first inputs, if every step is of the kind named."""
+        node: NodeProto | None = None
+        for kind in kinds:
+            node = made_by.get(name)
+            if node is None or node.op_type != kind:
+                return None
+            name = node.input[0]
+        return node
+
+    weighted = source(squeeze.input[0], "MatMul") if squeeze.op_type == "Squeeze" else None
+    softmax = source(weighted.input[0], "Softmax") if weighted is not None else None
+    scores = source(softmax.input[0], "MatMul") if softmax is not None else None
+    if weighted is None or softmax is None or scores is None:
+        return None
+    if [helper.get_attribute_value(attribute) for attribute in softmax.attribute] != [-1]:  # its axis
+        return None
+    value = source(weighted.input[1], "Unsqueeze")
+    scaled_query, scaled_key = source(scores.input[0], "Mul"), source(scores.input[1], "Mul")
+    query = source(scores.input[0], "Mul", "Unsqueeze")
+    key = source(scores.input[1], "Mul", "Reshape", "Transpose", "Reshape", "Unsqueeze")
+    if value is None or query is None or key is None or scaled_query is None or scaled_key is None:
+        return None
+    if scaled_query.input[1] != scaled_key.input[1]:
+        return None
+    return query.input[0], key.input[0], value.input[0], scaled_query.input[1]
+
+
+def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+    """The nodes something still depends on, in order."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+    return kept[::-1]
