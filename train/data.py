@@ -12,9 +12,10 @@ Two kinds of target, told apart by how the X-ray looks:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
@@ -29,6 +31,11 @@ Image = NDArray[np.float32]
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 BONE_FREE_PERCENTILE = 25  # within a window wider than a rib, this share of the pixels shows tone only
 BONE_WINDOW_PX = 31  # at 256 x 256
+
+# What `python -m train prepare` writes and `load_dataset` reads.
+PARTS = ("train", "val", "test")
+DATASET_FILE = "dataset.json"
+DATASET_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,41 @@ class Augmentation:
         foreign: share of the real samples made to look like another scanner's (tone-matched target).
         swap_bones: share of the real samples whose bone layer comes from another pair or a phantom.
         blur_noise: share of the samples with changed sharpness or added noise in the X-ray.
+        flip, rotation, zoom, elastic: which parts of the geometry there are; zoom is also shift, aspect and shear.
+        contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
     """
 
     geometry: float = 1.0
     foreign: float = 0.5
     swap_bones: float = 0.35
     blur_noise: float = 0.3
+    flip: bool = True
+    rotation: bool = True
+    zoom: bool = True
+    elastic: bool = True
+    contrast: bool = True
+
+    @classmethod
+    def of(cls, kinds: str) -> Augmentation:
+        """Only the kinds named, comma separated, each as strong as by default; or one of AUGMENTATION_SETS.
+
+        Raises:
+            SettingsError: an unknown kind.
+        """
+        chosen = AUGMENTATION_SETS.get(kinds, frozenset(kinds.split(",")))
+        if unknown := sorted(chosen - AUGMENTATION_SETS["demo"]):
+            known = ", ".join((*AUGMENTATION_SETS, *sorted(AUGMENTATION_SETS["demo"])))
+            raise SettingsError(f"augmentation {unknown[0]!r} is not known; choose from {known}")
+        off = {kind.replace("-", "_"): 0 for kind in AUGMENTATION_SETS["demo"] - chosen}
+        return replace(cls(), **off)
+
+
+# The paper's three, which made 840 images of 120 and are drawn anew for each batch here; what made the demo model.
+AUGMENTATION_SETS: dict[str, frozenset[str]] = {
+    "demo": frozenset({"flip", "rotation", "zoom", "elastic", "contrast", "foreign", "swap-bones", "blur-noise"}),
+    "paper": frozenset({"flip", "rotation", "contrast"}),
+    "none": frozenset(),
+}
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -83,6 +119,32 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
         for image in read_together([cxr_path, soft_tissue_path])
     )
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue))
+
+
+def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]:
+    """One part (train, val, test) of what `python -m train prepare` wrote, at its own size or `size`; may be empty.
+
+    Raises:
+        SettingsError: there is no such data set.
+        InputFailed: a file of it is missing or damaged.
+    """
+    path = folder / DATASET_FILE
+    try:
+        names = [entry["name"] for entry in json.loads(path.read_text())["pairs"] if entry["part"] == part]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"{path}: not the record of a data set ({type(error).__name__}); make one with `python -m train prepare`"
+        ) from None
+    pairs = []
+    for name in names:
+        cxr, soft_tissue = (
+            read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
+        )
+        if size is not None and size != cxr.shape[0]:
+            method = cv2.INTER_AREA if size < cxr.shape[0] else cv2.INTER_CUBIC
+            cxr, soft_tissue = (cv2.resize(image, (size, size), interpolation=method) for image in (cxr, soft_tissue))
+        pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue)))
+    return pairs
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
@@ -146,7 +208,7 @@ class Batches:
             cxr, soft_tissue = self._real(rng, size, crop)
         else:
             stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
-            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation.geometry)
+            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
             if rng.random() < self.augmentation.foreign:
                 curve = tone_curve(rng)
                 cxr, soft_tissue = curve(cxr), curve(soft_tissue)
@@ -156,10 +218,9 @@ class Batches:
 
     def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
         pair = self.real[rng.integers(len(self.real))]
-        strength = self.augmentation.geometry
         foreign = rng.random() < self.augmentation.foreign
         truth = pair.tone_matched if foreign else pair.soft_tissue
-        cxr, soft_tissue = warp(rng, [pair.cxr, truth], size, crop, strength)
+        cxr, soft_tissue = warp(rng, [pair.cxr, truth], size, crop, self.augmentation)
         bone = cxr - soft_tissue
         if rng.random() < self.augmentation.swap_bones:
             bone = self._other_bone(rng, size, crop, foreign)
@@ -167,6 +228,8 @@ class Batches:
             cxr = soft_tissue + rng.uniform(0.35, 1.25) * bone
             curve = tone_curve(rng)
             return curve(np.clip(cxr, 0, 1)), curve(soft_tissue)
+        if not self.augmentation.contrast:
+            return soft_tissue + bone, soft_tissue
         # The scanner's own look: only as much variation as exposures of one scanner show.
         gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
         cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
@@ -176,28 +239,33 @@ class Batches:
         """A bone layer that never belonged to this soft tissue: another patient's, or a phantom's."""
         if foreign and len(self.phantoms) and rng.random() < 0.5:
             stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
-            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation.geometry)
+            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
             bone = cxr - soft_tissue
             spread = float(bone.std())
             return bone * (0.035 / spread) if spread > 1e-3 else bone
         donor = self.real[rng.integers(len(self.real))]
         truth = donor.tone_matched if foreign else donor.soft_tissue
-        (bone,) = warp(rng, [donor.cxr - truth], size, crop, self.augmentation.geometry)
+        (bone,) = warp(rng, [donor.cxr - truth], size, crop, self.augmentation)
         return bone
 
 
-def warp(rng: np.random.Generator, images: list[Image], size: int, crop: int, strength: float) -> list[Image]:
+def warp(
+    rng: np.random.Generator, images: list[Image], size: int, crop: int, augmentation: Augmentation
+) -> list[Image]:
     """One random flip, affine map and elastic deformation, applied to every image alike; a `crop` window of the result.
 
     Rotation up to 10 degrees, zoom 0.85 to 1.35, aspect and shear to 8 %, elastic displacement about 1 % of the
-    image, each times `strength`; borders repeat the edge, as in preprocessing.
+    image, each times the geometry's strength; borders repeat the edge, as in preprocessing. What is switched off is
+    drawn all the same, so that the rest of a batch stays what it was.
     """
     source = images[0].shape[0]
-    angle = np.deg2rad(rng.uniform(-10, 10) * strength)
-    zoom = np.exp(rng.uniform(-0.16, 0.3) * strength)
-    stretch = np.exp(rng.uniform(-0.08, 0.08) * strength)
-    shear = rng.uniform(-0.08, 0.08) * strength
-    flip = -1.0 if strength > 0 and rng.random() < 0.5 else 1.0
+    strength = augmentation.geometry
+    framing = strength * augmentation.zoom
+    angle = np.deg2rad(rng.uniform(-10, 10) * strength * augmentation.rotation)
+    zoom = np.exp(rng.uniform(-0.16, 0.3) * framing)
+    stretch = np.exp(rng.uniform(-0.08, 0.08) * framing)
+    shear = rng.uniform(-0.08, 0.08) * framing
+    flip = -1.0 if strength > 0 and rng.random() < 0.5 and augmentation.flip else 1.0
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     # From output to source coordinates, both centred and in units of half a side.
     matrix = rotation @ np.array([[flip * stretch, shear], [0.0, 1.0 / stretch]]) / zoom
@@ -205,8 +273,8 @@ def warp(rng: np.random.Generator, images: list[Image], size: int, crop: int, st
     corner = rng.integers(0, free + 1, 2) if free else np.zeros(2, int)
     axis = (np.arange(crop) + 0.5) * 2.0 / size - 1.0
     x, y = np.meshgrid(axis + corner[0] * 2.0 / size, axis + corner[1] * 2.0 / size)
-    shift = rng.uniform(-0.08, 0.08, 2) * strength
-    elastic = rng.normal(0.0, 0.02 * strength, (2, 6, 6)).astype(np.float32)
+    shift = rng.uniform(-0.08, 0.08, 2) * framing
+    elastic = rng.normal(0.0, 0.02 * strength * augmentation.elastic, (2, 6, 6)).astype(np.float32)
     bend = [cv2.resize(field, (crop, crop), interpolation=cv2.INTER_CUBIC) for field in elastic]
     map_x = (matrix[0, 0] * x + matrix[0, 1] * y + shift[0] + bend[0] + 1.0) * source / 2.0 - 0.5
     map_y = (matrix[1, 0] * x + matrix[1, 1] * y + shift[1] + bend[1] + 1.0) * source / 2.0 - 0.5

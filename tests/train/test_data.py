@@ -1,11 +1,26 @@
 """Training data: pairs found and read, tone matched, augmentation that keeps the two images of a pair together."""
 
+import json
+from dataclasses import fields
+
 import cv2
 import numpy as np
 import pytest
 
-from bsdiff_rt.errors import SettingsError
-from train.data import Augmentation, Batches, Pair, degrade, find_pairs, load_pair, match_tone, tone_curve, warp
+from bsdiff_rt.errors import InputFailed, SettingsError
+from train.data import (
+    AUGMENTATION_SETS,
+    Augmentation,
+    Batches,
+    Pair,
+    degrade,
+    find_pairs,
+    load_dataset,
+    load_pair,
+    match_tone,
+    tone_curve,
+    warp,
+)
 from train.phantoms import phantom
 
 PLAIN = Augmentation(geometry=0.0, foreign=0.0, swap_bones=0.0, blur_noise=0.0)
@@ -89,9 +104,121 @@ def test_real_share_is_one_without_phantoms(pair):
 def test_warp_moves_every_image_alike(pair):
     """Whatever is done to the X-ray is done to the bone layer: warping commutes with subtraction."""
     for seed in range(4):
-        cxr, soft_tissue = warp(np.random.default_rng(seed), [pair.cxr, pair.soft_tissue], 64, 48, 1.0)
-        (bone,) = warp(np.random.default_rng(seed), [pair.cxr - pair.soft_tissue], 64, 48, 1.0)
+        cxr, soft_tissue = warp(np.random.default_rng(seed), [pair.cxr, pair.soft_tissue], 64, 48, Augmentation())
+        (bone,) = warp(np.random.default_rng(seed), [pair.cxr - pair.soft_tissue], 64, 48, Augmentation())
         np.testing.assert_allclose(cxr - soft_tissue, bone, atol=2e-3)  # remap's 5-bit sub-pixel positions
+
+
+def one_dot(x, y):
+    """Black but for one bright dot, and where such a dot is: (x, y) in [-1, 1], the middle being 0."""
+    picture = np.zeros((65, 65), np.float32)
+    cv2.circle(picture, (round((x + 1) * 32), round((y + 1) * 32)), 2, 1.0, -1)
+    return picture
+
+
+def where(picture):
+    y, x = np.unravel_index(cv2.GaussianBlur(picture, (0, 0), 1.5).argmax(), picture.shape)
+    return (x - 32) / 32, (y - 32) / 32
+
+
+def test_flip_alone_mirrors_half_of_the_samples():
+    flip = Augmentation(rotation=False, zoom=False, elastic=False)
+    found = [where(warp(np.random.default_rng(s), [one_dot(0.5, 0.25)], 65, 65, flip)[0]) for s in range(40)]
+    assert set(found) == {(0.5, 0.25), (-0.5, 0.25)}
+    assert 10 < sum(x > 0 for x, _ in found) < 30
+
+
+def test_rotation_alone_keeps_the_middle_and_the_distance_from_it():
+    rotation = Augmentation(flip=False, zoom=False, elastic=False)
+    assert where(warp(np.random.default_rng(0), [one_dot(0, 0)], 65, 65, rotation)[0]) == (0, 0)
+    found = [where(warp(np.random.default_rng(s), [one_dot(0.75, 0)], 65, 65, rotation)[0]) for s in range(20)]
+    assert all(np.hypot(*place) == pytest.approx(0.75, abs=0.05) for place in found)
+    angles = np.degrees([np.arctan2(y, x) for x, y in found])
+    assert np.abs(angles).max() < 10 + 3  # a pixel is 2.4 degrees there
+    assert angles.max() > 5
+    assert angles.min() < -5
+
+
+def test_zoom_and_elastic_deformation_change_places_each_alone():
+    plain = one_dot(0.5, 0.5)
+    for kind in ("zoom", "elastic"):
+        off = {name: name == kind for name in ("flip", "rotation", "zoom", "elastic")}
+        found = {where(warp(np.random.default_rng(s), [plain], 65, 65, Augmentation(**off))[0]) for s in range(20)}
+        assert len(found) > (5 if kind == "zoom" else 2)  # elastic: about 1 %, a third of a pixel here
+
+
+def test_without_any_part_of_the_geometry_nothing_moves(pair):
+    still = Augmentation(flip=False, rotation=False, zoom=False, elastic=False)
+    (same,) = warp(np.random.default_rng(0), [pair.cxr], 128, 128, still)
+    np.testing.assert_allclose(same, pair.cxr, atol=1e-3)  # remap's 5-bit sub-pixel positions
+
+
+def test_contrast_is_a_switch(pair):
+    none = np.empty((0, 2, 8, 8), np.uint8)
+    plain = Batches([pair], none, 1.0, Augmentation.of("none"), 0).batch(0, 1, 128, 128)[0]
+    np.testing.assert_allclose((plain[0] + 1) / 2, pair.cxr, atol=1e-3)
+    np.testing.assert_allclose((plain[1] + 1) / 2, pair.soft_tissue, atol=1e-3)
+    changed = Batches([pair], none, 1.0, Augmentation.of("contrast"), 0).batch(0, 1, 128, 128)[0]
+    assert 1e-3 < np.abs(changed - plain).mean() < 0.15
+
+
+def test_kinds_of_augmentation_by_name():
+    assert Augmentation.of("demo") == Augmentation()
+    assert Augmentation.of("paper") == Augmentation.of("contrast,flip,rotation")
+    assert Augmentation.of("paper") == Augmentation(zoom=False, elastic=False, foreign=0, swap_bones=0, blur_noise=0)
+    none = Augmentation.of("none")
+    assert not any(getattr(none, field.name) for field in fields(none) if field.name != "geometry")
+    for kind in AUGMENTATION_SETS["demo"]:
+        only = Augmentation.of(kind)
+        on = {field.name for field in fields(only) if getattr(only, field.name)} - {"geometry"}
+        assert on == {kind.replace("-", "_")}
+        assert getattr(only, kind.replace("-", "_")) == getattr(Augmentation(), kind.replace("-", "_"))
+    for wrong in ("", "shear", "flip,", "flip, rotation"):
+        with pytest.raises(SettingsError, match="is not known; choose from demo, paper, none, blur-noise"):
+            Augmentation.of(wrong)
+
+
+def test_switches_leave_the_rest_of_a_batch_as_it_was(pair, pool):
+    """A switch takes no draw away: with the flip off, the samples that were not flipped are the same to the bit."""
+    on, off = (Batches([pair], pool, 0.5, Augmentation(flip=flip), 1) for flip in (True, False))
+    same = [np.array_equal(on.batch(step, 1, 64, 64), off.batch(step, 1, 64, 64)) for step in range(24)]
+    assert 4 < sum(same) < 20
+
+
+def written(folder, largest=65535):
+    (folder / "train").mkdir(parents=True)
+    for role, share in (("cxr", 1.0), ("soft_tissue", 0.4)):
+        values = np.rint(np.linspace(0, largest, 64 * 64).reshape(64, 64) * share).astype(np.uint16)
+        cv2.imwrite(str(folder / "train" / f"[a]_{role}.png"), values)
+    pairs = [{"name": "[a]", "part": "train"}, {"name": "b", "part": None}]
+    (folder / "dataset.json").write_text(json.dumps({"pairs": pairs}))
+
+
+def test_a_data_set_is_read_at_its_full_range(tmp_path):
+    """Both images need fewer than 16 bits; read like foreign files they would be stretched."""
+    written(tmp_path, largest=20000)
+    (loaded,) = load_dataset(tmp_path, "train")
+    assert loaded.name == "[a]"
+    assert loaded.cxr.max() == pytest.approx(20000 / 65535, abs=1e-6)
+    assert loaded.soft_tissue.max() == pytest.approx(8000 / 65535, abs=1e-6)
+    np.testing.assert_array_equal(loaded.tone_matched, match_tone(loaded.cxr, loaded.soft_tissue))
+    assert load_dataset(tmp_path, "val") == []
+    (smaller,), (larger,) = (load_dataset(tmp_path, "train", size) for size in (32, 96))
+    np.testing.assert_allclose(smaller.cxr, loaded.cxr.reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-6)
+    assert larger.soft_tissue.shape == (96, 96)
+
+
+def test_no_data_set_or_a_damaged_one_is_said_so(tmp_path):
+    with pytest.raises(SettingsError, match=r"FileNotFoundError.*train prepare"):
+        load_dataset(tmp_path, "train")
+    for content in ("{", "[]", '{"pairs": [{"name": "a"}]}'):
+        (tmp_path / "dataset.json").write_text(content)
+        with pytest.raises(SettingsError, match="not the record of a data set"):
+            load_dataset(tmp_path, "train")
+    written(tmp_path / "set")
+    (tmp_path / "set" / "train" / "[a]_cxr.png").unlink()
+    with pytest.raises(InputFailed, match="cannot be read"):
+        load_dataset(tmp_path / "set", "train")
 
 
 def test_tone_curves_are_monotone_and_stay_in_range():

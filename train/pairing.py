@@ -1,0 +1,192 @@
+"""Which X-ray belongs to which soft-tissue image: by relative path, then stem, then StudyInstanceUID; never guessed.
+
+A name or a study counts only where exactly one file of each folder has it. Two DICOM files whose headers name different
+studies or patients are no pair, whatever their names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom import dcmread
+
+from bsdiff_rt.dicom import is_dicom, quiet_pydicom
+from bsdiff_rt.discover import is_input, stem_of
+from bsdiff_rt.errors import SettingsError
+
+KINDS = ("X-ray", "soft-tissue image")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that may be half of a pair.
+
+    Attributes:
+        path: the file.
+        relative: its path below the folder given, as written into records.
+        key: `relative` without image suffix and role suffix.
+        labelled: whether it had the role suffix.
+        study, patient: StudyInstanceUID and PatientID; None for images and where absent. Never written anywhere.
+    """
+
+    path: Path
+    relative: str
+    key: str
+    labelled: bool = False
+    study: str | None = None
+    patient: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The file's name without image suffix and role suffix."""
+        return self.key.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A pair: `name` is unique among the pairs and has no slashes."""
+
+    name: str
+    cxr: Source
+    soft_tissue: Source
+    matched_by: str
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A file that belongs to no pair, its role (cxr, soft_tissue or unknown), and why."""
+
+    file: str
+    role: str
+    reason: str
+
+
+# What two halves of a pair may share, most certain first.
+LEVELS: dict[str, Callable[[Source], str | None]] = {
+    "path": lambda source: source.key,
+    "stem": lambda source: source.stem,
+    "study": lambda source: source.study,
+}
+
+
+def pair_files(
+    cxr_folder: Path, soft_tissue_folder: Path, cxr_suffix: str, soft_tissue_suffix: str
+) -> tuple[list[Match], list[Unmatched]]:
+    """Pairs of two folders, searched recursively, and every file left over with the reason; both sorted by path.
+
+    A suffix at the end of a stem says the role and does not count as name. Where one folder holds both roles, the
+    suffixes alone tell them apart.
+
+    Raises:
+        SettingsError: a folder that is not there, or suffixes that do not tell two roles in one folder apart.
+    """
+    for folder in (cxr_folder, soft_tissue_folder):
+        if not folder.is_dir():
+            raise SettingsError(f"{folder}: no such folder")
+    if cxr_folder.resolve() != soft_tissue_folder.resolve():
+        return match(sources(cxr_folder, cxr_suffix), sources(soft_tissue_folder, soft_tissue_suffix))
+    if not cxr_suffix or not soft_tissue_suffix or cxr_suffix == soft_tissue_suffix:
+        raise SettingsError(
+            f"{cxr_folder} is to hold X-rays and soft-tissue images: give two different suffixes to tell them apart"
+        )
+    cxrs, soft_tissues = (
+        [each for each in sources(cxr_folder, suffix) if each.labelled] for suffix in (cxr_suffix, soft_tissue_suffix)
+    )
+    matches, unmatched = match(cxrs, soft_tissues)
+    known = {each.relative for each in (*cxrs, *soft_tissues)}
+    reason = f"its name ends neither in {cxr_suffix} nor in {soft_tissue_suffix}"
+    others = (each.relative for each in sources(cxr_folder, "") if each.relative not in known)
+    return matches, unmatched + [Unmatched(relative, "unknown", reason) for relative in others]
+
+
+def sources(folder: Path, suffix: str) -> list[Source]:
+    """Every image and DICOM file below `folder`, sorted by path."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if is_input(path):
+            relative, stem = path.relative_to(folder), stem_of(path)
+            labelled = bool(suffix) and stem.endswith(suffix) and stem != suffix
+            key = (relative.parent / (stem.removesuffix(suffix) if labelled else stem)).as_posix()
+            found.append(Source(path, relative.as_posix(), key, labelled, *_identity(path)))
+    return found
+
+
+def match(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], list[Unmatched]]:
+    """Pairs, and the files left over."""
+    partner_of: dict[str, tuple[Source, str]] = {}  # by the X-ray's relative path
+    taken: set[str] = set()
+    for level, key_of in LEVELS.items():
+        ours, theirs = _groups(cxrs, key_of), _groups(soft_tissues, key_of)
+        for key in ours.keys() & theirs.keys():
+            if len(ours[key]) == len(theirs[key]) == 1:
+                cxr, soft_tissue = ours[key][0], theirs[key][0]
+                free = cxr.relative not in partner_of and soft_tissue.relative not in taken
+                if free and _compatible(cxr, soft_tissue):
+                    partner_of[cxr.relative] = soft_tissue, level
+                    taken.add(soft_tissue.relative)
+    matches: list[Match] = []
+    for cxr in cxrs:
+        if cxr.relative in partner_of:
+            name = _unique(cxr.key.replace("/", "_"), {each.name for each in matches})
+            matches.append(Match(name, cxr, *partner_of[cxr.relative]))
+    left = [
+        Unmatched(each.relative, role, _reason(each, ours, theirs, role))
+        for role, ours, theirs, done in (
+            ("cxr", cxrs, soft_tissues, partner_of),
+            ("soft_tissue", soft_tissues, cxrs, taken),
+        )
+        for each in ours
+        if each.relative not in done
+    ]
+    return matches, left
+
+
+def _reason(source: Source, ours: list[Source], theirs: list[Source], role: str) -> str:
+    """Why a file has no partner: the most certain thing it shares with a file of the other kind, and what is wrong."""
+    kind, other = KINDS if role == "cxr" else KINDS[::-1]
+    for level, key_of in LEVELS.items():
+        key = key_of(source)
+        own, candidates = _groups(ours, key_of).get(key or "", []), _groups(theirs, key_of).get(key or "", [])
+        if not candidates:
+            continue
+        if len(own) > 1 or len(candidates) > 1:
+            return f"ambiguous: {len(own)} {kind}s and {len(candidates)} {other}s share its {level}"
+        if not _compatible(source, candidates[0]):
+            return f"the {other} of the same {level} is of another study or patient, by its DICOM header"
+        return f"the {other} of the same {level} belongs to another {kind}"
+    return f"no {other} of the same path, stem or study"
+
+
+def _groups(files: Iterable[Source], key_of: Callable[[Source], str | None]) -> dict[str, list[Source]]:
+    groups: dict[str, list[Source]] = defaultdict(list)
+    for each in files:
+        if key := key_of(each):
+            groups[key].append(each)
+    return groups
+
+
+def _compatible(one: Source, other: Source) -> bool:
+    known = ((one.study, other.study), (one.patient, other.patient))
+    return all(a is None or b is None or a == b for a, b in known)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """`name`, numbered where it is taken: `a/b_c` and `a_b/c` are two pairs."""
+    candidates = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
+    return next(each for each in candidates if each not in taken)
+
+
+def _identity(path: Path) -> tuple[str | None, str | None]:
+    """StudyInstanceUID and PatientID; None for what is no DICOM file or cannot be read (preparing it says why)."""
+    if not is_dicom(path):
+        return None, None
+    try:
+        with quiet_pydicom():
+            header = dcmread(path, force=True, specific_tags=["StudyInstanceUID", "PatientID"], stop_before_pixels=True)
+            study, patient = (str(header.get(each) or "").strip() for each in ("StudyInstanceUID", "PatientID"))
+    except Exception:  # damaged input makes pydicom raise anything
+        return None, None
+    return study or None, patient or None

@@ -1,0 +1,350 @@
+"""Make a data set of dual-energy pairs: matched, registered, at the networks' size, split by patient, written down.
+
+    DATASET/train/ val/ test/    NAME_cxr.png, NAME_soft_tissue.png: 16 bits, the full range is [0, 1]
+    DATASET/dataset.json         settings, patients of each part, and each pair's fate
+    DATASET/contact_sheet.png    what to look at before training
+
+Reading and placing are those of inference (bsdiff_rt.dicom, raster, intensity), so a network sees in training what it
+is given later. The split comes before any augmentation, which training does as it goes (train/data.py): no patient, and
+no variant of a patient, is in two parts. Patients are ordered by a hash of the seed and who they are, and the order is
+cut at the shares asked for: a patient added later moves at most one other over each of the two borders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsdiff_rt import __version__
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.dicom import is_dicom, read_dicom
+from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsError
+from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.intensity import to_network
+from bsdiff_rt.radiograph import write_atomically
+from bsdiff_rt.raster import read_raster, read_together, write_png
+from train.contact_sheet import Row, contact_sheet
+from train.data import DATASET_BITS, DATASET_FILE, PARTS
+from train.pairing import Match, Unmatched, pair_files
+from train.registration import MIN_CORRELATION, Image, apply, register, resize, unregistered
+
+logger = logging.getLogger(__name__)
+
+CONTACT_SHEET = "contact_sheet.png"
+ASPECT_TOLERANCE = 1.02  # ratio of aspect ratios up to which two pictures show the same field
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a data set is made; recorded in it.
+
+    Attributes:
+        size: side of the images, px.
+        clahe: OpenCV's clip limit, 0 for none; X-ray and soft tissue are equalised each for itself.
+        register: move the soft tissue onto its X-ray; without it only the correlation is looked at.
+        min_correlation: of the edges of a pair; below it, the pair is bad.
+        split: shares of train, val and test.
+        seed: of the split.
+        cxr_suffix, soft_tissue_suffix: ends of stems that say the role.
+        patient_pattern: regular expression whose first group, in an X-ray's stem, says the patient where no PatientID
+            does; without it each stem counts as a patient.
+    """
+
+    size: int = 256
+    clahe: float = 0.0
+    register: bool = True
+    min_correlation: float = MIN_CORRELATION
+    split: tuple[float, float, float] = (7.0, 2.0, 1.0)
+    seed: int = 0
+    cxr_suffix: str = "_cxr"
+    soft_tissue_suffix: str = "_soft_tissue"
+    patient_pattern: str | None = None
+
+
+@dataclass
+class Entry:
+    """One pair in dataset.json: `status` is used, excluded (as asked) or bad; patients are numbered, not named."""
+
+    name: str
+    cxr: str
+    soft_tissue: str
+    matched_by: str
+    patient: str | None = None
+    part: str | None = None
+    status: str = "used"
+    reason: str | None = None
+    registration: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `prepare` made: every pair, every file that is none, and the number of used patients in each part."""
+
+    pairs: list[Entry]
+    unmatched: list[Unmatched]
+    patients: dict[str, int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was refused that was not to be excluded."""
+        return not self.unmatched and all(entry.status != "bad" for entry in self.pairs)
+
+    def summary(self) -> str:
+        """One line per part, then one for each pair and file that is in none, with the reason."""
+        lines = []
+        for part in PARTS:
+            pairs = sum(entry.part == part for entry in self.pairs)
+            lines.append(f"{part:5}  {pairs} pairs of {self.patients[part]} patients")
+        lines += [f"{entry.status}  {entry.name}: {entry.reason}" for entry in self.pairs if entry.status != "used"]
+        lines += [f"unmatched  {each.role} {each.file}: {each.reason}" for each in self.unmatched]
+        return "\n".join(lines)
+
+
+def prepare(
+    cxr_folder: Path, soft_tissue_folder: Path, output: Path, options: PrepareOptions, exclude: dict[str, str]
+) -> Dataset:
+    """Make the data set in `output`, which appears whole or not at all.
+
+    Args:
+        exclude: names, file names or stems to leave out, with the reason (`read_exclusions`).
+
+    Raises:
+        SettingsError: folders or options that cannot be used, no pair found, or nothing of a name to exclude.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise SettingsError(f"{output}: exists and is not empty; choose another folder")
+    for folder in (cxr_folder, soft_tissue_folder):
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise SettingsError(f"{output}: lies in {folder}, which is searched for images; choose another folder")
+    pattern = _compiled(options.patient_pattern)
+    matches, unmatched = pair_files(cxr_folder, soft_tissue_folder, options.cxr_suffix, options.soft_tissue_suffix)
+    if not matches:
+        raise SettingsError(f"{cxr_folder}, {soft_tissue_folder}: no file of one belongs to a file of the other")
+    reasons = _exclusions(matches, exclude)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".prepare-") as temporary:
+        work = Path(temporary) / "dataset"
+        for part in ("", *PARTS):
+            (work / part).mkdir()
+        entries: list[Entry] = []
+        rows: list[Row] = []
+        patients: dict[str, str] = {}  # who is behind each pair; never written
+        for number, one in enumerate(matches, 1):
+            entry = Entry(one.name, one.cxr.relative, one.soft_tissue.relative, one.matched_by)
+            entries.append(entry)
+            if one.name in reasons:
+                entry.status, entry.reason = "excluded", reasons[one.name]
+            else:
+                try:
+                    patients[one.name] = patient_of(one, pattern)
+                    rows.append(_make(one, entry, work, options))
+                except BsdiffError as error:
+                    entry.status, entry.reason = "bad", str(error)
+            logger.info("%d of %d: %s %s", number, len(matches), one.name, entry.status)
+        dataset = _divide(entries, unmatched, patients, work, options)
+        _write_record(work / DATASET_FILE, dataset, options)
+        if rows:
+            write_atomically(work / CONTACT_SHEET, contact_sheet(rows))
+        if output.is_dir():
+            output.rmdir()
+        os.replace(work, output)
+    return dataset
+
+
+def patient_of(one: Match, pattern: re.Pattern[str] | None) -> str:
+    """Who a pair is of: PatientID, else what `pattern` finds in the X-ray's stem, else the stem.
+
+    Raises:
+        InputRefused: the pattern does not fit the stem.
+    """
+    known = one.cxr.patient or one.soft_tissue.patient
+    if known:
+        return f"PatientID {known}"
+    if pattern is None:
+        return f"stem {one.cxr.stem}"
+    found = pattern.search(one.cxr.stem)
+    if found is None or not found.group(1):
+        raise InputRefused("--patient-pattern does not fit its name, so it cannot be put into one part safely")
+    return f"pattern {found.group(1)}"
+
+
+def divide(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
+    """The part of each patient: ordered by SHA-256 of seed and patient, cut at the shares in whole patients."""
+    order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
+    borders = np.floor(np.cumsum(shares) / sum(shares) * len(order) + 0.5).astype(int)
+    return {patient: PARTS[int(np.searchsorted(borders, i, side="right"))] for i, patient in enumerate(order)}
+
+
+def read_exclusions(path: Path) -> dict[str, str]:
+    """Names to leave out and why, from a text file: one a line, the reason behind a `#`; lines of `#` alone are notes.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: the list of exclusions cannot be read ({type(error).__name__})") from None
+    parted = (line.partition("#") for line in lines)
+    return {name.strip(): reason.strip() or "on the exclusion list" for name, _, reason in parted if name.strip()}
+
+
+def parse_split(text: str) -> tuple[float, float, float]:
+    """Shares of train, val and test from a text such as 7:2:1.
+
+    Raises:
+        SettingsError: not three numbers of 0 or more, the first more than 0.
+    """
+    try:
+        train, val, test = (float(share) for share in text.split(":"))
+    except ValueError:
+        train, val, test = 0.0, 0.0, 0.0
+    if not (0 < train < math.inf and 0 <= val < math.inf and 0 <= test < math.inf):
+        raise SettingsError(f"--split {text}: give the shares of train, val and test as three numbers, such as 7:2:1")
+    return train, val, test
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SettingsError(f"--patient-pattern {pattern}: not a regular expression ({error})") from None
+    if not compiled.groups:
+        raise SettingsError(f"--patient-pattern {pattern}: has no group; put what names the patient in brackets")
+    return compiled
+
+
+def _exclusions(matches: list[Match], exclude: dict[str, str]) -> dict[str, str]:
+    """The reason by name of each pair to leave out.
+
+    Raises:
+        SettingsError: a line that names no pair: a slip of the pen would put a bad pair into the training.
+    """
+    reasons = {}
+    for line, reason in exclude.items():
+        meant = [one.name for one in matches if line in _called(one)]
+        if not meant:
+            raise SettingsError(f"{line}: on the exclusion list, but no pair, file or stem has this name")
+        reasons |= dict.fromkeys(meant, reason)
+    return reasons
+
+
+def _called(one: Match) -> set[str]:
+    sides = (one.cxr, one.soft_tissue)
+    return {one.name} | {name for each in sides for name in (each.relative, each.key, each.path.name, each.stem)}
+
+
+def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions) -> Row:
+    """Read, register and write one pair, and say so in its entry; what to show of it."""
+    cxr, soft_tissue = read_pair(one.cxr.path, one.soft_tissue.path)
+    reason = None
+    if options.register:
+        try:
+            found = register(cxr, soft_tissue)
+        except InputFailed as error:
+            found, reason = unregistered(cxr, soft_tissue), str(error)
+    else:
+        found = unregistered(cxr, soft_tissue)
+    applied = not found.negligible
+    if applied:
+        soft_tissue = apply(soft_tissue, found.matrix)
+    after = found.correlation_after if applied else found.correlation_before
+    entry.registration = {
+        "correlation_before": round(found.correlation_before, 4),
+        "correlation_after": round(after, 4),
+        "displacement_px": round(found.displacement * options.size, 3),
+        "rotation_deg": round(found.rotation_deg, 4),
+        "matrix": found.matrix.round(6).tolist(),
+        "applied": applied,
+    }
+    if reason is None and after < options.min_correlation:
+        reason = f"edges of X-ray and soft tissue correlate with {after:.2f}, less than {options.min_correlation:.2f}"
+        reason += ": not one patient's, mirrored, or moved apart"
+    if reason:
+        entry.status, entry.reason = "bad", reason
+    shown = [_at_size(image, options) for image in (cxr, soft_tissue)]
+    if not reason:
+        for role, image in zip(("cxr", "soft_tissue"), shown, strict=True):
+            write_png(work / f"{one.name}_{role}.png", image, DATASET_BITS)
+    return Row(entry.name, entry.status == "used", entry.registration, *shown)
+
+
+def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
+    """Both pictures as inference reads them, at the X-ray's matrix, [H, W] float32 in [0, 1].
+
+    Image files share the deeper one's grey scale; DICOM files say their own.
+
+    Raises:
+        InputRefused, InputFailed: a file that cannot be read, or two that do not show the same field.
+    """
+    if not is_dicom(cxr_path) and not is_dicom(soft_tissue_path):
+        cxr, soft_tissue = read_together([cxr_path, soft_tissue_path])
+    else:
+        source = read_dicom(cxr_path) if is_dicom(cxr_path) else read_raster(cxr_path)
+        cxr = source.cxr
+        if is_dicom(soft_tissue_path):
+            soft_tissue = read_dicom(soft_tissue_path).cxr
+        else:
+            soft_tissue = read_result(soft_tissue_path, source.bits_stored)
+    ratios = [image.shape[0] / image.shape[1] for image in (cxr, soft_tissue)]
+    if max(ratios) / min(ratios) > ASPECT_TOLERANCE:
+        shapes = " and ".join(f"{image.shape[0]} x {image.shape[1]} px" for image in (cxr, soft_tissue))
+        raise InputRefused(f"X-ray and soft tissue differ in aspect ratio: {shapes}")
+    return cxr, resize(soft_tissue, cxr.shape)
+
+
+def _at_size(image: Image, options: PrepareOptions) -> Image:
+    """[S, S] float32 in [0, 1], placed and equalised as in inference."""
+    square, _ = to_network(image, Preprocessing(size=options.size, clahe_clip_limit=options.clahe))
+    return np.asarray((square + 1) / 2, dtype=np.float32)
+
+
+def _divide(
+    entries: list[Entry], unmatched: list[Unmatched], patients: dict[str, str], work: Path, options: PrepareOptions
+) -> Dataset:
+    """Give each used pair its part and put its files there; number the patients."""
+    numbers = {patient: f"p{i:04d}" for i, patient in enumerate(dict.fromkeys(patients.values()), 1)}
+    used = {patients[entry.name] for entry in entries if entry.status == "used"}
+    part_of = divide(used, options.split, options.seed)
+    for entry in entries:
+        entry.patient = numbers.get(patients.get(entry.name, ""))
+        if entry.status == "used":
+            entry.part = part_of[patients[entry.name]]
+            for role in ("cxr", "soft_tissue"):
+                file = f"{entry.name}_{role}.png"
+                os.replace(work / file, work / entry.part / file)
+    counts = Counter(part_of.values())
+    if unnamed := sum(who.startswith("stem ") for who in patients.values()):
+        logger.warning("%d pairs name no patient: each stem counts as one (--patient-pattern says better)", unnamed)
+    for part, share in zip(PARTS, options.split, strict=True):
+        if share and not counts[part]:
+            logger.warning("the %s part is empty: %d patients are too few for it", part, len(used))
+    return Dataset(entries, unmatched, {part: counts[part] for part in PARTS})
+
+
+def _write_record(path: Path, dataset: Dataset, options: PrepareOptions) -> None:
+    parts = {
+        part: sorted({entry.patient for entry in dataset.pairs if entry.part == part and entry.patient})
+        for part in PARTS
+    }
+    document = {
+        "bsdiff_rt": __version__,
+        "settings": asdict(options),
+        "patients": parts,
+        "pairs": [asdict(entry) for entry in dataset.pairs],
+        "unmatched": [asdict(entry) for entry in dataset.unmatched],
+    }
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
