@@ -6,40 +6,62 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 import typer
+from accelerate import PartialState
 from numpy.typing import NDArray
 
-from bsdiff_rt.config import PRESETS, Objective, Schedule, ScheduleName
+from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import BsdiffError, SettingsError
-from train.data import Augmentation, Batches, Pair, find_pairs, load_pair
-from train.denoiser import train_denoiser
-from train.enhancer import StageOne, stage_one_outputs, train_enhancer
-from train.loop import TrainOptions, load_checkpoint
+from train.comparator import dry_run_comparator, train_comparator
+from train.comparators import COMPARATORS
+from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, find_pairs, load_dataset, load_pair
+from train.denoiser import dry_run_denoiser, train_denoiser
+from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
+from train.loop import TrainOptions, load_checkpoint, mixed_precision
+from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantoms import phantom, write_pairs
+from train.prepare import PrepareOptions, parse_split, prepare, read_exclusions
+from train.recipe import RECIPES, VERSIONS_PER_PAIR, Recipe
 from train.validation import Validation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 logger = logging.getLogger("train")
 
-DEMO_PHANTOMS, DEMO_DENOISER_STEPS, DEMO_ENHANCER_STEPS = 900, 6000, 1500
 HELD_OUT_PHANTOM_SEED = 10_000_000  # phantoms from here on are never trained on
 
 
-def phantom_pool(folder: Path, count: int, size: int) -> NDArray[np.uint8]:
-    """Phantoms 0 .. count - 1, [N, 2, size, size] uint8; kept in `folder`, extended when more are asked for."""
+def preset_of(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if name not in PRESETS:
+        raise SettingsError(f"preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def phantom_pool(folder: Path, count: int, size: int, keep: bool = True) -> NDArray[np.uint8]:
+    """Phantoms 0 .. count - 1, [N, 2, size, size] uint8; kept in `folder`, extended when more are asked for.
+
+    Without `keep`, a few of them, and nothing is written.
+    """
     path = folder / f"phantoms_{size}.npy"
+    count = count if keep else min(count, DRY_RUN_PHANTOMS)
     pool = np.load(path) if path.exists() else np.empty((0, 2, size, size), np.uint8)
     if len(pool) < count:
         logger.info("making %d phantoms", count - len(pool))
         new = [phantom(seed, size) for seed in range(len(pool), count)]
         stacked = np.stack([np.stack([p.cxr, p.soft_tissue]) for p in new])
         pool = np.concatenate([pool, np.rint(stacked * 255).astype(np.uint8)])
-        np.save(path, pool)
+        if keep:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(path, pool)
     return pool[:count]
 
 
@@ -62,54 +84,277 @@ def split_pairs(folder: Path | None, hold_out: list[str], size: int) -> tuple[li
     return train, held_out
 
 
+def real_pairs(
+    pairs: Path | None, hold_out: list[str] | None, dataset: Path | None, size: int
+) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs, and pairs to validate on at the network's size: of a folder of pairs, or of a data set.
+
+    Raises:
+        SettingsError: both are given, or the data set's train part is empty.
+    """
+    if dataset is None:
+        return split_pairs(pairs, hold_out or [], size)
+    if pairs or hold_out:
+        raise SettingsError("--dataset brings its own parts: give it without --pairs and --hold-out")
+    train = load_dataset(dataset, "train")
+    if not train:
+        raise SettingsError(f"{dataset}: its train part is empty")
+    return train, load_dataset(dataset, "val", size)
+
+
+# Options that several commands share. An option left out takes the recipe's value.
+Pairs = Annotated[Path | None, typer.Option(help="Folder of NAME_cxr.* and NAME_soft_tissue.*.")]
+HoldOut = Annotated[list[str] | None, typer.Option(help="Pair kept for validation; repeatable.")]
+DatasetFolder = Annotated[
+    Path | None, typer.Option("--dataset", help="Folder made by `prepare`: train on train, validate on val.")
+]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(AUGMENTATION_SETS)}, or some of: {', '.join(sorted(AUGMENTATION_SETS['demo']))}.",
+        show_default="the recipe's",
+    ),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help=f"Settings: {', '.join(RECIPES)} (train/recipe.py).")]
+Phantoms = Annotated[int | None, typer.Option(min=0, help="Phantoms to train on.", show_default="the recipe's")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="the recipe's")]
+Rate = Annotated[float | None, typer.Option(min=0.0, help="Peak learning rate.", show_default="the recipe's")]
+RealShare = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Share of real samples in a batch.", show_default="the recipe's")
+]
+SaveEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="the recipe's")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Pieces a batch is computed in: less memory, same gradient.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Bf16 = Annotated[
+    bool | None,
+    typer.Option("--bf16/--no-bf16", show_default="where the device computes it", help="Mixed precision."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the memory and time it would take; train nothing.")]
+DRY_RUN_PHANTOMS = 2
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if name not in RECIPES:
+        raise SettingsError(f"--recipe {name}: choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def options_of(recipe: Recipe, stage: TrainOptions, pairs: int, **options: Any) -> TrainOptions:
+    """A stage's options: the recipe's for that number of training pairs, and what was given on the command line."""
+    counted = stage if options["steps"] else recipe.options(stage, pairs, PartialState().num_processes)
+    return replace(counted, **given(**options))
+
+
+def source_of(recipe: Recipe, phantoms: int | None, real_share: float | None, augment: str | None) -> Recipe:
+    """The recipe with the phantoms, share of real samples and augmentation that were given on the command line."""
+    augmentation = None if augment is None else Augmentation.of(augment)
+    return replace(recipe, **given(phantoms=phantoms, real_share=real_share, augmentation=augmentation))
+
+
+def batches_of(recipe: Recipe, real: list[Pair], folder: Path, size: int, seed: int, keep: bool = True) -> Batches:
+    """The training samples of a recipe; its phantoms are made by one process and kept in `folder` (`phantom_pool`)."""
+    with PartialState().main_process_first():
+        pool = phantom_pool(folder, recipe.phantoms, size, keep)
+    return Batches(real, pool, recipe.real_share, recipe.augmentation, seed)
+
+
+def groups_of(held_out: list[Pair], phantoms: int, size: int) -> dict[str, list[Pair]]:
+    """What is validated on: held-out pairs, and phantoms where phantoms are trained on or there are no such pairs."""
+    drawn = {"phantoms": held_out_phantoms(8, size)} if phantoms or not held_out else {}
+    return drawn | ({"pairs": held_out} if held_out else {})
+
+
 @app.command()
 def denoiser(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, log and sample grids.")],
-    pairs: Annotated[Path | None, typer.Option(help="Folder of NAME_cxr.* and NAME_soft_tissue.*.")] = None,
-    phantoms: Annotated[int, typer.Option(min=0, help="Phantoms to train on.")] = 2000,
-    hold_out: Annotated[list[str] | None, typer.Option(help="Pair kept for validation; repeatable.")] = None,
-    preset: Annotated[str, typer.Option(help=f"Network shape: {', '.join(PRESETS)}.")] = "demo",
-    objective: Annotated[Objective, typer.Option(help="What the network predicts.")] = "eps",
-    schedule: Annotated[ScheduleName, typer.Option(help="Noise schedule.")] = "cosine",
+    pairs: Pairs = None,
+    recipe: RecipeName = "demo",
+    phantoms: Phantoms = None,
+    hold_out: HoldOut = None,
+    dataset: DatasetFolder = None,
+    augment: Augment = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Network shape: {', '.join(PRESETS)}.", show_default="the recipe's")
+    ] = None,
+    objective: Annotated[
+        Objective | None, typer.Option(help="What the network predicts.", show_default="the recipe's")
+    ] = None,
+    schedule: Annotated[ScheduleName | None, typer.Option(help="Noise schedule.", show_default="the recipe's")] = None,
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = TrainOptions.steps,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = TrainOptions.learning_rate,
-    real_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of real samples in a batch.")] = 0.6,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = TrainOptions.save_every,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    steps: Steps = None,
+    learning_rate: Rate = None,
+    real_share: RealShare = None,
+    save_every: SaveEvery = None,
+    accumulate: Accumulate = 1,
+    seed: Seed = 0,
+    bf16: Bf16 = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train stage 1; resumes where the folder holds a checkpoint."""
+    chosen = recipe_of(recipe)
+    real, held_out = real_pairs(pairs, hold_out, dataset, size)
+    fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}
+    of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
+    options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed)
+    diffusion = replace(chosen.schedule, **given(name=schedule, objective=objective))
+    shape = preset_of(preset or chosen.preset)
+    source = source_of(chosen, phantoms, real_share, augment)
+    batches = batches_of(source, real, output, size, seed, keep=not dry_run)
+    if dry_run:
+        typer.echo(dry_run_denoiser(shape, diffusion, batches, options, size))
+        return
     output.mkdir(parents=True, exist_ok=True)
-    options = replace(TrainOptions(), steps=steps, learning_rate=learning_rate, seed=seed, save_every=save_every)
-    diffusion = Schedule(name=schedule, objective=objective)
-    real, held_out = split_pairs(pairs, hold_out or [], size)
-    groups = {"phantoms": held_out_phantoms(8, size)} | ({"pairs": held_out} if held_out else {})
-    batches = Batches(real, phantom_pool(output, phantoms, size), real_share, Augmentation(), seed)
-    train_denoiser(output, PRESETS[preset], diffusion, batches, Validation(groups, diffusion), options, size)
+    validation = Validation(groups_of(held_out, source.phantoms, size), diffusion, chosen.validation)
+    train_denoiser(output, shape, diffusion, batches, validation, options, size)
 
 
 @app.command()
 def enhancer(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that holds denoiser.pt; results go there.")],
-    pairs: Annotated[Path | None, typer.Option(help="Folder of NAME_cxr.* and NAME_soft_tissue.*.")] = None,
-    phantoms: Annotated[int, typer.Option(min=0, help="Phantoms to train on.")] = 2000,
-    hold_out: Annotated[list[str] | None, typer.Option(help="Pair kept for validation; repeatable.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Augmented samples stage 1 is run on.")] = 600,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = TrainOptions.learning_rate,
-    real_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of real samples in a batch.")] = 0.6,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = TrainOptions.save_every,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    pairs: Pairs = None,
+    recipe: RecipeName = "demo",
+    phantoms: Phantoms = None,
+    hold_out: HoldOut = None,
+    dataset: DatasetFolder = None,
+    augment: Augment = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Augmented samples stage 1 is run on.", show_default="the recipe's")
+    ] = None,
+    stage_one_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of stage 1 on each of them.", show_default="the recipe's")
+    ] = None,
+    perceptual: Annotated[
+        float | None, typer.Option(min=0.0, help="Weight of the perceptual term.", show_default="the recipe's")
+    ] = None,
+    adversarial: Annotated[
+        float | None, typer.Option(min=0.0, help="Weight of the adversarial term.", show_default="the recipe's")
+    ] = None,
+    vgg16: Annotated[
+        Path | None, typer.Option(help=f"{WEIGHTS_FILE} of torchvision.", show_default="torch.hub's cache")
+    ] = None,
+    steps: Steps = None,
+    learning_rate: Rate = None,
+    real_share: RealShare = None,
+    save_every: SaveEvery = None,
+    accumulate: Accumulate = 1,
+    seed: Seed = 0,
+    bf16: Bf16 = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train stage 2 on what the stage 1 in the same folder makes; resumes where the folder holds a checkpoint."""
+    chosen = recipe_of(recipe)
+    weights = replace(chosen.losses, **given(perceptual=perceptual, adversarial=adversarial))
+    vgg = load_vgg16(vgg16) if weights.perceptual else None  # first: a missing file should not show after hours
     header = load_checkpoint(output / "denoiser.pt")
-    stage, size = StageOne.load(output / "denoiser.pt", PRESETS[header["preset"]]), header["size"]
-    options = TrainOptions(steps=steps, learning_rate=learning_rate, seed=seed, save_every=save_every)
-    real, held_out = split_pairs(pairs, hold_out or [], size)
-    groups = {"phantoms": held_out_phantoms(8, size)} | ({"pairs": held_out} if held_out else {})
-    batches = Batches(real, phantom_pool(output, phantoms, size), real_share, Augmentation(), seed + 1)
-    outputs = stage_one_outputs(output, stage, batches, samples, size)
-    train_enhancer(output, stage, outputs, Validation(groups, stage.schedule), options)
+    shape, size = preset_of(header["preset"]), header["size"]
+    real, held_out = real_pairs(pairs, hold_out, dataset, size)
+    fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}
+    of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
+    options = options_of(chosen, chosen.enhancer, len(real), **of_run, **fixed)
+    if dry_run:
+        typer.echo(dry_run_enhancer(shape, options, size, weights, vgg))
+        return
+    stage = StageOne.load(output / "denoiser.pt", shape)
+    source = source_of(chosen, phantoms, real_share, augment)
+    batches = batches_of(source, real, output, size, seed + 1)
+    sampler = replace(chosen.stage_one, steps=stage_one_steps or chosen.stage_one.steps)
+    samples = samples or chosen.samples or VERSIONS_PER_PAIR * len(real)
+    outputs = stage_one_outputs(output, stage, batches, samples, size, sampler)
+    validation = Validation(groups_of(held_out, source.phantoms, size), stage.schedule, chosen.validation)
+    train_enhancer(output, stage, outputs, validation, options, weights, vgg, chosen.clean_share)
+
+
+@app.command("prepare")
+def make_dataset(
+    cxr: Annotated[Path, typer.Argument(help="Folder of X-rays: DICOM, PNG, JPEG or TIFF; searched recursively.")],
+    soft_tissue: Annotated[Path, typer.Argument(help="Folder of soft-tissue images; may be the same.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the data set; new or empty.")],
+    size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = PrepareOptions.size,
+    split: Annotated[str, typer.Option(help="Shares of train, val and test patients.")] = "7:2:1",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = PrepareOptions.seed,
+    clahe: Annotated[
+        float, typer.Option(min=0.0, help="CLAHE clip limit; 0: none. Export the model with the same.")
+    ] = PrepareOptions.clahe,
+    register: Annotated[
+        bool, typer.Option("--register/--no-register", help="Move the soft tissue onto its X-ray.")
+    ] = PrepareOptions.register,
+    min_correlation: Annotated[
+        float, typer.Option(min=-1.0, max=1.0, help="Correlation of edges below which a pair is bad.")
+    ] = PrepareOptions.min_correlation,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(help="Text file of pairs to leave out: one name or stem a line, `# reason` behind it."),
+    ] = None,
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="Where there is no PatientID: regular expression, group 1 is the patient.")
+    ] = None,
+    cxr_suffix: Annotated[str, typer.Option(help="End of X-rays' stems, no part of the name.")] = "_cxr",
+    soft_suffix: Annotated[str, typer.Option(help="The same of soft-tissue images.")] = "_soft_tissue",
+) -> None:
+    """Make a data set of pairs: matched, registered, resized, split by patient; look at its contact sheet."""
+    options = PrepareOptions(
+        size=size,
+        clahe=clahe,
+        register=register,
+        min_correlation=min_correlation,
+        split=parse_split(split),
+        seed=seed,
+        cxr_suffix=cxr_suffix,
+        soft_tissue_suffix=soft_suffix,
+        patient_pattern=patient_pattern,
+    )
+    made = prepare(cxr, soft_tissue, output, options, read_exclusions(exclude) if exclude else {})
+    typer.echo(made.summary())
+    if not made.complete:
+        raise typer.Exit(3)
+
+
+@app.command()
+def comparator(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(COMPARATORS)}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, log and NAME.onnx.")],
+    pairs: Pairs = None,
+    recipe: RecipeName = "demo",
+    phantoms: Phantoms = None,
+    hold_out: HoldOut = None,
+    dataset: DatasetFolder = None,
+    augment: Augment = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the images, px.")] = 256,
+    steps: Steps = None,
+    learning_rate: Rate = None,
+    real_share: RealShare = None,
+    save_every: SaveEvery = None,
+    accumulate: Accumulate = 1,
+    seed: Seed = 0,
+    bf16: Bf16 = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a network of the paper's Table 1 on the same pairs, as long as stage 1; for `benchmarks.table1`."""
+    if name not in COMPARATORS:
+        raise SettingsError(f"comparator {name!r}: choose one of {', '.join(COMPARATORS)}")
+    chosen = recipe_of(recipe)
+    real, held_out = real_pairs(pairs, hold_out, dataset, size)
+    fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}
+    of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
+    options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed)
+    if dry_run:
+        typer.echo(dry_run_comparator(name, options, size))
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    source = source_of(chosen, phantoms, real_share, augment)
+    batches = batches_of(source, real, output, size, seed)
+    validation = Validation(groups_of(held_out, source.phantoms, size), chosen.schedule)
+    typer.echo(train_comparator(output, name, batches, validation, options, size))
 
 
 @app.command()
@@ -118,8 +363,8 @@ def demo(
     pairs: Annotated[Path | None, typer.Option(help="Folder of real pairs; without it, phantoms alone.")] = None,
 ) -> None:
     """Train both stages as the bundled demo model was trained (docs/model-card.md); hours on two cores."""
-    denoiser(output, pairs, phantoms=DEMO_PHANTOMS, objective="x0", steps=DEMO_DENOISER_STEPS)
-    enhancer(output, pairs, phantoms=DEMO_PHANTOMS, steps=DEMO_ENHANCER_STEPS)
+    denoiser(output, pairs)
+    enhancer(output, pairs)
 
 
 @app.command("phantoms")

@@ -6,9 +6,7 @@ mean squared error on what the network predicts (`Schedule.objective`: eps as in
 
 from __future__ import annotations
 
-import csv
-import logging
-import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +19,9 @@ from bsdiff_rt.config import Preset, Schedule
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.schedule import alpha_bar
 from train.data import Batches
-from train.loop import Trainee, TrainOptions, ahead
+from train.dry_run import Estimate, estimate
+from train.loop import Run, Trainee, TrainOptions, pieces
 from train.validation import Validation
-
-logger = logging.getLogger(__name__)
 
 # Share of the training steps spent on the noisiest tenth of the diffusion when the objective can answer there (x0, v):
 # a sampler of a handful of steps asks for little else.
@@ -45,6 +42,32 @@ def target(schedule: Schedule, x_0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -
     return {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[schedule.objective]
 
 
+class Diffusion:
+    """Makes training samples of a schedule, on a device."""
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        table = alpha_bar(schedule)
+        self.schedule = schedule
+        self.root_a, self.root_s = (torch.from_numpy(np.sqrt(x)).float().to(device) for x in (table, 1.0 - table))
+
+    def noised(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t, cxr, t, and what the network should predict, from [B, 2, H, W]: X-ray and truth in [-1, 1]."""
+        cxr, x_0 = pair[:, 0:1], pair[:, 1:2]
+        eps = torch.from_numpy(rng.standard_normal(x_0.shape, dtype=np.float32)).to(pair.device)
+        t = draw_times(rng, self.schedule, len(pair)).to(pair.device)
+        a, s = self.root_a[t].view(-1, 1, 1, 1), self.root_s[t].view(-1, 1, 1, 1)
+        return a * x_0 + s * eps, cxr, t, target(self.schedule, x_0, eps, a, s)
+
+
+def denoiser_losses(trainee: Trainee, x_t: Tensor, cxr: Tensor, t: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+    """Mean squared error of a batch, as a sum over its pieces."""
+    options = trainee.options
+    for noisy, condition, times, goal in pieces(options.accumulate, x_t, cxr, t, wanted):
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=options.bf16):
+            out = trainee.model(noisy, condition, times)
+        yield torch.mean((out.float() - goal) ** 2) * (len(noisy) / len(x_t))
+
+
 def train_denoiser(
     folder: Path,
     preset: Preset,
@@ -56,51 +79,36 @@ def train_denoiser(
 ) -> Path:
     """Train until `options.steps`, resuming from `folder`/denoiser.pt where there is one.
 
-    Returns: the checkpoint's path. Also writes denoiser.csv (step, loss, quality) and denoiser_samples.png.
+    Returns: the checkpoint's path. Also writes denoiser.csv (loss, quality), denoiser_samples.png, tensorboard/.
     """
     torch.manual_seed(options.seed)
     trainee = Trainee(Denoiser(preset.denoiser), options)
-    path = folder / "denoiser.pt"
-    if path.exists():
-        trainee.restore(path)
-        logger.info("resuming at step %d", trainee.step)
-    tables = alpha_bar(schedule)
-    root_a, root_s = (torch.from_numpy(np.sqrt(table)).float() for table in (tables, 1.0 - tables))
-
-    started, losses = time.monotonic(), []
+    run = Run(folder, "denoiser", trainee, "psnr", preset=preset.name, schedule=asdict(schedule), size=size)
+    diffusion = Diffusion(schedule, trainee.accelerator.device)
 
     def make(step: int) -> NDArray[np.float32]:
         count, crop = options.crop(step, size)
-        return batches.batch(step, count, size, crop)
+        return batches.batch(trainee.sample_index(step), count, size, crop)
 
-    for step, pair in ahead(make, trainee.step, options.steps):
-        rng = np.random.default_rng([options.seed, step, 1])
-        cxr, x_0 = pair[:, 0:1], pair[:, 1:2]
-        eps = torch.from_numpy(rng.standard_normal(x_0.shape, dtype=np.float32))
-        t = draw_times(rng, schedule, len(pair))
-        a, s = root_a[t].view(-1, 1, 1, 1), root_s[t].view(-1, 1, 1, 1)
-        x_t = a * x_0 + s * eps
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            out = trainee.network(x_t, cxr, t)
-        loss = torch.mean((out.float() - target(schedule, x_0, eps, a, s)) ** 2)
-        trainee.update(loss)
-        losses.append(float(loss.detach()))
-        if trainee.step % options.save_every == 0 or trainee.step == options.steps:
-            trainee.save(path, preset=preset.name, schedule=asdict(schedule), size=size)
-            quality = validation.denoiser(trainee.averaged, folder / "denoiser_samples.png")
-            record(folder / "denoiser.csv", trainee.step, float(np.mean(losses)), quality)
-            pace = (time.monotonic() - started) / len(losses)
-            logger.info("step %d, loss %.5f, %.2f s per step, %s", trainee.step, np.mean(losses), pace, quality)
-            started, losses = time.monotonic(), []
-    return path
+    for index, pair in run.batches(make):
+        noised = diffusion.noised(pair, np.random.default_rng([options.seed, index, 1]))
+        loss = trainee.update(denoiser_losses(trainee, *noised))
+        run.after_step({"loss": loss}, lambda picture: validation.denoiser(trainee.averaged, picture))
+    return run.path
 
 
-def record(path: Path, step: int, loss: float, quality: dict[str, float]) -> None:
-    """Append one row to a training log, with a header when the file is new."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["time", "step", "loss", *quality])
-        figures = (f"{value:.4f}" for value in quality.values())
-        writer.writerow([time.strftime("%Y-%m-%dT%H:%M:%S"), step, f"{loss:.6f}", *figures])
+def dry_run_denoiser(
+    preset: Preset, schedule: Schedule, batches: Batches, options: TrainOptions, size: int
+) -> Estimate:
+    """What `train_denoiser` would take, from one batch of whole images; nothing is written."""
+
+    def step(trainee: Trainee) -> None:
+        diffusion = Diffusion(schedule, trainee.accelerator.device)
+        pair = torch.from_numpy(batches.batch(0, options.images, size, size)).to(trainee.accelerator.device)
+        trainee.update(denoiser_losses(trainee, *diffusion.noised(pair, np.random.default_rng(0))))
+
+    def inputs(count: int) -> tuple[Tensor, ...]:
+        image = torch.zeros(count, 1, size, size)
+        return image, image, torch.zeros(count, dtype=torch.int64)
+
+    return estimate(lambda: Denoiser(preset.denoiser), inputs, step, options)

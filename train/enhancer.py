@@ -1,34 +1,34 @@
 """Stage 2: train the enhancer on what stage 1 makes. One loop, readable from top to bottom.
 
-Stage 1 is run once over a fixed set of augmented samples; its results are cached with the hash of its weights. A share
-of the batches shows the true soft tissue as input instead: an autoencoder that cannot return a sharp image unchanged
-would blur whatever it is given.
+Stage 1 is run once over a fixed set of augmented samples; its results are cached with the hash of its weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
-from bsdiff_rt.config import Preset, Schedule
+from bsdiff_rt.config import Preset, SamplerSettings, Schedule
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from train.data import Batches
-from train.denoiser import record
-from train.loop import Trainee, TrainOptions, ahead, load_checkpoint
-from train.losses import enhancer_loss
+from train.discriminator import Critic
+from train.dry_run import Estimate, estimate
+from train.loop import Run, Trainee, TrainOptions, load_checkpoint
+from train.losses import HybridLoss, LossWeights, optimise
+from train.perceptual import VGG16
 from train.validation import Validation, few_step
 
 logger = logging.getLogger(__name__)
-
-CLEAN_SHARE = 0.25  # of the samples whose input is the truth itself
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,32 @@ class StageOne:
         return cls(network, preset, Schedule(**state["schedule"]), digest.hexdigest())
 
 
-def stage_one_outputs(folder: Path, stage: StageOne, batches: Batches, count: int, size: int) -> NDArray[np.float16]:
-    """Stage 1 outputs and truths of `count` augmented samples, [N, 2, S, S] float16 in [-1, 1]; cached in `folder`."""
-    path = folder / f"stage1_{stage.sha256[:16]}_{count}_{size}.npy"
-    if path.exists():
-        return np.load(path)
-    logger.info("running stage 1 on %d samples", count)
-    outputs = np.empty((count, 2, size, size), np.float16)
-    for i in range(count):
-        cxr, soft_tissue = batches.batch(i, 1, size, size)[0]
-        outputs[i] = few_step(stage.network, stage.schedule, (cxr + 1) / 2) * 2 - 1, soft_tissue
-    np.save(path, outputs)
-    return outputs
+def stage_one_outputs(
+    folder: Path, stage: StageOne, batches: Batches, count: int, size: int, sampler: SamplerSettings
+) -> NDArray[np.float16]:
+    """Stage 1 outputs and truths of `count` augmented samples, [N, 2, S, S] float16 in [-1, 1]; cached in `folder`.
+
+    The cache is known by stage 1's weights, the sampler and the first sample, which changes with the data and the seed.
+    What is missing of it is made: an interrupted run goes on, and several processes share the work.
+    """
+    first = batches.batch(0, 1, size, size)
+    key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count)).encode() + first.tobytes()).hexdigest()
+    path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
+    accelerator = Accelerator(mixed_precision="no")
+    if accelerator.is_main_process and not path.exists():
+        logger.info("running stage 1 on %d samples, %s in %d steps", count, sampler.name, sampler.steps)
+        np.lib.format.open_memmap(path, "w+", np.float16, (count, 2, size, size))[:] = np.nan  # NaN: not made yet
+    accelerator.wait_for_everyone()
+    outputs = np.lib.format.open_memmap(path, "r+")
+    missing = np.flatnonzero(np.isnan(outputs[:, 1, -1, -1]))
+    network = stage.network.to(accelerator.device)
+    for i in missing[accelerator.process_index :: accelerator.num_processes]:
+        cxr, soft_tissue = batches.batch(int(i), 1, size, size)[0]
+        outputs[i, 0] = few_step(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
+        outputs[i, 1] = soft_tissue
+    outputs.flush()
+    accelerator.wait_for_everyone()
+    return np.load(path)
 
 
 def train_enhancer(
@@ -72,49 +86,78 @@ def train_enhancer(
     outputs: NDArray[np.float16],
     validation: Validation,
     options: TrainOptions,
+    weights: LossWeights,
+    vgg: VGG16 | None = None,
+    clean_share: float = 0.0,
 ) -> Path:
     """Train until `options.steps`, resuming from `folder`/enhancer.pt where there is one.
 
-    Returns: the checkpoint's path. Also writes enhancer.csv (step, loss, quality) and enhancer_samples.png.
+    Args:
+        folder: of the run.
+        stage: the stage 1 whose `outputs` these are ([N, 2, S, S] float16: output, truth).
+        validation: what checkpoints are judged on.
+        options: of the run.
+        weights: of the loss; `vgg` is needed where the perceptual one is not 0.
+        vgg: see `load_vgg16`.
+        clean_share: share of the samples whose input is the truth itself.
+
+    Returns: the checkpoint's path. Also writes enhancer.csv (losses, quality), enhancer_samples.png, tensorboard/.
+
+    Raises:
+        SettingsError: the checkpoint in `folder` belongs to another stage 1 or another loss.
     """
     torch.manual_seed(options.seed)
-    trainee = Trainee(Enhancer(stage.preset.enhancer), options)
-    path = folder / "enhancer.pt"
-    if path.exists():
-        trainee.restore(path)
-        logger.info("resuming at step %d", trainee.step)
     size = outputs.shape[-1]
+    trainee = Trainee(Enhancer(stage.preset.enhancer), options)
+    loss = hybrid_loss(weights, vgg, trainee.accelerator)
+    run = Run(folder, "enhancer", trainee, "psnr", preset=stage.preset.name, stage_one=stage.sha256, size=size)
+    if run.restored.get("stage_one", stage.sha256) != stage.sha256:
+        raise SettingsError(f"{run.path} was trained on another stage 1; move it away to train anew")
+    loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:
         count, crop = options.crop(step, size)
-        return _crops(np.random.default_rng([options.seed, step, 2]), outputs, count, crop)
+        rng = np.random.default_rng([options.seed, trainee.sample_index(step), 2])
+        return _crops(rng, outputs, count, crop, clean_share)
 
-    started, losses = time.monotonic(), []
-    for _, pair in ahead(make, trainee.step, options.steps):
-        x, soft_tissue = pair[:, 0:1], pair[:, 1:2]
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            predicted = trainee.network(x)
-        loss = enhancer_loss(predicted.float(), soft_tissue)
-        trainee.update(loss)
-        losses.append(float(loss.detach()))
-        if trainee.step % options.save_every == 0 or trainee.step == options.steps:
-            trainee.save(path, preset=stage.preset.name, stage_one=stage.sha256, size=size)
-            quality = validation.both(stage.network, trainee.averaged, folder / "enhancer_samples.png")
-            record(folder / "enhancer.csv", trainee.step, float(np.mean(losses)), quality)
-            pace = (time.monotonic() - started) / len(losses)
-            logger.info("step %d, loss %.5f, %.2f s per step, %s", trainee.step, np.mean(losses), pace, quality)
-            started, losses = time.monotonic(), []
-    return path
+    for _, pair in run.batches(make):
+        losses = optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2])
+        run.after_step(losses, lambda picture: validation.both(stage.network, trainee.averaged, picture), loss.state)
+    return run.path
 
 
-def _crops(rng: np.random.Generator, outputs: NDArray[np.float16], count: int, crop: int) -> NDArray[np.float32]:
+def dry_run_enhancer(
+    preset: Preset, options: TrainOptions, size: int, weights: LossWeights, vgg: VGG16 | None
+) -> Estimate:
+    """What `train_enhancer` would take, without the making of stage 1's outputs; nothing is written."""
+
+    def inputs(count: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(count, 1, size, size),)
+
+    def step(trainee: Trainee) -> None:
+        device = trainee.accelerator.device
+        x = torch.rand(options.images, 1, size, size, device=device) * 2 - 1
+        optimise(trainee, hybrid_loss(weights, vgg, trainee.accelerator), x, x.flip(-1))
+
+    return estimate(lambda: Enhancer(preset.enhancer), inputs, step, options)
+
+
+def hybrid_loss(weights: LossWeights, vgg: VGG16 | None, accelerator: Accelerator) -> HybridLoss:
+    """The loss with what it needs on the accelerator's device; a critic where the adversarial weight is not 0."""
+    critic = Critic(weights.adversarial, accelerator) if weights.adversarial else None
+    return HybridLoss(weights, vgg.to(accelerator.device) if vgg else None, critic)
+
+
+def _crops(
+    rng: np.random.Generator, outputs: NDArray[np.float16], count: int, crop: int, clean_share: float
+) -> NDArray[np.float32]:
     """`count` random windows, flipped half the time, [count, 2, crop, crop] float32: input and truth."""
     batch = np.empty((count, 2, crop, crop), np.float32)
     free = outputs.shape[-1] - crop
     for sample in batch:
         top, left = rng.integers(0, free + 1, 2)
         sample[:] = outputs[rng.integers(len(outputs)), :, top : top + crop, left : left + crop]
-        if rng.random() < CLEAN_SHARE:
+        if rng.random() < clean_share:
             sample[0] = sample[1]
         if rng.random() < 0.5:
             sample[:] = sample[:, :, ::-1].copy()

@@ -1,23 +1,35 @@
-"""What both training loops share: options, learning rate, averaged weights, checkpoints, batches made ahead."""
+"""What every training loop shares: options, learning rate, averaged weights, checkpoints, batches made ahead.
+
+accelerate chooses the device and, started by `accelerate launch`, spreads a run over several GPUs; on one device it
+changes nothing. Mixed precision is an explicit autocast in each loop, and accumulation a plain sum of gradients,
+so that a run resumes exactly.
+"""
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
+from train.log import Log
+
+logger = logging.getLogger(__name__)
 
 CROP_MULTIPLE_PX = 16  # four levels of halving, as in the presets
+Validate = Callable[[Path], dict[str, float]]  # where to draw samples -> figures by name
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,17 @@ class TrainOptions:
         learning_rate: peak of a linear warm-up over `warmup` steps and a cosine decay to a hundredth.
         weight_decay: AdamW's.
         ema: decay of the averaged weights; the average starts young and reaches this decay after 1 / (1 - ema) steps.
-        images: batch size in whole images; a batch of crops holds as many pixels.
+        images: batch size in whole images, per process; a batch of crops holds as many pixels.
         crops: crop sides as shares of the image's, one after another over equal parts of the run; several in one part
             are alternated. Crops show more patients per step; whole images, last, what the network will be given.
         seed: of everything random.
         bf16: run the network under bf16 autocast.
         save_every: steps between checkpoints and sample grids.
+        drops: shares of the run, in [0, 1], after each of which the learning rate is a tenth; given any, they replace
+            the cosine decay.
+        clip: largest norm of the gradient; 0 leaves it as it is.
+        accumulate: pieces a batch is computed in, one after another: less memory, the same gradient.
+        patience: checkpoints without a better figure after which training stops and the best one is kept; 0 never.
     """
 
     steps: int = 6000
@@ -47,6 +64,10 @@ class TrainOptions:
     seed: int = 0
     bf16: bool = True
     save_every: int = 250
+    drops: tuple[float, ...] = ()
+    clip: float = 1.0
+    accumulate: int = 1
+    patience: int = 0
 
     def crop(self, step: int, size: int) -> tuple[int, int]:
         """Number of crops and their side in px for `step`, from images of side `size`."""
@@ -58,38 +79,70 @@ class TrainOptions:
         """Learning rate of `step`."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
+        if self.drops:
+            return self.learning_rate * 0.1 ** sum(step >= share * self.steps for share in self.drops)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
 class Trainee:
-    """A network in training: weights, averaged weights, optimiser, number of steps done; saved and restored as one."""
+    """A network in training: weights, averaged weights, optimiser, number of steps done; saved and restored as one.
+
+    `network` holds the weights, `model` is what a loop calls: the same, or its wrapper that averages gradients over
+    the processes. Both, and `averaged`, are on `accelerator.device`.
+    """
 
     def __init__(self, network: nn.Module, options: TrainOptions) -> None:
-        self.network = network.to(memory_format=torch.channels_last)
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.network = network.to(self.accelerator.device, memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
         self.options = options
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
+        self.model: nn.Module = self.accelerator.prepare_model(self.network)
         self.step = 0
 
-    def update(self, loss: torch.Tensor) -> None:
-        """One optimiser step down the gradient of `loss`, then the weights' running average."""
+    def sample_index(self, step: int) -> int:
+        """What this process's batch and noise of `step` are drawn from: `step` itself where there is one process."""
+        return step * self.accelerator.num_processes + self.accelerator.process_index
+
+    def update(self, losses: Iterable[torch.Tensor]) -> float:
+        """One optimiser step down the gradient of the sum of `losses`, then the weights' running average.
+
+        Each loss is asked for when the graph of the one before is freed, so a generator needs memory for one only.
+
+        Returns: the sum.
+
+        Raises:
+            SettingsError: it is not finite; the weights are as they were.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        total = 0.0
+        for loss in losses:
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise SettingsError(
+                f"the loss of step {self.step} is {total}; lower --learning-rate or give --no-bf16, and resume from "
+                "the last checkpoint"
+            )
+        if self.options.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         self.optimizer.step()
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             averaged, current = list(self.averaged.parameters()), list(self.network.parameters())
             torch._foreach_lerp_(averaged, current, 1.0 - decay)
+            for kept, buffer in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+                kept.copy_(buffer)  # statistics of batch norms are averages already
+        return total
 
     def save(self, path: Path, **extra: Any) -> None:
-        """Write a checkpoint atomically; `extra` (plain values) travels with it."""
+        """Write a checkpoint atomically; `extra` (tensors and plain values) travels with it."""
         state = {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -98,12 +151,10 @@ class Trainee:
             "options": asdict(self.options),
             **extra,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        write_checkpoint(state, path)
 
-    def restore(self, path: Path) -> None:
-        """Continue from a checkpoint written by `save`.
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint written by `save`, and return its content.
 
         Raises:
             SettingsError: the checkpoint is of another network.
@@ -116,6 +167,116 @@ class Trainee:
             raise SettingsError(f"{path}: checkpoint of another network; choose another folder or preset") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        return state
+
+
+class Run:
+    """One stage's files in a folder: NAME.pt, NAME.csv, NAME_samples.png, tensorboard/NAME; and when to stop.
+
+    Args:
+        folder: where they lie.
+        name: of the stage.
+        trainee: continues from NAME.pt where there is one.
+        figure: part of the name of the validation figure that early stopping watches; larger is better.
+        header: plain values that travel in the checkpoint.
+    """
+
+    def __init__(self, folder: Path, name: str, trainee: Trainee, figure: str, **header: Any) -> None:
+        self.folder, self.name, self.trainee, self.figure, self.header = folder, name, trainee, figure, header
+        self.path, self.best_path = folder / f"{name}.pt", folder / f"{name}_best.pt"
+        self.best, self.checks, self.finished = -math.inf, 0, False
+        self.restored: dict[str, Any] = {}
+        if self.path.exists():
+            self.restored = trainee.restore(self.path)
+            stopping = self.restored.get("stopping", {})
+            self.best, self.checks = stopping.get("best", self.best), stopping.get("checks", 0)
+            self.finished = stopping.get("finished", False)
+            logger.info("%s at step %d", "finished" if self.finished else "resuming", trainee.step)
+        self._log = Log(folder, name, trainee.step) if trainee.accelerator.is_main_process else None
+        self._sums: dict[str, float] = {}
+        self._steps, self._started = 0, time.monotonic()
+
+    def batches(self, make: Callable[[int], NDArray[Any]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """`(index, batch)` of every step left, on the device; `make(step)` is called by a worker thread, ahead.
+
+        `index` seeds what else is random in the step. Ends after the last step, or when early stopping says so.
+        """
+        device = self.trainee.accelerator.device
+        if self.finished:
+            return
+        for step, batch in ahead(make, self.trainee.step, self.trainee.options.steps):
+            yield self.trainee.sample_index(step), batch.to(device, non_blocking=True)
+            if self.finished:
+                return
+
+    def after_step(
+        self, losses: dict[str, float], validate: Validate, extra: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        """Add a step's losses up; when a checkpoint is due, save, validate, log, and see whether to go on.
+
+        Args:
+            losses: of the step, by name.
+            validate: called with the path of the picture to draw.
+            extra: what else the checkpoint holds, asked for when it is written.
+        """
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+        trainee = self.trainee
+        if trainee.step % trainee.options.save_every and trainee.step != trainee.options.steps:
+            return
+        accelerator = trainee.accelerator
+        means = torch.tensor([value / self._steps for value in self._sums.values()], device=accelerator.device)
+        means = dict(zip(self._sums, accelerator.reduce(means, "mean").tolist(), strict=True))
+        verdict = torch.zeros(1, device=accelerator.device)
+        if accelerator.is_main_process:
+            self._save(self.path, extra())  # first: an interrupted validation costs no training
+            quality = validate(self.folder / f"{self.name}_samples.png")
+            verdict += self._judge(quality, extra())
+            pace = (time.monotonic() - self._started) / self._steps
+            logger.info("step %d, %s, %.2f s per step, %s", trainee.step, means, pace, quality)
+            assert self._log is not None
+            self._log.write(trainee.step, trainee.options.rate(trainee.step - 1), means, quality)
+        self.finished = bool(accelerator.reduce(verdict, "sum"))
+        self._sums, self._steps, self._started = {}, 0, time.monotonic()
+
+    def _judge(self, quality: dict[str, float], extra: dict[str, Any]) -> bool:
+        """Early stopping: keep the best checkpoint aside; True when the run is over, and NAME.pt is then the best."""
+        options = self.trainee.options
+        if not options.patience:
+            return False
+        figure = [value for name, value in quality.items() if self.figure in name][-1]
+        self.checks += 1
+        if figure > self.best:
+            self.best, self.checks = figure, 0
+            self._save(self.best_path, extra)
+        self._save(self.path, extra)
+        if self.checks < options.patience and self.trainee.step < options.steps:
+            return False
+        best = load_checkpoint(self.best_path)
+        write_checkpoint(best | {"stopping": best["stopping"] | {"finished": True}}, self.path)
+        logger.info("ended at step %d; the best checkpoint, of step %d, is kept", self.trainee.step, best["step"])
+        return True
+
+    def _save(self, path: Path, extra: dict[str, Any]) -> None:
+        stopping = {"best": self.best, "checks": self.checks, "finished": False}
+        self.trainee.save(path, **self.header, **extra, stopping=stopping)
+
+
+def mixed_precision(asked: bool | None) -> bool:
+    """Whether to train in bf16: what was asked for, else where the device computes it (emulated it is slower)."""
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def write_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -130,6 +291,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "averaged" not in state:
         raise SettingsError(f"{path}: not a checkpoint written by `python -m train`")
     return state
+
+
+def pieces(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches cut alike into `count` pieces along their first axis, fewer where they hold fewer samples."""
+    return zip(*(batch.tensor_split(min(count, len(batch))) for batch in batches), strict=True)
 
 
 def ahead(

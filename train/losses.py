@@ -1,14 +1,76 @@
-"""Losses of stage 2. Every image is [B, 1, H, W] float32 in [-1, 1]."""
+"""The hybrid loss, and a step down it. Every image is [B, 1, H, W] float32 in [-1, 1]."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.metrics.regression import compute_ms_ssim
 from torch import Tensor
 
+from bsdiff_rt.errors import SettingsError
+from train.discriminator import Critic
+from train.loop import Trainee, pieces
+from train.perceptual import VGG16, perceptual_distance
+
 # Wang, Simoncelli, Bovik 2003, table of weights per scale, finest first.
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_KERNEL_PX = 11
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each term; 0 leaves it out."""
+
+    mae: float = 1.0
+    mse: float = 0.0
+    ms_ssim: float = 1.0
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+
+
+@dataclass(frozen=True)
+class HybridLoss:
+    """Weighted terms of a loss, and the networks two of them need."""
+
+    weights: LossWeights
+    vgg: VGG16 | None = None
+    critic: Critic | None = None
+
+    def terms(self, predicted: Tensor, soft_tissue: Tensor, cxr: Tensor | None = None) -> dict[str, Tensor]:
+        """The weighted terms by name, scalars; the loss is their sum. `cxr` is for a critic that is shown it."""
+        weights, error = self.weights, predicted - soft_tissue
+        terms = {}
+        if weights.mae:
+            terms["mae"] = weights.mae * torch.mean(torch.abs(error))
+        if weights.mse:
+            terms["mse"] = weights.mse * torch.mean(error.square())
+        if weights.ms_ssim:
+            terms["ms_ssim"] = weights.ms_ssim * ms_ssim_loss(predicted, soft_tissue)
+        if weights.perceptual:
+            assert self.vgg is not None, "the perceptual term needs VGG-16"
+            terms["perceptual"] = weights.perceptual * perceptual_distance(self.vgg, predicted, soft_tissue)
+        if weights.adversarial:
+            assert self.critic is not None, "the adversarial term needs a critic"
+            terms["adversarial"] = weights.adversarial * self.critic.against(predicted, cxr)
+        return terms
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the loss to resume."""
+        return {"critic": self.critic.state_dict()} if self.critic else {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's content; nothing in it, nothing to do.
+
+        Raises:
+            SettingsError: the checkpoint was trained without a critic.
+        """
+        if self.critic and state:
+            if "critic" not in state:
+                raise SettingsError("the checkpoint was trained without the adversarial term; give --adversarial 0")
+            self.critic.load_state_dict(state["critic"])
 
 
 def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
@@ -20,6 +82,27 @@ def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
     return 1.0 - compute_ms_ssim(*unit, spatial_dims=2, kernel_size=MS_SSIM_KERNEL_PX, weights=weights).mean()
 
 
-def enhancer_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
-    """1.0 MAE + 1.0 (1 - MS-SSIM): the paper's hybrid loss without its perceptual and adversarial terms; scalar."""
-    return torch.mean(torch.abs(predicted - soft_tissue)) + ms_ssim_loss(predicted, soft_tissue)
+def optimise(trainee: Trainee, loss: HybridLoss, x: Tensor, soft_tissue: Tensor) -> dict[str, float]:
+    """One optimiser step of a network that maps x to soft tissue, then one of the critic where the loss has one.
+
+    Returns: the loss, each of its weighted terms, and the critic's own loss, by name.
+    """
+    options = trainee.options
+    terms_seen: dict[str, float] = {}
+    predictions: list[Tensor] = []
+
+    def losses() -> Iterator[Tensor]:
+        for given, wanted in pieces(options.accumulate, x, soft_tissue):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bf16):
+                predicted = trainee.model(given)
+            terms = loss.terms(predicted.float(), wanted, given)
+            predictions.append(predicted.detach().float())
+            share = len(given) / len(x)
+            for name, term in terms.items():
+                terms_seen[name] = terms_seen.get(name, 0.0) + share * float(term.detach())
+            yield sum(terms.values(), torch.zeros((), device=x.device)) * share
+
+    found = {"loss": trainee.update(losses()), **terms_seen}
+    if loss.critic is not None:
+        found["critic"] = loss.critic.update(torch.cat(predictions), soft_tissue, x)
+    return found

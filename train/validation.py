@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bsdiff_rt.config import Schedule
+from bsdiff_rt.config import SamplerSettings, Schedule
 from bsdiff_rt.intensity import place, subtract_local_bone
 from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise, batch_noise
@@ -25,36 +25,38 @@ from train.data import Pair, tone_curve
 Image = NDArray[np.float32]
 Predict = Callable[[Image], Image]
 
-SAMPLER, STEPS = "ddim", 3
+FEW_STEPS = SamplerSettings("ddim", 3)
 
 
 @dataclass(frozen=True)
 class Validation:
     """Held-out pairs by group name, at the network's size.
 
-    `denoiser` and `both` return one flat dict of figures and write a picture: X-ray | truth | prediction | true bone |
-    predicted bone, one row per image.
+    `denoiser`, `both` and `direct` return one flat dict of figures and write a picture: X-ray | truth | prediction |
+    true bone | predicted bone, one row per image.
     """
 
     groups: dict[str, list[Pair]]
     schedule: Schedule
+    sampler: SamplerSettings = FEW_STEPS
 
     def denoiser(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """Stage 1 alone: BSR and PSNR per group after a few steps; and, for real pairs shown with a foreign tone, the
         tone-matched BSR of what `--detail source` makes of them.
         """
-        return self._judge(lambda cxr: few_step(network, self.schedule, cxr), picture)
+        return self._judge(lambda cxr: few_step(network, self.schedule, cxr, self.sampler), picture)
 
     def both(self, denoiser: nn.Module, enhancer: nn.Module, picture: Path) -> dict[str, float]:
         """Both stages, the same figures."""
 
-        @torch.no_grad()
         def predict(cxr: Image) -> Image:
-            x = torch.from_numpy(few_step(denoiser, self.schedule, cxr) * 2 - 1)[None, None]
-            enhanced: Tensor = enhancer(x).clamp(-1, 1)
-            return (enhanced[0, 0].numpy() + 1) / 2
+            return apply(enhancer, few_step(denoiser, self.schedule, cxr, self.sampler))
 
         return self._judge(predict, picture)
+
+    def direct(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """A network that maps an X-ray to soft tissue in one go, the same figures."""
+        return self._judge(lambda cxr: apply(network, cxr), picture)
 
     def _judge(self, predict: Predict, picture: Path) -> dict[str, float]:
         rows, figures = [], {}
@@ -74,18 +76,31 @@ class Validation:
         return figures
 
 
-def few_step(network: nn.Module, schedule: Schedule, cxr: Image) -> Image:
-    """Stage 1 in a few steps: [S, S] float32 in [0, 1] to the same."""
-    runner = EagerRunner(network, nn.Identity(), cxr.shape[0], torch.device("cpu"))
+@torch.no_grad()
+def apply(network: nn.Module, image: Image) -> Image:
+    """An image through a network of one input, on the network's device: [S, S] float32 in [0, 1] to the same."""
+    x = torch.from_numpy(image * 2 - 1)[None, None].to(device_of(network))
+    made: Tensor = network(x).clamp(-1, 1)
+    return (made[0, 0].cpu().numpy() + 1) / 2
+
+
+def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
+    """Stage 1, on its network's device: [S, S] float32 in [0, 1] to the same."""
+    runner = EagerRunner(network, nn.Identity(), cxr.shape[0], device_of(network))
     noise = [ImageNoise(0, pixel_digest((cxr * 65535).astype(np.uint16)))]
 
     def draw(number: int) -> Tensor:
         return torch.from_numpy(batch_noise(noise, number, cxr.shape))
 
-    table = sampler_table(schedule, SAMPLER, STEPS)
-    x_0 = sample(runner, torch.from_numpy(2 * cxr - 1)[None, None], table, draw)
-    predicted: Image = (x_0[0, 0].numpy() + 1) / 2
+    table = sampler_table(schedule, sampler.name, sampler.steps)
+    x_0 = sample(runner, torch.from_numpy(2 * cxr - 1)[None, None].to(runner.device), table, draw)
+    predicted: Image = (x_0[0, 0].cpu().numpy() + 1) / 2
     return predicted
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next(network.parameters()).device
 
 
 def _from_source(cxr: Image, predicted: Image) -> Image:

@@ -8,11 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.table1 import app as table1
 from bsdiff_rt.cli import app as product
 from bsdiff_rt.config import Schedule
+from bsdiff_rt.errors import SettingsError
 from export.__main__ import app as exporter
 from train.__main__ import HELD_OUT_PHANTOM_SEED, app
 from train.denoiser import draw_times, target
+from train.loop import load_checkpoint
 
 
 def run(command_line, *arguments):
@@ -89,3 +92,50 @@ def test_times_are_uniform_for_eps_and_lean_to_the_noisy_end_otherwise():
     leaning = draw_times(rng, Schedule(objective="x0"), 20000)
     assert float((leaning >= 900).double().mean()) == pytest.approx(0.55, abs=0.015)
     assert int(leaning.max()) == 999
+
+
+def test_your_own_pairs_to_the_papers_tables(tiny_bundle, tmp_path):
+    """Prepare, both stages by the paper's recipe, a comparator, the tables; networks and steps are tiny."""
+    pairs, data, folder = tmp_path / "pairs", tmp_path / "data", tmp_path / "run"
+    run(app, "phantoms", pairs, "--count", 4, "--size", 64)
+    prepared = run(app, "prepare", pairs, pairs, "-o", data, "--size", 64, "--split", "2:1:1", "--no-register")
+    assert prepared.exit_code == 0, prepared.output
+    common = ("-o", folder, "--recipe", "paper", "--dataset", data, "--steps", 2)
+    assert run(app, "denoiser", *common, "--preset", "tiny", "--size", 64, "--accumulate", 2).exit_code == 0
+    second = ("--samples", 2, "--stage-one-steps", 1, "--perceptual", 0)
+    assert run(app, "enhancer", *common, *second).exit_code == 0
+    assert run(app, "comparator", "gusarev", *common, "--size", 64).exit_code == 0
+    first = load_checkpoint(folder / "denoiser.pt")
+    assert (first["schedule"]["objective"], first["options"]["ema"], first["step"]) == ("eps", 0.995, 2)
+    assert first["stopping"]["finished"]
+    assert "critic" in load_checkpoint(folder / "enhancer.pt")
+    tables = run(table1, data, "--bundle", tiny_bundle, "--comparators", folder, "--device", "cpu")
+    assert tables.exit_code == 0
+    assert "1 images of 1 patients" in tables.output
+    for row in ("Gusarev", "untouched X-ray", "BS-Diff, stage 1 alone"):
+        assert row in tables.output
+
+
+def test_a_dry_run_writes_nothing_and_leaves_what_is_there(trained, tmp_path):
+    stage1 = ("--preset", "tiny", "--size", 64, "--phantoms", 500, "--dry-run")
+    result = run(app, "denoiser", "-o", tmp_path / "new", *stage1, "--steps", 3600)
+    assert "3,600 steps on " in result.output
+    assert "s per step" in result.output
+    assert not (tmp_path / "new").exists()
+    before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
+    assert "parameters, 1,500 steps" in run(app, "enhancer", "-o", trained, "--dry-run").output
+    assert "128,961 parameters" in run(app, "comparator", "gusarev", "-o", trained, "--size", 64, "--dry-run").output
+    assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
+
+
+def test_what_cannot_be_trained_is_said_before_hours_of_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SettingsError, match=r"vgg16-397923af.pth: no such file"):
+        run(app, "enhancer", "-o", trained, "--recipe", "paper", "--steps", 1)
+    with pytest.raises(SettingsError, match="counts epochs over real pairs"):
+        run(app, "denoiser", "-o", tmp_path / "x", "--recipe", "paper")
+    with pytest.raises(SettingsError, match="--recipe mine: choose one of demo, paper"):
+        run(app, "denoiser", "-o", tmp_path / "x", "--recipe", "mine")
+    with pytest.raises(SettingsError, match="preset 'huge': choose one of paper, demo, tiny"):
+        run(app, "denoiser", "-o", tmp_path / "x", "--preset", "huge")
+    assert not (tmp_path / "x").exists()

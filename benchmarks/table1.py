@@ -1,0 +1,236 @@
+"""The paper's Tables 1 and 2 for any data set: BS-Diff against other networks, and with and without stage 2.
+
+    python -m benchmarks.table1 DATASET --bundle BUNDLE --comparators RUN --json table1.json
+
+DATASET is a folder made by `python -m train prepare` (its test part is judged), or any folder of NAME_cxr.png and
+NAME_soft_tissue.png. Every NAME.onnx in --comparators, written by `python -m train comparator`, is a row; so is the
+untouched X-ray. All are judged on the same images, at the size and with the preprocessing of the networks, in [0, 1];
+95 % intervals are percentiles of 1000 bootstrap samples of patients. Below each row stand the paper's values, on data
+of its own: its bone suppression ratio is set below the release's, the form its published code computes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+import typer
+from numpy.typing import NDArray
+
+from bsdiff_rt.batching import suppress
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.engine import load
+from bsdiff_rt.errors import SettingsError, one_line
+from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.intensity import to_network
+from bsdiff_rt.metrics import Quality, mean_quality, quality
+from bsdiff_rt.noise import ImageNoise
+from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.raster import read_together
+from bsdiff_rt.runners import resolve_device
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.schedule import Table, sampler_table
+
+DATASET_FILE, DATASET_BITS = "dataset.json", 16  # what `python -m train prepare` writes
+RESAMPLES, LEVEL = 1000, 0.95
+UNTOUCHED, STAGE_1, BOTH = "untouched X-ray", "BS-Diff, stage 1 alone", "BS-Diff"
+TITLES = {"resnet-bs": "ResNet-BS", "gusarev": "Gusarev", "mca-net": "MCA-Net"}  # of the files of `train comparator`
+COLUMNS = (("bsr", 3), ("bsr_release", 3), ("mse", 4), ("ssim", 3), ("psnr", 2))
+# Chen et al., "BS-Diff: Effective bone suppression using conditional diffusion models from chest X-ray images", ISBI
+# 2024 (arXiv 2311.15328), Tables 1 and 2.
+PUBLISHED = {
+    BOTH: {"bsr_release": 0.988, "mse": 0.0002, "ssim": 0.937, "psnr": 38.249},
+    STAGE_1: {"bsr_release": 0.796, "mse": 0.0029, "ssim": 0.893, "psnr": 29.528},
+}
+
+Image = NDArray[np.float32]
+Predict = Callable[[Image], dict[str, tuple[Image, float]]]  # X-ray -> by row: soft tissue, seconds; [S, S] in [0, 1]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair to judge on, [S, S] float32 in [0, 1]."""
+
+    patient: str
+    cxr: Image
+    soft_tissue: Image
+
+
+@app.command()
+def main(
+    dataset: Annotated[Path, typer.Argument(help="Folder of `train prepare`, or of pairs.")],
+    bundle: Annotated[str, typer.Option(help="BS-Diff: a bundle's name or folder.")] = "demo",
+    comparators: Annotated[Path | None, typer.Option(help="Folder of NAME.onnx; each is a row.")] = None,
+    part: Annotated[str, typer.Option(help="Part of a prepared data set: train, val or test.")] = "test",
+    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the bundle's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of noise and bootstrap.")] = 0,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+) -> None:
+    """Print both tables."""
+    model, where = open_bundle(bundle), resolve_device(device)
+    settings = model.manifest.sampler
+    settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
+    cases = read_cases(dataset, part, model.manifest.preprocessing)
+    rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
+    for path in sorted(comparators.glob("*.onnx")) if comparators else []:
+        rows += judge(comparator(path, where), cases, seed)
+    table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
+    with load(model, "auto", where) as runner:
+        kind, shortest = runner.name, sampler_table(model.manifest.schedule, settings.name, 1)
+        both_stages(runner, shortest, seed)(cases[0].cxr)  # the first call pays for what later ones find made
+        rows += judge(both_stages(runner, table, seed), cases, seed)
+    print(f"{len(cases)} images of {len({case.patient for case in cases})} patients, {settings.name} in", end=" ")
+    print(f"{settings.steps} steps, {kind} on {where}; brackets: 95 % interval over patients; second line: the paper")
+    print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])
+    print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
+    if output:
+        head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "sampler": asdict(settings)}
+        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
+        head |= {"runner": kind, "torch": torch.__version__, "images": len(cases), "seed": seed}
+        output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+
+
+def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
+    """The pairs of one part of a prepared data set, or of a plain folder, where each counts as a patient.
+
+    Pictures of a prepared data set are equalised already: they are only brought to the networks' size.
+
+    Raises:
+        SettingsError: no pair there, one without its soft tissue, or a damaged record.
+    """
+    record = folder / DATASET_FILE
+    if record.is_file():
+        try:
+            found = [entry for entry in json.loads(record.read_text())["pairs"] if entry["part"] == part]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SettingsError(f"{record}: not the record of a data set ({type(error).__name__})") from None
+        files = [(entry["patient"], folder / part / f"{entry['name']}_cxr.png") for entry in found]
+        prep = replace(prep, clahe_clip_limit=0.0)
+    else:
+        part = "the folder"
+        files = [(path.name, path) for path in sorted(folder.glob("*_cxr.png"))]
+    if not files:
+        raise SettingsError(f"{folder}: no pairs in {part}")
+    cases = []
+    for patient, path in files:
+        truth = path.with_name(path.name.replace("_cxr.png", "_soft_tissue.png"))
+        if not truth.is_file():
+            raise SettingsError(f"{truth}: no such file; every NAME_cxr.png needs its NAME_soft_tissue.png")
+        if record.is_file():
+            pair = [read_result(file, DATASET_BITS) for file in (path, truth)]
+        else:
+            pair = read_together([path, truth])
+        cases.append(Case(patient, *((to_network(image, prep)[0] + 1) / 2 for image in pair)))
+    return cases
+
+
+def both_stages(runner: Runner, table: Table, seed: int) -> Predict:
+    """BS-Diff: its two rows, stage 1 run once for both."""
+
+    def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
+        noise = [ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))]
+        started = time.perf_counter()
+        first = suppress(runner, (cxr * 2 - 1)[None, None], table, noise, enhance=False)
+        between = time.perf_counter()
+        x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
+        runner.enhance(x, second)
+        enhanced = second.clamp_(-1, 1).cpu().numpy()
+        ended = time.perf_counter()
+        return {STAGE_1: (_unit(first), between - started), BOTH: (_unit(enhanced), ended - started)}
+
+    return predict
+
+
+def comparator(path: Path, device: torch.device) -> Predict:
+    """A network of one input in an ONNX file: its row.
+
+    Raises:
+        SettingsError: ONNX Runtime cannot run it on that device.
+    """
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    where = {"device_id": device.index or 0} if device.type == "cuda" else {}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(path, options, providers=[(provider, where)])
+        if provider not in session.get_providers():
+            raise RuntimeError(f"ONNX Runtime has no {provider} here")
+        size = session.get_inputs()[0].shape[-1]
+        session.run(None, {"cxr": np.zeros((1, 1, size, size), np.float32)})
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class
+        raise SettingsError(f"{path}: {one_line(error)}") from error
+
+    def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
+        if cxr.shape != (size, size):
+            raise SettingsError(f"{path}: made for images of {size} px, the bundle's are {cxr.shape[0]} px")
+        started = time.perf_counter()
+        (out,) = session.run(None, {"cxr": (cxr * 2 - 1)[None, None]})
+        return {TITLES.get(path.stem, path.stem): (_unit(np.clip(out, -1, 1)), time.perf_counter() - started)}
+
+    return predict
+
+
+def judge(predict: Predict, cases: list[Case], seed: int) -> list[dict[str, Any]]:
+    """One row per prediction: means over images, intervals over patients, median seconds."""
+    found: dict[str, list[tuple[Quality, float]]] = {}
+    for case in cases:
+        for name, (image, seconds) in predict(case.cxr).items():
+            found.setdefault(name, []).append((quality(case.cxr, case.soft_tissue, image), seconds))
+    patients = [case.patient for case in cases]
+    rows = []
+    for name, judged in found.items():
+        figures = [one.as_dict() for one, _ in judged]
+        intervals = {key: interval([one[key] for one in figures], patients, seed) for key in figures[0]}
+        mean = mean_quality([one for one, _ in judged]).as_dict()
+        seconds = float(np.median([second for _, second in judged]))
+        rows.append({"name": name, **mean, "seconds": seconds, "intervals": intervals, "paper": PUBLISHED.get(name)})
+    return rows
+
+
+def interval(values: list[float], patients: list[str], seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over images when patients are drawn; NaN for a single patient."""
+    _, owner = np.unique(patients, return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    if len(counts) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as text, the paper's values below each."""
+    print(f"\n{title}")
+    heads = ("BSR (Yang)", "BSR (release)", "MSE", "SSIM", "PSNR, dB")
+    print(f"{'':24}" + "".join(f"{head:>26}" for head in heads) + f"{'s per image':>13}")
+    for row in rows:
+        cells = []
+        for key, digits in COLUMNS:
+            low, high = row["intervals"][key]
+            cells.append(f"{row[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+        print(f"{row['name']:24}" + "".join(f"{cell:>26}" for cell in cells) + f"{row['seconds']:13.3f}")
+        paper = row["paper"] or {}
+        print(f"{'  paper':24}" + "".join(f"{paper.get(key, '-'):>26}" for key, _ in COLUMNS))
+
+
+def _unit(x: NDArray[np.float32]) -> Image:
+    """[1, 1, S, S] in [-1, 1] to [S, S] in [0, 1]."""
+    return (x[0, 0] + 1) / 2
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,167 @@
+"""The paper's tables: rows of the networks given, intervals of a known distribution, prepared and plain data sets."""
+
+import json
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from synthetic import chest
+from typer.testing import CliRunner
+
+from benchmarks.table1 import BOTH, PUBLISHED, STAGE_1, UNTOUCHED, app, comparator, interval, print_table, read_cases
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.errors import SettingsError
+
+SIZE = 64
+CPU = torch.device("cpu")
+
+
+def write_pair(folder, name, seed):
+    """A drawn chest, and as its soft tissue half of it."""
+    cxr = np.rint(chest(SIZE, SIZE, seed) * 65535).astype(np.uint16)
+    cxr[0, 0] = 65535  # every depth's largest value occurs
+    cv2.imwrite(str(folder / f"{name}_cxr.png"), cxr)
+    cv2.imwrite(str(folder / f"{name}_soft_tissue.png"), cxr // 2)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five pairs of three patients in the test part, one in train; as `python -m train prepare` writes it."""
+    folder = tmp_path / "dataset"
+    pairs = [("a", "p1", "test"), ("b", "p1", "test"), ("c", "p2", "test"), ("d", "p3", "test"), ("e", "p4", "train")]
+    for part in ("train", "val", "test"):
+        (folder / part).mkdir(parents=True)
+    for seed, (name, _, part) in enumerate(pairs):
+        write_pair(folder / part, name, seed)
+    entries = [{"name": name, "patient": patient, "part": part} for name, patient, part in pairs]
+    entries.append({"name": "bad", "patient": None, "part": None})
+    (folder / "dataset.json").write_text(json.dumps({"pairs": entries}))
+    return folder
+
+
+def write_network(path, gain, size=SIZE):
+    """out = gain (cxr + 1) - 1: in [0, 1] the X-ray times the gain."""
+    shape = ["batch", 1, size, size]
+    nodes = [
+        helper.make_node("Add", ["cxr", "one"], ["raised"]),
+        helper.make_node("Mul", ["raised", "gain"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "one"], ["out"]),
+    ]
+    constants = [helper.make_tensor(n, TensorProto.FLOAT, [], [v]) for n, v in (("one", 1.0), ("gain", gain))]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("cxr", "out")]
+    graph = helper.make_graph(nodes, "toy", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+
+
+def test_rows_of_every_network_with_the_papers_values(dataset, tiny_bundle, tmp_path):
+    networks = tmp_path / "networks"
+    networks.mkdir()
+    write_network(networks / "gusarev.onnx", 0.5)
+    write_network(networks / "other.onnx", 0.75)
+    path = tmp_path / "t.json"
+    arguments = [dataset, "--bundle", tiny_bundle, "--comparators", networks, "--device", "cpu", "--json", path]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    written = json.loads(path.read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    assert list(rows) == [UNTOUCHED, "Gusarev", "other", STAGE_1, BOTH]
+    assert written["images"] == 4
+    # The truth is half the X-ray, and so the bone is the other half.
+    assert rows["Gusarev"]["bsr"] == pytest.approx(1.0, abs=1e-4)
+    assert rows["other"]["bsr"] == pytest.approx(0.75, abs=1e-4)
+    assert rows[UNTOUCHED]["bsr"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[UNTOUCHED]["bsr_release"] > 0.1  # the release's form rewards doing nothing
+    assert rows["Gusarev"]["intervals"]["bsr"] == pytest.approx([1.0, 1.0], abs=1e-4)
+    low, high = rows["other"]["intervals"]["psnr"]
+    assert low < rows["other"]["psnr"] < high
+    assert 0 < rows[STAGE_1]["seconds"] < rows[BOTH]["seconds"]
+    assert rows[BOTH]["paper"]["psnr"] == 38.249
+    assert rows["other"]["paper"] is None
+    one, two = result.output.split("Table 2")
+    assert "4 images of 3 patients, ddim in 3 steps, onnxruntime on cpu" in one
+    assert "38.249" in one
+    assert STAGE_1 not in one
+    assert "29.528" in two
+    assert "other" not in two
+
+
+def test_the_papers_values_stand_below_the_columns_they_belong_to(capsys):
+    row = {"name": BOTH, "seconds": 1.5, "paper": PUBLISHED[BOTH]}
+    row |= {"bsr": 0.5, "bsr_release": 0.75, "mse": 0.25, "ssim": 0.125, "psnr": 6.0}
+    row["intervals"] = dict.fromkeys(("bsr", "bsr_release", "mse", "ssim", "psnr"), (0.1, 0.9))
+    print_table("T", [row])
+    head, ours, paper = capsys.readouterr().out.splitlines()[2:]
+    ends = [head.index(title) + len(title) for title in ("BSR (Yang)", "BSR (release)", "MSE", "SSIM", "PSNR, dB")]
+    for end, published, mean in zip(
+        ends, ("-", "0.988", "0.0002", "0.937", "38.249"), (0.5, 0.75, 0.25, 0.125, 6.0), strict=True
+    ):
+        assert paper[:end].endswith(f" {published}")
+        assert float(ours[end - 26 : end].split()[0]) == mean
+
+
+def test_interval_of_a_known_distribution():
+    """The mean of 400 normal values has standard error 1 / 20: plus and minus 1.96 of it, to the bootstrap's noise."""
+    values = np.random.default_rng(0).standard_normal(400)
+    low, high = interval(list(values), [str(i) for i in range(400)], seed=0)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
+    assert interval(list(values), [str(i) for i in range(400)], seed=0) == (low, high)
+    assert interval(list(values), [str(i) for i in range(400)], seed=1) != (low, high)
+
+
+def test_patients_are_drawn_not_images():
+    """Ten equal images of each patient tell nothing more than one."""
+    values = np.random.default_rng(1).standard_normal(30)
+    names = [str(i) for i in range(30)]
+    once = interval(list(values), names, seed=0)
+    often = interval(list(np.repeat(values, 10)), list(np.repeat(names, 10)), seed=0)
+    assert often == pytest.approx(once, rel=1e-9)
+
+
+def test_one_patient_has_no_interval():
+    assert np.isnan(interval([1.0, 2.0], ["a", "a"], seed=0)).all()
+
+
+def test_a_plain_folder_is_equalised_as_the_bundle_asks_a_prepared_one_is_not(dataset):
+    plain, prepared = dataset / "test", dataset
+    raw, equal = Preprocessing(SIZE), Preprocessing(SIZE, clahe_clip_limit=2.0)
+    assert [case.patient for case in read_cases(prepared, "test", raw)] == ["p1", "p1", "p2", "p3"]
+    assert [case.patient for case in read_cases(plain, "test", raw)] == [f"{name}_cxr.png" for name in "abcd"]
+    first = [read_cases(folder, "test", prep)[0] for folder in (plain, prepared) for prep in (raw, equal)]
+    np.testing.assert_array_equal(first[0].cxr, first[2].cxr)
+    np.testing.assert_array_equal(first[2].cxr, first[3].cxr)
+    assert not np.array_equal(first[0].cxr, first[1].cxr)
+    np.testing.assert_allclose(first[0].soft_tissue * 2, first[0].cxr, atol=1e-4)
+    assert read_cases(prepared, "train", Preprocessing(32))[0].cxr.shape == (32, 32)
+
+
+def test_what_cannot_be_judged_is_said(dataset, tmp_path):
+    with pytest.raises(SettingsError, match="no pairs in val"):
+        read_cases(dataset, "val", Preprocessing(SIZE))
+    with pytest.raises(SettingsError, match="no pairs in the folder"):
+        read_cases(tmp_path, "test", Preprocessing(SIZE))
+    (dataset / "test" / "c_soft_tissue.png").unlink()
+    with pytest.raises(SettingsError, match=r"c_soft_tissue.png: no such file"):
+        read_cases(dataset, "test", Preprocessing(SIZE))
+    (dataset / "dataset.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"dataset.json: not the record of a data set \(KeyError\)"):
+        read_cases(dataset, "test", Preprocessing(SIZE))
+
+
+def test_a_network_that_does_not_fit_is_refused(tmp_path):
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(SettingsError, match=r"text.onnx: "):
+        comparator(tmp_path / "text.onnx", CPU)
+    write_network(tmp_path / "small.onnx", 1.0, size=32)
+    with pytest.raises(SettingsError, match=r"small.onnx: made for images of 32 px, the bundle's are 64 px"):
+        comparator(tmp_path / "small.onnx", CPU)(np.zeros((SIZE, SIZE), np.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here ONNX Runtime may have CUDA")
+def test_the_device_asked_for_is_used_or_refused(tmp_path):
+    write_network(tmp_path / "x.onnx", 1.0)
+    with pytest.raises(SettingsError, match="no CUDAExecutionProvider here"):
+        comparator(tmp_path / "x.onnx", torch.device("cuda", 0))

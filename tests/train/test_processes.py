@@ -1,0 +1,68 @@
+"""One run on two processes, on the CPU (gloo): gradients, losses and verdicts are shared."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from train.loop import Trainee, TrainOptions, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_processes import loss_of, make_trainee, sample
+from train.loop import Run
+
+trainee = make_trainee()
+assert trainee.accelerator.num_processes == 2
+run = Run(Path(sys.argv[1]), "x", trainee, "psnr")
+figures = iter([1.0, 2.0, 3.0, 4.0])
+for index, batch in run.batches(lambda step: sample(trainee.sample_index(step))):
+    run.after_step({"loss": trainee.update([loss_of(trainee, batch)])}, lambda picture: {"psnr": next(figures)})
+assert run.finished, "every process learns that the run is over"
+"""
+
+
+def make_trainee():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 1, 3))
+    return Trainee(network, TrainOptions(steps=STEPS, warmup=0, save_every=1, patience=9))
+
+
+def sample(index):
+    return np.random.default_rng(index).standard_normal((2, 1, 8, 8), dtype=np.float32)
+
+
+def loss_of(trainee, x):
+    return (trainee.model(x) - x[:, :, 2:-2, 2:-2]).square().mean()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_of_twice_the_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(script), str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone, losses = make_trainee(), []
+    for step in range(STEPS):
+        halves = [torch.from_numpy(sample(2 * step + rank)) for rank in range(2)]
+        losses.append(alone.update([loss_of(alone, half) / 2 for half in halves]))
+    together = load_checkpoint(tmp_path / "x.pt")
+    torch.testing.assert_close(together["network"], alone.network.state_dict(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(together["averaged"], alone.averaged.state_dict(), rtol=0, atol=1e-6)
+    with (tmp_path / "x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses, abs=2e-6)  # six decimals are written

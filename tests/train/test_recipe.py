@@ -1,0 +1,47 @@
+"""The frozen recipes: the paper's numbers, its epochs in steps, and the demo's as they were."""
+
+from dataclasses import asdict
+
+import pytest
+
+from bsdiff_rt.config import PRESETS, Schedule
+from bsdiff_rt.errors import SettingsError
+from train.data import Augmentation
+from train.loop import TrainOptions
+from train.losses import LossWeights
+from train.recipe import RECIPES
+
+
+def test_the_papers_numbers():
+    """Chen et al. 2024, section 3: 84 training patients of 120, 7 versions of each, batch 2, 200 epochs."""
+    paper = RECIPES["paper"]
+    assert PRESETS[paper.preset].name == "paper"
+    assert paper.schedule == Schedule("cosine", 1000, 0.0015, 0.0205, "eps")
+    assert asdict(paper.losses) == {"mae": 1.0, "mse": 0.0, "ms_ssim": 1.0, "perceptual": 0.001, "adversarial": 0.01}
+    for stage in (paper.denoiser, paper.enhancer):
+        options = paper.options(stage, 84, 1)
+        epoch = 84 * 7 // 2
+        assert options.steps == 200 * epoch == 58_800
+        assert options.save_every == 10 * epoch
+        assert (options.images, options.ema, options.patience, options.clip) == (2, 0.995, 5, 0.0)
+        rates = [options.rate(number * epoch) for number in (0, 24, 25, 40, 70, 199)]
+        assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6, 1e-7, 1e-7])
+        assert options.crop(0, 256) == (2, 256)
+    assert (paper.stage_one.name, paper.stage_one.steps, paper.clean_share) == ("ddpm", 1000, 0.0)
+    assert paper.augmentation == Augmentation.of("paper")
+
+
+def test_several_processes_share_an_epoch():
+    paper = RECIPES["paper"]
+    assert paper.options(paper.denoiser, 84, 4).steps == 200 * round(84 * 7 / 8)
+    with pytest.raises(SettingsError, match="counts epochs over real pairs"):
+        paper.options(paper.denoiser, 0, 1)
+
+
+def test_the_demo_is_what_trained_the_bundled_model():
+    demo = RECIPES["demo"]
+    assert demo.options(demo.denoiser, 3, 1) == TrainOptions(steps=6000)
+    assert demo.enhancer == TrainOptions(steps=1500)
+    assert (demo.phantoms, demo.real_share, demo.samples, demo.clean_share) == (900, 0.6, 600, 0.25)
+    assert demo.losses == LossWeights(mae=1.0, ms_ssim=1.0)
+    assert demo.schedule.objective == "x0"

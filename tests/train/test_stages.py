@@ -1,0 +1,140 @@
+"""Both stages: an interrupted run ends as an uninterrupted one, with its losses; stage 1's cached outputs."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
+from bsdiff_rt.errors import SettingsError
+from train.data import Augmentation, Batches
+from train.denoiser import train_denoiser
+from train.enhancer import StageOne, stage_one_outputs, train_enhancer
+from train.loop import TrainOptions, load_checkpoint
+from train.losses import LossWeights
+from train.perceptual import VGG16
+
+SIZE, TINY, SCHEDULE = 32, PRESETS["tiny"], Schedule(objective="eps")
+OPTIONS = TrainOptions(steps=6, warmup=0, crops=((1.0,),), images=1, bf16=False, save_every=1)
+TWO_STEPS = SamplerSettings("ddim", 2)
+
+
+class Judge:
+    """A validation that costs nothing, and interrupts the run at a chosen call."""
+
+    def __init__(self, interrupt_at=None):
+        self.calls, self.interrupt_at = 0, interrupt_at
+
+    def denoiser(self, network, picture):
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            raise KeyboardInterrupt
+        return {"pairs_psnr": 1.0}
+
+    def both(self, denoiser, network, picture):
+        return self.denoiser(network, picture)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    pool = np.random.default_rng(0).integers(0, 256, (3, 2, SIZE, SIZE), dtype=np.uint8)
+    return Batches([], pool, 0.0, Augmentation(), 0)
+
+
+@pytest.fixture(scope="module")
+def stage(batches, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage")
+    return StageOne.load(train_denoiser(folder, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE), TINY)
+
+
+def losses_of(path):
+    with path.open() as file:
+        return {
+            row["step"]: [float(row[name]) for name in row if name not in ("time", "step")]
+            for row in csv.DictReader(file)
+        }
+
+
+def assert_same_end(whole, parts, name):
+    expected, found = losses_of(whole / f"{name}.csv"), losses_of(parts / f"{name}.csv")
+    assert set(expected) - set(found) == {"3"}  # judged when it was interrupted, after its checkpoint
+    for step in found:
+        assert found[step] == pytest.approx(expected[step], abs=1e-6)
+    one, other = (load_checkpoint(folder / f"{name}.pt") for folder in (whole, parts))
+    assert one["step"] == other["step"] == OPTIONS.steps
+    for key in ("network", "averaged", "critic") if "critic" in one else ("network", "averaged"):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
+
+
+def test_stage_1_resumes_exactly(batches, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    train_denoiser(whole, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(parts, TINY, SCHEDULE, batches, Judge(interrupt_at=3), OPTIONS, SIZE)
+    train_denoiser(parts, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
+    assert_same_end(whole, parts, "denoiser")
+
+
+def test_stage_2_resumes_exactly_with_all_four_terms(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.perceptual.STAGES", ((4, 4), (4,), (4,), (4,), (4,)))
+    monkeypatch.setattr("train.discriminator.CHANNELS", 8)
+    torch.manual_seed(5)
+    vgg = VGG16().eval().requires_grad_(False)
+    outputs = np.random.default_rng(1).uniform(-1, 1, (3, 2, SIZE, SIZE)).astype(np.float16)
+    weights = LossWeights(perceptual=0.001, adversarial=0.01)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    arguments = (OPTIONS, weights, vgg, 0.25)
+    train_enhancer(whole, stage, outputs, Judge(), *arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train_enhancer(parts, stage, outputs, Judge(interrupt_at=3), *arguments)
+    train_enhancer(parts, stage, outputs, Judge(), *arguments)
+    assert_same_end(whole, parts, "enhancer")
+    header = next(csv.reader((whole / "enhancer.csv").open()))
+    assert header[2:8] == ["loss", "mae", "ms_ssim", "perceptual", "adversarial", "critic"]
+
+
+def test_stage_2_refuses_to_go_on_with_another_stage_1(stage, tmp_path):
+    outputs = np.zeros((1, 2, SIZE, SIZE), np.float16)
+    train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights())
+    other = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
+    with pytest.raises(SettingsError, match="another stage 1"):
+        train_enhancer(tmp_path, other, outputs, Judge(), OPTIONS, LossWeights())
+
+
+def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, batches, tmp_path, monkeypatch):
+    made = stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    assert made.shape == (3, 2, SIZE, SIZE)
+    np.testing.assert_allclose(made[1, 1], batches.batch(1, 1, SIZE, SIZE)[0, 1], atol=1e-3)  # float16
+    assert np.abs(made[:, 0]).max() <= 1
+    (path,) = tmp_path.glob("*.npy")
+    assert stage.sha256[:16] in path.name
+
+    asked = []
+    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: asked.append(1) or cxr)
+    np.testing.assert_array_equal(stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS), made)
+    assert not asked
+    half = np.lib.format.open_memmap(path, "r+")
+    half[2] = np.nan
+    half.flush()
+    again = stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    assert len(asked) == 1
+    np.testing.assert_array_equal(again[:2], made[:2])
+    assert not np.isnan(again).any()
+
+
+@pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count"])
+def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path, monkeypatch, change):
+    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr)
+    stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
+    if change == "weights":
+        stage = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
+    sampler = SamplerSettings("ddim", 3) if change == "sampler" else TWO_STEPS
+    if change == "seed":
+        batches = Batches([], batches.phantoms, 0.0, Augmentation(), 1)
+    stage_one_outputs(tmp_path, stage, batches, 2 if change == "count" else 1, SIZE, sampler)
+    assert len(list(tmp_path.glob("*.npy"))) == 2

@@ -1,0 +1,95 @@
+"""Train a comparator of the paper's Table 1 on the same pairs as BS-Diff, and export it for benchmarks/table1.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from train.comparators import COMPARATORS, Comparator
+from train.data import Batches
+from train.discriminator import Critic
+from train.dry_run import Estimate, estimate
+from train.loop import Run, Trainee, TrainOptions
+from train.losses import HybridLoss, optimise
+from train.validation import Validation
+
+OPSET = 18
+
+
+def train_comparator(
+    folder: Path, name: str, batches: Batches, validation: Validation, options: TrainOptions, size: int
+) -> Path:
+    """Train until `options.steps` on whole images, resuming from `folder`/NAME.pt where there is one.
+
+    Returns: path of NAME.onnx, the averaged network at the end. Also writes what the other stages write.
+    """
+    torch.manual_seed(options.seed)
+    comparator = COMPARATORS[name]
+    trainee = Trainee(comparator.build(size), options)
+    loss = loss_of(comparator, trainee)
+    run = Run(folder, name, trainee, "psnr", comparator=name, size=size)
+    loss.resume(run.restored)
+
+    def make(step: int) -> NDArray[np.float32]:
+        return batches.batch(trainee.sample_index(step), options.images, size, size)
+
+    for _, pair in run.batches(make):
+        losses = optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2])
+        run.after_step(losses, lambda picture: validation.direct(trainee.averaged, picture), loss.state)
+    graph = folder / f"{name}.onnx"
+    if trainee.accelerator.is_main_process:
+        trainee.restore(run.path)  # what early stopping kept
+        export(trainee.averaged, graph, size)
+    return graph
+
+
+def dry_run_comparator(name: str, options: TrainOptions, size: int) -> Estimate:
+    """What `train_comparator` would take; nothing is written."""
+
+    def step(trainee: Trainee) -> None:
+        x = torch.rand(options.images, 1, size, size, device=trainee.accelerator.device) * 2 - 1
+        optimise(trainee, loss_of(COMPARATORS[name], trainee), x, x.flip(-1))
+
+    return estimate(
+        lambda: COMPARATORS[name].build(size), lambda count: (torch.zeros(count, 1, size, size),), step, options
+    )
+
+
+def loss_of(comparator: Comparator, trainee: Trainee) -> HybridLoss:
+    """Its loss, with a discriminator where it has one."""
+    weights, critic = comparator.losses, None
+    if weights.adversarial:
+        critic = Critic(weights.adversarial, trainee.accelerator, comparator.view_channels, comparator.view)
+    return HybridLoss(weights, critic=critic)
+
+
+def export(network: nn.Module, path: Path, size: int) -> None:
+    """Write a network to one ONNX file: input `cxr`, output `out`, [B, 1, size, size] float32 in [-1, 1], any B."""
+    example = torch.zeros(2, 1, size, size)
+    partial = path.with_suffix(".partial")
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # their housekeeping helps nobody
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.cpu().eval(),
+            (example,),
+            partial,
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=["cxr"],
+            output_names=["out"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    os.replace(partial, path)

@@ -1,0 +1,66 @@
+"""The adversarial term: a patch discriminator after pix2pixHD (Wang et al. 2018) and its own optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor
+
+CHANNELS, LAYERS, LEARNING_RATE = 64, 3, 5e-4  # the paper's
+View = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def image_alone(image: Tensor, _: Tensor | None) -> Tensor:
+    """What the paper's discriminator sees: the image, [B, 1, H, W]."""
+    return image
+
+
+class Critic:
+    """Learns to tell true soft tissue from predictions, by least squares (Mao et al. 2017): true 1, predicted 0.
+
+    Three layers, 64 channels, batch norm, AdamW: the paper's. Its own loss is multiplied by `weight` too, as published;
+    AdamW all but undoes that. (The published code's scores pass a leaky ReLU before they are squared; not here.)
+
+    Args:
+        weight: of its loss.
+        channels: of what it sees.
+        view: (image, X-ray it is conditioned on or None) -> what it sees, [B, channels, H, W].
+    """
+
+    def __init__(self, weight: float, accelerator: Accelerator, channels: int = 1, view: View = image_alone) -> None:
+        self.network = PatchDiscriminator(
+            spatial_dims=2, channels=CHANNELS, in_channels=channels, num_layers_d=LAYERS, norm="BATCH"
+        ).to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE)
+        self.weight, self.view, self._accelerator = weight, view, accelerator
+
+    def against(self, predicted: Tensor, cxr: Tensor | None = None) -> Tensor:
+        """How far a prediction is from passing as true; scalar, in the prediction's graph."""
+        return (self._score(predicted, cxr) - 1).square().mean()
+
+    def update(self, predicted: Tensor, soft_tissue: Tensor, cxr: Tensor | None = None) -> float:
+        """One step of the discriminator on a detached prediction. Returns its loss before the weight."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = (self._score(predicted, cxr).square().mean() + (self._score(soft_tissue, cxr) - 1).square().mean()) / 2
+        (self.weight * loss).backward()
+        for parameter in self.network.parameters():
+            parameter.grad = self._accelerator.reduce(parameter.grad, "mean")
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _score(self, image: Tensor, cxr: Tensor | None) -> Tensor:
+        score: Tensor = self.network(self.view(image, cxr))[-1]
+        return score
