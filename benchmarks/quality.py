@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from bsdiff_rt.batching import suppress
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SAMPLERS, Preprocessing
+from bsdiff_rt.engine import load
 from bsdiff_rt.intensity import from_network, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
 from bsdiff_rt.raster import read_together
-from bsdiff_rt.runners import load_runner, resolve_device
+from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
 
@@ -60,7 +61,7 @@ def main(
     settings = [(sampler, int(count)) for sampler in SAMPLERS for count in steps.split(",")]
     settings += [("ddpm", schedule.train_steps)] if full else []
     rows: list[dict[str, Any]] = []
-    with load_runner(model, "auto", resolve_device(device)) as runner:
+    with load(model, "auto", resolve_device(device)) as runner:
         for group, images in groups.items():
             for sampler, count in settings:
                 some = images[:full] if count == schedule.train_steps else images

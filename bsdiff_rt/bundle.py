@@ -95,7 +95,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}; this version reads format {FORMAT}")
-        return _typed(cls, content, MANIFEST)
+        return typed(cls, content, MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _typed(kind: type[T], value: Any, where: str) -> T:
-    """`value`, from JSON, as `kind`: dataclasses, tuples, literals, dictionaries and plain values.
+def typed(kind: type[T], value: Any, where: str) -> T:
+    """`value`, from JSON, as `kind`: dataclasses, tuples, literals, dictionaries and plain values. Strict.
+
+    Args:
+        kind: the type wanted; of a dataclass every field must be there, and no other.
+        value: what `json.loads` returned.
+        where: what to call it in a message.
 
     Raises:
         BundleError: naming the place that does not fit.
@@ -186,18 +191,18 @@ def _typed(kind: type[T], value: Any, where: str) -> T:
             raise BundleError(f"{where}: unknown field {sorted(unknown)[0]!r}")
         if missing := set(fields) - set(value):
             raise BundleError(f"{where}: field {sorted(missing)[0]!r} is missing")
-        return typing.cast(T, kind(**{name: _typed(fields[name], value[name], f"{where}: {name}") for name in fields}))
+        return typing.cast(T, kind(**{name: typed(fields[name], value[name], f"{where}: {name}") for name in fields}))
     if origin is typing.Literal:
         if value not in args:
             raise BundleError(f"{where} should be one of {', '.join(map(str, args))}, is {value!r}")
     elif origin is tuple:
         if not isinstance(value, list):
             raise BundleError(f"{where} should be a list, is {value!r}")
-        return typing.cast(T, tuple(_typed(args[0], item, where) for item in value))
+        return typing.cast(T, tuple(typed(args[0], item, where) for item in value))
     elif origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise BundleError(f"{where} should be an object, is {value!r}")
-        return typing.cast(T, {key: _typed(args[1], item, f"{where}: {key}") for key, item in value.items()})
+        return typing.cast(T, {key: typed(args[1], item, f"{where}: {key}") for key, item in value.items()})
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return typing.cast(T, float(value))
     elif kind is not Any and not isinstance(kind, types.GenericAlias) and type(value) is not kind:

@@ -8,15 +8,15 @@ import logging
 import math
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, InferSettings, SamplerName
 from bsdiff_rt.errors import BsdiffError
+from bsdiff_rt.progress import BuildProgress, FileProgress
 
 if TYPE_CHECKING:
     from bsdiff_rt.metrics import Quality
@@ -31,7 +31,6 @@ app = typer.Typer(
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
-PLAIN_PROGRESS_EVERY_S = 10.0
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what is decided along the way.")]
@@ -59,6 +58,10 @@ def infer(
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of weights and activations.")
     ] = "auto",
+    engine: Annotated[
+        Path | None,
+        typer.Option(show_default="the newest in the cache that fits", help="A built engine, used or the run stops."),
+    ] = None,
     sampler: Annotated[
         SamplerName | None,
         typer.Option(show_default="the bundle's", help="ddpm --steps 1000 is the paper, release the published code."),
@@ -110,6 +113,7 @@ def infer(
         runner=runner,
         device=device,
         precision=precision,
+        engine=engine,
         sampler=sampler,
         steps=steps,
         seed=seed,
@@ -132,7 +136,7 @@ def infer(
         _print_plan(entries, as_json)
     else:
         tasks = inference.tasks(inputs)
-        with _Progress(len(tasks), quiet) as progress:
+        with FileProgress(len(tasks), quiet) as progress:
             report = inference.run(tasks, progress.on_file)
         entries = report.files
         if as_json:
@@ -147,6 +151,54 @@ def infer(
 
 
 @app.command()
+def build_engine(
+    bundle: Annotated[str, typer.Argument(help="Model: demo, or a bundle's folder.")] = "demo",
+    runner: Annotated[Literal["aoti", "tensorrt"], typer.Option(help="What will run the engine.")] = "aoti",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Of weights and activations; auto: fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto",
+    batch: Annotated[str, typer.Option(metavar="N or MIN:MAX", help="Images per batch the engine takes.")] = "1:8",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", show_default="a place in the cache", help="Folder of the engine itself."),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build an engine for this machine; it is kept only if it makes the picture that eager makes in fp32."""
+    _log(quiet, verbose)
+    low, high = _batch_range(batch)
+    from bsdiff_rt import engine
+    from bsdiff_rt.bundle import open_bundle
+    from bsdiff_rt.config import EngineOptions
+    from bsdiff_rt.identity import read_engine
+    from bsdiff_rt.runners import resolve_device
+
+    model, where = open_bundle(bundle), resolve_device(device)
+    if precision == "auto":
+        precision = "fp32" if where.type == "cpu" else "fp16"
+    with BuildProgress(quiet) as phases:
+        folder = engine.build_engine(model, EngineOptions(runner, precision, (low, high)), where, output, phases.show)
+    manifest = read_engine(folder).manifest
+    parity = manifest.parity
+    if as_json:
+        found = {"engine": str(folder), "build_seconds": manifest.build_seconds, "parity": parity.to_dict()}
+        typer.echo(json.dumps(found, indent=1))
+        return
+    if verbose:
+        for check in parity.checks:
+            typer.echo(check, err=True)
+    typer.echo(
+        f"{folder}\n{runner} {precision}, batch {batch}, built in {manifest.build_seconds:.0f} s. Against "
+        f"{parity.reference}: single calls within {parity.worst_call:.1e} of the largest output, "
+        f"pictures after {parity.steps} steps of {parity.sampler} {parity.psnr_db:.1f} dB or more."
+    )
+
+
+@app.command()
 def bench(
     bundle: Annotated[
         str, typer.Option("--bundle", "-b", help="demo, paper (the full size, random weights) or a bundle's folder.")
@@ -155,12 +207,12 @@ def bench(
         list[str] | None,
         typer.Option(
             show_default="all that can be used",
-            help="eager, onnxruntime, aoti, tensorrt; may be repeated, or comma separated. Eager fp32 always comes first.",
+            help="eager, onnxruntime, aoti, tensorrt; repeatable, or comma separated. Eager fp32 always comes first.",
         ),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(show_default="those a runner has", help="fp32, bf16, fp16; may be repeated, or comma separated."),
+        typer.Option(show_default="those a runner has", help="fp32, bf16, fp16; repeatable, or comma separated."),
     ] = None,
     engine: Annotated[
         list[Path] | None, typer.Option(show_default="those in the cache", help="Also this built engine; repeatable.")
@@ -209,9 +261,7 @@ def bench(
 
     document = bench_report.run(settings, save)
     found = document.as_dict()
-    header, *rows = bench_report.table(found)
-    _print_table(header, rows)
-    for line in bench_report.notes(found):
+    for line in [*bench_report.aligned(bench_report.table(found)), *bench_report.notes(found)]:
         typer.echo(line)
     if plot_path is not None:
         plot.draw(found, plot_path)
@@ -261,52 +311,13 @@ def info(as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False
             typer.echo(f"  {name}: {value}")
 
 
-class _Progress:
-    """Files done, images/s and time left, on stderr: a live bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet = total, quiet
-        self._done = self._computed = 0
-        self._started = self._told = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty() and not self._quiet:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=self._total, speed="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def on_file(self, entry: FileEntry) -> None:
-        """Count one file; say at once what is wrong with it."""
-        self._done += 1
-        self._computed += entry.status == "ok"
-        elapsed = time.monotonic() - self._started
-        speed = f"{self._computed / elapsed:.2f} images/s, " if self._computed and elapsed else ""
-        if entry.reason is not None:
-            self._say(f"{entry.status}: {entry.input}: {entry.reason}")
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, speed=speed.rstrip(", "))
-        elif time.monotonic() - self._told > PLAIN_PROGRESS_EVERY_S:
-            self._told = time.monotonic()
-            left = elapsed / self._done * (self._total - self._done)
-            typer.echo(f"{self._done}/{self._total} files, {speed}{left:.0f} s left", err=True)
-
-    def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            typer.echo(line, err=True)
+def _batch_range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    if not all(part.isascii() and part.isdecimal() for part in (low, high or low)) or text.endswith(":"):
+        raise typer.BadParameter(f"{text!r} is not N or MIN:MAX", param_hint="--batch")
+    if not 1 <= int(low) <= int(high or low):
+        raise typer.BadParameter(f"{text!r}: from 1 up, the smaller one first", param_hint="--batch")
+    return int(low), int(high or low)
 
 
 def _batch(text: str) -> int | None:

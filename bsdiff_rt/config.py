@@ -100,7 +100,7 @@ class EngineOptions:
 
     runner: EngineRunnerName
     precision: Precision
-    batch: tuple[int, int] = (1, 1)
+    batch: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class InferSettings:
     runner: str = "auto"
     device: str = "auto"
     precision: str = "auto"
+    engine: Path | None = None
     sampler: str | None = None
     steps: int | None = None
     seed: int = 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import open_bundle, shipped_bundles
 from bsdiff_rt.config import RUNNERS
-from bsdiff_rt.errors import BundleError
+from bsdiff_rt.engine import ENGINE_RUNNERS, cache_folder, engines_in_cache
+from bsdiff_rt.errors import BundleError, EngineError
+from bsdiff_rt.identity import check_files, check_machine, read_engine
 from bsdiff_rt.report import package_versions
 from bsdiff_rt.runners import resolve_device, unavailable
 
@@ -23,7 +25,8 @@ def describe() -> dict[str, dict[str, str]]:
     runners: dict[str, str] = {}
     for runner in RUNNERS:
         why = unavailable(runner, device)
-        runners[runner] = f"not usable: {why}" if why else "usable"
+        needs = ", with an engine built for it" if runner in ENGINE_RUNNERS else ""
+        runners[runner] = f"not usable: {why}" if why else f"usable{needs}"
     bundles = {}
     for name in shipped_bundles():
         try:
@@ -41,5 +44,29 @@ def describe() -> dict[str, dict[str, str]]:
         "devices": devices,
         f"runners on {device}": runners,
         "bundles": bundles,
-        "engines": {"cache": "none can be built by this version"},
+        "engines": engines(),
     }
+
+
+def engines() -> dict[str, str]:
+    """Every engine in the cache, newest first: what it is, and whether it can be used here or the reason why not."""
+    import torch
+
+    found = {"cache": str(cache_folder())}
+    for folder in engines_in_cache():
+        try:
+            engine = read_engine(folder)
+            # An engine for a processor can be used beside any GPU; of several GPUs of one kind any will do.
+            on_cpu = engine.manifest.multiprocessors == 0
+            check_machine(engine, torch.device("cpu") if on_cpu else resolve_device("auto"))
+            check_files(engine)
+        except EngineError as error:
+            found[folder.name] = f"not usable: {error}"
+            continue
+        manifest, parity = engine.manifest, engine.manifest.parity
+        found[folder.name] = (
+            f"usable: {manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
+            f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, on {manifest.device}, "
+            f"{parity.psnr_db:.1f} dB against {parity.reference}, built {manifest.built}"
+        )
+    return found

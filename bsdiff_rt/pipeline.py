@@ -24,6 +24,7 @@ from bsdiff_rt.bundle import file_sha256, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.derived import Derivation, write_derived
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks
+from bsdiff_rt.engine import choose, load_chosen
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import Placement, from_network, subtract_local_bone, to_network
@@ -33,7 +34,7 @@ from bsdiff_rt.preview import ROWS, Preview
 from bsdiff_rt.raster import write_png
 from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of, uncertainty_path
 from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_before
-from bsdiff_rt.runners import choose, load_runner, resolve_device, resolve_precision
+from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
 
@@ -73,12 +74,14 @@ class Inference:
             ImageNoise(seed, b"")  # refuses a seed out of range before any work is done
         self.device = resolve_device(settings.device)
         self.batch = settings.batch or 1  # images the networks are given at once; resolved when the runner is loaded
-        runner, _ = choose(settings.runner, self.device)
+        self._choice = choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine)
         # What decides the pixels. Batch and device do not: noise belongs to the image.
         names = ("sampler", "steps", "seed", "samples", "enhance", "size", "detail", "format", "sop")
         decisive = {name: getattr(self.settings, name) for name in names}
-        decisive |= {"runner": runner, "precision": resolve_precision(runner, settings.precision)}
+        decisive |= {"runner": self._choice.runner, "precision": self._choice.precision}
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))
+        if self._choice.engine:
+            self.report.environment["engine"] = self._choice.engine.sha256
         self._digest = self.report.settings_digest()
 
     def tasks(self, inputs: Iterable[Path]) -> list[Task]:
@@ -113,7 +116,7 @@ class Inference:
         _make_output_folder(folder)
         reader = self._reader()
         ledger = Ledger(self.report, folder, (str(task.input) for task in tasks), reader.before, on_file)
-        runner = load_runner(self.bundle, self.settings.runner, self.device, self.settings.precision)
+        runner = load_chosen(self.bundle, self._choice, self.device)
         with runner:
             self.batch = _batch(self.settings.batch, runner)
             suppressor = Suppressor(runner, self.table, enhance=bool(self.settings.enhance), batch=self.batch)

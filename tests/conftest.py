@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,8 @@ from helpers import ToyRunner, randomise
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt import pipeline
-from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 
@@ -55,6 +56,28 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache directory, and so the place engines are looked for, is an empty folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an `aoti` engine of the tiny bundle: fp32, batch 1 to 3, for this processor. Do not change it.
+
+    Built once: the compiler takes half a minute, and minutes on a busy machine.
+    """
+    from bsdiff_rt.engine import build_engine
+
+    options = EngineOptions("aoti", "fp32", (1, 3))
+    output = tmp_path_factory.mktemp("engine") / "tiny"
+    return build_engine(open_bundle(tiny_bundle), options, torch.device("cpu"), output, lambda *_: None)
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle, to be changed."""
@@ -65,7 +88,7 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
     """Makes the pipeline run this runner in place of the bundle's networks, and returns it."""
     runner = ToyRunner(SIZE_PX)
-    monkeypatch.setattr(pipeline, "load_runner", lambda *_: runner)
+    monkeypatch.setattr(pipeline, "load_chosen", lambda *_: runner)
     return runner
 
 

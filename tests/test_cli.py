@@ -19,9 +19,15 @@ from pydicom.uid import CTImageStorage
 from synthetic import SECRETS, chest
 
 from bsdiff_rt import __version__, bundle
-from bsdiff_rt import cli as module
+from bsdiff_rt import progress as module
 
-COMMANDS = ("infer", "evaluate", "info")
+OPTIONS = {
+    "infer": ("--output", "--sampler", "--samples", "--engine", "--dry-run"),
+    "build-engine": ("--runner", "--precision", "--batch", "--output", "--device", "--json"),
+    "bench": ("--bundle", "--runner", "--batch", "--steps", "--json", "--plot"),
+    "evaluate": ("--cxr",),
+    "info": ("--json",),
+}
 
 
 def lines(text):
@@ -31,14 +37,12 @@ def lines(text):
 # --- help and version ---
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_help_shows_every_option_with_its_default(cli, command):
     shown = cli(command, "--help")
     assert shown.code == 0
     assert shown.err == ""
-    for option in {"infer": ("--output", "--sampler", "--dry-run"), "evaluate": ("--cxr",), "info": ("--json",)}[
-        command
-    ]:
+    for option in OPTIONS[command]:
         assert option in shown.out
     if command == "infer":
         for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
@@ -81,7 +85,7 @@ def test_infer(infer, tmp_path):
     assert done.code == 0
     assert lines(done.out)[0].startswith("2 ok, ")
     assert "images/s; results and report.json in " in done.out
-    assert "runner onnxruntime on cpu" in done.err
+    assert "runner onnxruntime in fp32 on cpu" in done.err
     assert tree(tmp_path / "out") == {"a.png", "sub/b.dcm", "report.json"}
     again = infer()
     assert (again.code, again.out) == (0, f"2 skipped; results and report.json in {tmp_path / 'out'}\n")
@@ -158,7 +162,7 @@ def test_a_name_that_is_no_text(infer, toy, tmp_path):
 
 
 def test_progress_in_a_log(infer, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PLAIN_PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "PLAIN_EVERY_S", 0.0)
     for seed in range(3):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
     told = [line for line in lines(infer("--batch", 1).err) if "files" in line]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from bsdiff_rt import __version__, bundle, info
 from bsdiff_rt.config import RUNNERS
+from bsdiff_rt.engine import cache_folder
+from bsdiff_rt.identity import MANIFEST, EngineManifest
+from bsdiff_rt.parity import PSNR, Check, Parity
 
 
 def test_sections(monkeypatch):
@@ -22,8 +28,8 @@ def test_sections(monkeypatch):
     assert list(found["devices"]) == ["cpu"]
     assert set(found["runners on cpu"]) == set(RUNNERS)
     assert found["runners on cpu"]["eager"] == found["runners on cpu"]["onnxruntime"] == "usable"
-    for name in ("aoti", "tensorrt"):
-        assert found["runners on cpu"][name].startswith("not usable: ")
+    assert found["runners on cpu"]["aoti"] == "usable, with an engine built for it"
+    assert found["runners on cpu"]["tensorrt"] == "not usable: it runs on NVIDIA GPUs, not on cpu"
     json.dumps(found)
 
 
@@ -51,3 +57,83 @@ def test_a_damaged_bundle_is_said_and_stops_nothing(shipped):
     assert found["bundles"]["small"].startswith("refused: ")
     assert "denoiser.onnx" in found["bundles"]["small"]
     assert found["engines"]
+
+
+IDENTITY = {"platform": "Linux x86_64", "device": "AMD EPYC", "compute_capability": "AVX2 01234567", "driver": "none"}
+
+
+def engine(cache, name: str, age: int, **changes) -> Path:
+    """An engine folder as far as its manifest and files go."""
+    folder = cache / name
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "denoiser.pt2").write_bytes(b"code")
+    check = Check("denoiser, t = 0, batch 1", PSNR, 91.0, 80.0, True)
+    manifest = EngineManifest(
+        format=1,
+        bundle={"name": "demo", "sha256": "ab" * 32},
+        runner="aoti",
+        image_size=256,
+        multiprocessors=0,
+        versions={"torch": torch.__version__, "cuda": torch.version.cuda or "none"},
+        precision="bf16",
+        batch_min=1,
+        batch_max=8,
+        build_options={},
+        build_seconds=1.0,
+        built="2026-01-02T03:04:05Z",
+        bsdiff_rt=__version__,
+        parity=Parity("eager fp32 on cpu", "bf16", "ddim", 2, (check,)),
+        files={"denoiser.pt2": bundle.file_sha256(folder / "denoiser.pt2")},
+        **IDENTITY,
+    )
+    (folder / MANIFEST).write_text(dataclasses.replace(manifest, **changes).to_json())
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    os.utime(folder / MANIFEST, (age, age))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bsdiff_rt.identity.identify", lambda _: IDENTITY | {"multiprocessors": 0})
+    return cache_folder()
+
+
+def test_no_engines(cache):
+    assert info.describe()["engines"] == {"cache": str(cache)}
+    assert not cache.exists()
+
+
+def test_engines_newest_first_and_why_one_cannot_be_used(cache):
+    engine(cache, "good", 1000)
+    engine(cache, "other processor", 2000, device="Intel Xeon")
+    engine(cache, "other torch", 3000, versions={"torch": "1.0", "cuda": "none"})
+    (engine(cache, "damaged", 4000) / "denoiser.pt2").write_bytes(b"c0de")
+    engine(cache, "open to others", 5000).chmod(0o777)
+    (engine(cache, "no manifest", 6000) / MANIFEST).write_text("{}")
+    os.utime(cache / "no manifest" / MANIFEST, (6000, 6000))
+    found = info.describe()["engines"]
+    assert list(found)[1:] == ["no manifest", "open to others", "damaged", "other torch", "other processor", "good"]
+    assert found["good"] == (
+        f"usable: aoti bf16, batch 1 to 8, bundle demo {'ab' * 8}, on AMD EPYC, 91.0 dB against eager fp32 on cpu, "
+        "built 2026-01-02T03:04:05Z"
+    )
+    for name, reason in {
+        "no manifest": "format: built as None, this version reads 1",
+        "open to others": "others may write to it (mode 777)",
+        "damaged": "denoiser.pt2: SHA-256: built as ",
+        "other torch": f"version of torch: built for 1.0, this is {torch.__version__}",
+        "other processor": "device: built for Intel Xeon, this is AMD EPYC",
+    }.items():
+        assert found[name].startswith("not usable: ")
+        assert reason in found[name]
+
+
+def test_an_engine_for_a_gpu_is_compared_with_the_gpu(cache, monkeypatch):
+    engine(cache, "gpu", 1000, multiprocessors=132)
+    seen = []
+    monkeypatch.setattr("bsdiff_rt.identity.identify", lambda device: seen.append(device) or {"device": "NVIDIA H100"})
+    monkeypatch.setattr(info, "resolve_device", lambda _: torch.device("cuda", 0))
+    assert "device: built for AMD EPYC, this is NVIDIA H100" in info.engines()["gpu"]
+    assert seen == [torch.device("cuda", 0)]

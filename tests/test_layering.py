@@ -33,17 +33,18 @@ TORCH_FREE = [
     "preview",
     "evaluate",
     "reading",
+    "progress",
     "cli",
 ]
-# docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler -> pipeline -> cli.
+# docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler, engine -> pipeline -> cli.
 LAYERS = (
     {"errors", "config", ""},
-    {"schedule", "bundle", "radiograph", "noise", "networks"},
+    {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
     {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
-    {"derived", "discover", "preview", "runners"},
-    {"evaluate", "reading", "sampler"},
+    {"derived", "discover", "preview", "progress", "runners"},
+    {"evaluate", "reading", "sampler", "parity", "identity", "engine", "flops"},
     {"batching"},
-    {"pipeline", "info"},
+    {"pipeline", "info", "bench", "bench_model", "bench_report", "plot"},
     {"cli"},
 )
 
@@ -117,7 +118,8 @@ def test_no_circles_inside_the_product():
 def test_the_product_needs_only_what_it_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
-    optional = {"tensorrt": {"bsdiff_rt/runners/tensorrt.py"}}  # an extra, imported in one place
+    # Extras, each imported in one place.
+    optional = {"tensorrt": {"bsdiff_rt/runners/tensorrt_builder.py"}, "matplotlib": {"bsdiff_rt/plot.py"}}
     distributions = packages_distributions()
     for path in files(PRODUCT):
         for module, line in imports(path).items():
@@ -143,7 +145,10 @@ def loaded_by(code: str) -> dict[str, list[str]]:
 HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors", "bsdiff_rt.pipeline")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["infer", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([name, "--help"] for name in ("infer", "build-engine", "bench", "evaluate"))],
+)
 def test_answers_wait_for_nothing_heavy(arguments):
     code = f"""
 import json, sys

@@ -1,8 +1,7 @@
-"""Choosing and loading a runner. What was asked for by name is used, or the run stops."""
+"""Devices, what can run on them, and loading the runners that need no built engine (engine.py chooses among all)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +18,6 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
-
-logger = logging.getLogger(__name__)
 
 C = TypeVar("C")
 N = TypeVar("N", bound=nn.Module)
@@ -48,63 +45,58 @@ def resolve_device(name: str) -> torch.device:
 
 
 def unavailable(name: RunnerName, device: torch.device) -> str | None:
-    """Why a runner cannot be used on `device`; None when it can."""
+    """Why a runner cannot be used on `device`, whatever engines are built; None when it can."""
     if name == "onnxruntime":
         if find_spec("onnxruntime") is None:
             return "the package onnxruntime is not installed"
-        if device.type != "cpu":
-            return f"it runs on the CPU, not yet on {device}"
-    if name in ("aoti", "tensorrt"):
-        return "no engine of this kind can be built by this version"
+        if device.type == "cuda":
+            import onnxruntime
+
+            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+                return "the onnxruntime installed has no CUDA provider; install onnxruntime-gpu in its place"
+    if name == "tensorrt":
+        if device.type != "cuda":
+            return f"it runs on NVIDIA GPUs, not on {device}"
+        if find_spec("tensorrt") is None:
+            return "the package tensorrt is not installed (pip install 'bsdiff-rt[tensorrt]')"
     return None
 
 
-def choose(name: str, device: torch.device) -> tuple[RunnerName, str]:
-    """The runner to use for `--runner name`, and why, in words for the log.
-
-    Raises:
-        EngineError: a runner asked for by name that cannot be used here.
-    """
-    if name != "auto":
-        if reason := unavailable(name, device):  # type: ignore[arg-type]  # the command line checks the names
-            raise EngineError(f"--runner {name} cannot be used on {device}: {reason}; use --runner auto or eager")
-        return name, "asked for"  # type: ignore[return-value]
-    reasons: list[str] = []
-    for candidate in ("tensorrt", "aoti", "onnxruntime"):
-        reason = unavailable(candidate, device)
-        if reason is None:
-            return candidate, "; ".join(reasons) or "fastest available"
-        reasons.append(f"not {candidate}: {reason}")
-    return "eager", "; ".join(reasons)
-
-
-def resolve_precision(runner: RunnerName, precision: str) -> Precision:
-    """The precision a runner will compute in.
+def resolve_precision(runner: RunnerName, precision: str, device: torch.device) -> Precision:
+    """The precision a runner without engines will compute in; fp32 unless another is asked for.
 
     Raises:
         EngineError: one asked for by name that this runner does not have.
     """
-    if precision not in ("auto", "fp32"):
-        raise EngineError(f"--precision {precision}: runner {runner} computes in fp32; use --precision auto")
-    return "fp32"
+    if precision in ("auto", "fp32"):
+        return "fp32"
+    if precision == "fp16" and runner == "onnxruntime" and device.type == "cuda":
+        return "fp16"
+    raise EngineError(f"--precision {precision}: runner {runner} computes in fp32 on {device}; use --precision auto")
 
 
-def load_runner(bundle: Bundle, name: str, device: torch.device, precision: str = "auto") -> Runner:
-    """Load `bundle` into a runner on `device`.
+def load_runner(bundle: Bundle, name: RunnerName, device: torch.device, precision: Precision = "fp32") -> Runner:
+    """Load `bundle` into a runner that needs no engine: eager or onnxruntime. For the others there is engine.py.
 
     Raises:
         EngineError: the runner cannot be used here, or not in this precision.
         BundleError: weights that do not fit the bundle's networks.
     """
-    chosen, why = choose(name, device)
-    resolve_precision(chosen, precision)
-    logger.info("runner %s on %s (%s)", chosen, device, why)
-    if chosen == "onnxruntime":
+    if reason := unavailable(name, device):
+        raise EngineError(f"--runner {name} cannot be used on {device}: {reason}; use --runner auto or eager")
+    if name == "onnxruntime":
         from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner  # optional: another runner may be the one
 
         return OnnxRuntimeRunner(
-            bundle.file("denoiser.onnx"), bundle.file("enhancer.onnx"), bundle.manifest.preprocessing.size
+            bundle.file("denoiser.onnx"),
+            bundle.file("enhancer.onnx"),
+            bundle.manifest.preprocessing.size,
+            device=device,
+            precision=precision,
         )
+    resolve_precision(name, precision, device)
+    if name != "eager":
+        raise EngineError(f"runner {name} needs a built engine; bsdiff-rt build-engine makes one")
     denoiser, enhancer = load_networks(bundle)
     return EagerRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, device)
 

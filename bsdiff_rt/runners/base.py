@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -10,6 +11,9 @@ import torch
 
 from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
+
+# Told what a long task is doing: the phase in words, and the share done in [0, 1], None where it is not known.
+Progress = Callable[[str, float | None], None]
 
 
 class Runner(ABC):

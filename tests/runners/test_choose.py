@@ -1,9 +1,8 @@
-"""Choosing device, runner and precision: what was asked for by name is used, or the run stops and says why."""
+"""Devices, which runner runs where, and loading those without engines: nothing asked for is substituted."""
 
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bsdiff_rt import runners
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
-from bsdiff_rt.runners import choose, load_networks, load_runner, resolve_device, resolve_precision, unavailable
+from bsdiff_rt.runners import load_networks, load_runner, resolve_device, resolve_precision, unavailable
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -47,77 +46,70 @@ def test_no_device(gpus, name):
         resolve_device(name)
 
 
-def test_auto_on_a_cpu():
-    name, why = choose("auto", CPU)
-    assert name == "onnxruntime"
-    assert "not tensorrt: " in why
-    assert "not aoti: " in why
-
-
-def test_auto_on_a_gpu():
-    name, why = choose("auto", GPU)
-    assert name == "eager"
-    assert "not onnxruntime: it runs on the CPU, not yet on cuda:0" in why
-
-
-def test_auto_without_onnxruntime(monkeypatch):
-    monkeypatch.setattr(runners, "find_spec", lambda _: None)
-    name, why = choose("auto", CPU)
-    assert name == "eager"
-    assert "not onnxruntime: the package onnxruntime is not installed" in why
-
-
-def test_auto_takes_the_fastest_that_can_be_used(monkeypatch):
-    monkeypatch.setattr(runners, "unavailable", lambda *_: None)
-    assert choose("auto", GPU) == ("tensorrt", "fastest available")
-
-
-@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
-def test_by_name(name):
-    assert choose(name, CPU) == (name, "asked for")
-
-
 @pytest.mark.parametrize(
     ("name", "device", "reason"),
     [
-        ("aoti", CPU, "no engine of this kind"),
-        ("tensorrt", GPU, "no engine of this kind"),
-        ("onnxruntime", GPU, "it runs on the CPU"),
+        ("eager", CPU, None),
+        ("eager", GPU, None),
+        ("aoti", CPU, None),
+        ("aoti", GPU, None),
+        ("onnxruntime", CPU, None),
+        ("tensorrt", CPU, "it runs on NVIDIA GPUs, not on cpu"),
     ],
 )
-def test_by_name_is_never_substituted(name, device, reason):
-    with pytest.raises(EngineError, match=f"--runner {name} cannot be used on {device}: {reason}.* use --runner auto"):
-        choose(name, device)
+def test_what_runs_where(name, device, reason):
+    assert unavailable(name, device) == reason
 
 
-def test_by_name_without_its_package(monkeypatch):
+def test_packages_that_are_missing(monkeypatch):
     monkeypatch.setattr(runners, "find_spec", lambda _: None)
     assert unavailable("eager", CPU) is None
-    with pytest.raises(EngineError, match="the package onnxruntime is not installed"):
-        choose("onnxruntime", CPU)
+    assert unavailable("onnxruntime", CPU) == "the package onnxruntime is not installed"
+    expected = "the package tensorrt is not installed (pip install 'bsdiff-rt[tensorrt]')"
+    assert unavailable("tensorrt", GPU) == expected
+    monkeypatch.setattr(runners, "find_spec", lambda _: object())
+    assert unavailable("tensorrt", GPU) is None
 
 
+def test_onnxruntime_on_a_gpu_needs_its_provider(monkeypatch):
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    assert unavailable("onnxruntime", GPU) is None
+    providers.pop(0)
+    assert unavailable("onnxruntime", GPU).endswith("has no CUDA provider; install onnxruntime-gpu in its place")
+    assert unavailable("onnxruntime", CPU) is None
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("runner", ["eager", "onnxruntime"])
-def test_precision(runner):
-    assert resolve_precision(runner, "auto") == resolve_precision(runner, "fp32") == "fp32"
+def test_precision(runner, device):
+    assert resolve_precision(runner, "auto", device) == resolve_precision(runner, "fp32", device) == "fp32"
     for precision in ("fp16", "bf16"):
-        with pytest.raises(EngineError, match=f"--precision {precision}: runner {runner} computes in fp32"):
-            resolve_precision(runner, precision)
+        if (runner, precision, device) == ("onnxruntime", "fp16", GPU):
+            assert resolve_precision(runner, precision, device) == "fp16"
+            continue
+        with pytest.raises(EngineError, match=f"--precision {precision}: runner {runner} computes in fp32 on {device}"):
+            resolve_precision(runner, precision, device)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("auto", OnnxRuntimeRunner), ("onnxruntime", OnnxRuntimeRunner), ("eager", EagerRunner)]
-)
-def test_load(tiny_bundle, name, kind, caplog):
-    with caplog.at_level(logging.INFO), load_runner(open_bundle(tiny_bundle), name, CPU) as runner:
+@pytest.mark.parametrize(("name", "kind"), [("onnxruntime", OnnxRuntimeRunner), ("eager", EagerRunner)])
+def test_load(name, kind):
+    with load_runner(open_bundle("demo"), name, CPU) as runner:
         assert type(runner) is kind
-        assert runner.image_size == 64
-    assert f"runner {runner.name} on cpu" in caplog.text
+        assert (runner.name, runner.image_size) == (name, 256)
 
 
-def test_load_checks_the_precision(tiny_bundle):
-    with pytest.raises(EngineError, match="--precision fp16"):
-        load_runner(open_bundle(tiny_bundle), "eager", CPU, "fp16")
+def test_what_cannot_be_loaded_is_never_substituted(monkeypatch):
+    bundle = open_bundle("demo")
+    with pytest.raises(EngineError, match="--runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
+        load_runner(bundle, "tensorrt", CPU)
+    with pytest.raises(EngineError, match="--precision bf16: runner eager computes in fp32 on cpu"):
+        load_runner(bundle, "eager", CPU, "bf16")
+    with pytest.raises(EngineError, match="runner aoti needs a built engine; bsdiff-rt build-engine makes one"):
+        load_runner(bundle, "aoti", CPU)
+    monkeypatch.setattr(runners, "find_spec", lambda _: None)
+    with pytest.raises(EngineError, match="the package onnxruntime is not installed; use --runner auto or eager"):
+        load_runner(bundle, "onnxruntime", CPU)
 
 
 def test_networks_have_the_bundles_weights(tiny_bundle):

@@ -1,0 +1,213 @@
+"""Runner `aoti`: both networks exported with torch.export and compiled ahead of time by AOTInductor.
+
+The engine needs nothing but torch to run. Building it needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bsdiff_rt.bundle import Bundle
+from bsdiff_rt.config import EngineOptions, Precision
+from bsdiff_rt.errors import EngineError, one_line
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.runners import load_networks
+from bsdiff_rt.runners.base import Progress, Runner
+
+DENOISER, ENHANCER = "denoiser.pt2", "enhancer.pt2"
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class AotiRunner(Runner):
+    """Both AOTInductor packages of an engine, which somebody has verified: they are native code.
+
+    Args:
+        folder: the engine; holds denoiser.pt2 and enhancer.pt2.
+        device: what it was built for.
+        precision: of the denoiser's weights and activations; the enhancer's are fp32.
+        batch_range: smallest and largest batch.
+        image_size: side of the square images, in px.
+
+    Raises:
+        EngineError: torch cannot load a package.
+    """
+
+    name = "aoti"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        precision: Precision,
+        batch_range: tuple[int, int | None],
+        image_size: int,
+    ) -> None:
+        super().__init__(device=device, precision=precision, batch_range=batch_range, image_size=image_size)
+        self._denoiser: Any = _load(folder / DENOISER, self.device)
+        self._enhancer: Any = _load(folder / ENHANCER, self.device)
+
+    @torch.no_grad()
+    def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
+        """Stage 1; see `Runner.denoise`."""
+        self.check(x_t, cxr, out, t=t)  # the compiled code checks neither size nor batch: it would read past the end
+        with self._on_device():
+            out.copy_(self._denoiser(x_t, cxr, t))
+
+    @torch.no_grad()
+    def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Stage 2; see `Runner.enhance`."""
+        self.check(x, out)
+        with self._on_device():
+            out.copy_(self._enhancer(x))
+
+    def close(self) -> None:
+        """Release both packages and their weights."""
+        self._denoiser = self._enhancer = None
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """The package runs on the current stream of the current device, wherever its buffers are.
+
+        torch's model_container_runner_cuda.cpp asks getCurrentCUDAStream(), without a device index, for each run.
+        """
+        return nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device)
+
+
+def versions() -> dict[str, str]:
+    """What an engine is tied to: the package calls into torch's own libraries."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def build(
+    bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Compile both networks of `bundle` into `folder`.
+
+    Args:
+        bundle: an opened bundle.
+        options: precision of the denoiser, batch range. One batch size compiles for exactly that size.
+        device: what to compile for; the code also depends on the processor or GPU at hand.
+        folder: exists and is empty.
+        progress: told each phase.
+
+    Returns:
+        The options used, for the engine's manifest.
+
+    Raises:
+        EngineError: a precision the device lacks, no C++ compiler, or torch cannot compile a network.
+    """
+    if options.precision == "fp16" and device.type == "cpu":
+        raise EngineError(
+            "an aoti engine in fp16 for the CPU: processors convolve in fp32 and bf16; use --precision bf16 or fp32"
+        )
+    _check_compiler()
+    denoiser, enhancer = load_networks(bundle)
+    size = bundle.manifest.preprocessing.size
+    # Tensor cores read half precision channels-last; in fp32 and on the CPU the compiler decides by itself.
+    channels_last = device.type == "cuda" and options.precision != "fp32"
+    lower_precision(denoiser, DTYPES[options.precision])
+    if channels_last:
+        denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+
+    # Export takes an example of 1 for a constant; a range is exported at 2.
+    batch = options.batch[0] if options.batch[0] == options.batch[1] else max(2, options.batch[0])
+    image = torch.zeros(batch, 1, size, size, device=device)
+    t = torch.zeros(batch, device=device)
+    _compile(denoiser.to(device), (image, image.clone(), t), options.batch, folder / DENOISER, progress, 0.0)
+    _compile(enhancer.to(device), (image,), options.batch, folder / ENHANCER, progress, 0.5)
+    return {"memory_format": "channels_last" if channels_last else "contiguous", "enhancer_precision": "fp32"}
+
+
+def lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and activations of a denoiser in `dtype`, in place; float32 tensors in and out.
+
+    GroupNorm, the time embedding and the first and last convolution stay in float32: the norm's sums overflow or lose
+    what it divides by, bf16 rounds neighbouring timesteps to one, and the two convolutions, next to no arithmetic, are
+    where x_t comes in and the prediction goes out. (The denoiser gives its time embedding the dtype of `conv_in`.) The
+    softmax of scaled_dot_product_attention is computed in float32 by torch's kernels.
+    """
+    if dtype == torch.float32:
+        return
+    network.to(dtype)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.GroupNorm) or name in ("time_embed", "conv_in"):
+            _float32_island(module, dtype)
+        elif name == "conv_out":
+            _float32_island(module, torch.float32)
+
+
+def _float32_island(module: nn.Module, dtype_out: torch.dtype) -> None:
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+    module.register_forward_hook(lambda _, __, out: out.to(dtype_out))
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise EngineError(
+            f"building an aoti engine needs a C++ compiler, and none was found ({one_line(error)}); "
+            "install one (Debian, Ubuntu: apt install g++) or name it in the environment variable CXX"
+        ) from error
+
+
+def _compile(
+    network: Denoiser | Enhancer,
+    example: tuple[torch.Tensor, ...],
+    batch: tuple[int, int],
+    package: Path,
+    progress: Progress,
+    done: float,
+) -> None:
+    """Export `network` and write its package.
+
+    Raises:
+        EngineError: torch cannot.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.utils import fresh_cache
+
+    what = package.stem
+    shapes = None
+    if batch[0] != batch[1]:
+        dynamic = torch.export.Dim("batch", min=batch[0], max=batch[1])
+        shapes = tuple({0: dynamic} for _ in example)
+    failure: Exception | None = None
+    # A cache of its own: torch would leave sources and weights in the temporary folder of the machine.
+    with torch.no_grad(), warnings.catch_warnings(), fresh_cache(dir=str(package.parent)):
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own functions
+        try:
+            progress(f"exporting the {what}", done)
+            exported = torch.export.export(network.eval(), example, dynamic_shapes=shapes)
+            progress(f"compiling the {what}", done + 0.05)
+            aoti_compile_and_package(exported, package_path=str(package))
+        except Exception as error:  # raised below: fresh_cache keeps its folder when an exception passes through
+            failure = error
+    if failure is not None:
+        raise EngineError(
+            f"torch {torch.__version__} cannot compile the {what} for {example[0].device}: {one_line(failure)}"
+        ) from failure
+
+
+def _load(package: Path, device: torch.device) -> Any:
+    from torch._inductor import aoti_load_package
+
+    try:
+        # Single-threaded, which a runner is anyway: the other way asks CUDA events whether an earlier call has ended,
+        # which is not permitted while a graph is recorded (pytorch pull request 148601).
+        return aoti_load_package(
+            str(package), run_single_threaded=True, device_index=-1 if device.index is None else device.index
+        )
+    except Exception as error:
+        raise EngineError(f"{package}: torch {torch.__version__} cannot load it: {one_line(error)}") from error

@@ -1,0 +1,289 @@
+"""The compiled networks against eager, what is built, and what is said when nothing can be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+from helpers import randomise
+
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import PRESETS, EngineOptions
+from bsdiff_rt.errors import EngineError
+from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.runners import aoti, load_runner
+from bsdiff_rt.runners.aoti import AotiRunner, lower_precision
+from bsdiff_rt.sampler import CapturedSampler, sample
+from bsdiff_rt.schedule import sampler_table
+
+CPU = torch.device("cpu")
+SIZE = 64
+# Of the largest output. Both compute in fp32 with sums in another order; seen: 3e-6 over the tiny networks.
+TOLERANCE = 1e-4
+
+
+def opened(folder, image_size: int = SIZE) -> AotiRunner:
+    return AotiRunner(folder, device=CPU, precision="fp32", batch_range=(1, 3), image_size=image_size)
+
+
+@pytest.fixture(scope="module")
+def runners(tiny_bundle, tiny_engine):
+    with load_runner(open_bundle(tiny_bundle), "eager", CPU) as eager, opened(tiny_engine) as candidate:
+        yield eager, candidate
+
+
+def images(count, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, batch, 1, SIZE, SIZE, generator=generator).clamp(-1, 1)
+
+
+def assert_equal(actual, expected):
+    assert expected.abs().max() > 0.01  # a comparison of zeros proves nothing
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("time", [0, 500, 999])
+def test_denoiser_equals_eager(runners, batch, time):
+    x_t, cxr, expected, actual = images(4, batch)
+    t = torch.full((batch,), float(time))
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        out.fill_(float("nan"))
+        runner.denoise(3 * x_t, cxr, t, out)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_enhancer_equals_eager(runners, batch):
+    x, expected, actual = images(3, batch)
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        out.fill_(float("nan"))
+        runner.enhance(x, out)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.slow
+def test_timesteps_may_differ_within_a_batch(runners):
+    x_t, cxr, expected, actual = images(4, 3)
+    t = torch.tensor([0.0, 400.0, 999.0])
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        runner.denoise(x_t, cxr, t, out)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.slow
+def test_the_callers_buffers_are_filled_and_inputs_stay(runners):
+    cxr, *_ = images(1, 3)
+    before, large = cxr.clone(), torch.full((5, 1, SIZE, SIZE), 7.0)
+    runners[1].enhance(cxr, large[1:4])
+    assert torch.equal(cxr, before)
+    assert (large[[0, 4]] == 7).all()
+    assert not (large[1:4] == 7).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [0.0, 999.0])
+def test_the_same_call_gives_the_same_bits_and_no_gradient(runners, time):
+    x_t, cxr, first, second = images(4, 2)
+    for out in (first, second):
+        runners[1].denoise(x_t.requires_grad_(), cxr, torch.full((2,), time), out)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+
+
+@pytest.mark.slow
+def test_a_trajectory(runners, tiny_bundle):
+    """Both loops; the recorded one steps through the same buffers again and again."""
+    table = sampler_table(open_bundle(tiny_bundle).manifest.schedule, "ddpm", 5)
+    cxr, *draws = images(7, 2)
+    expected = sample(runners[0], cxr, table, lambda number: draws[number])
+    assert_equal(sample(runners[1], cxr, table, lambda number: draws[number]), expected)
+    with CapturedSampler(runners[1]) as sampler:
+        assert_equal(sampler.sample(cxr, table, lambda number: draws[number]), expected)
+
+
+@pytest.mark.slow
+def test_buffers_it_cannot_use(runners):
+    """The compiled code itself checks nothing: a batch or size it was not built for would read past the end."""
+    good, small, large = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, 1, 32, 32), torch.zeros(4, 1, SIZE, SIZE)
+    for wrong in (small, good.double()):
+        with pytest.raises(EngineError, match="given to the aoti runner"):
+            runners[1].enhance(wrong, good)
+        with pytest.raises(EngineError, match="given to the aoti runner"):
+            runners[1].denoise(good, wrong, torch.zeros(1), good.clone())
+    with pytest.raises(EngineError, match="batch of 4 given to the aoti runner, which takes 1 to 3"):
+        runners[1].enhance(large, large.clone())
+
+
+@pytest.mark.slow
+def test_what_it_says_of_itself_and_closing(tiny_engine):
+    runner = opened(tiny_engine)
+    assert (runner.name, runner.precision, runner.image_size, runner.batch_range) == ("aoti", "fp32", SIZE, (1, 3))
+    runner.close()
+    runner.close()
+    with pytest.raises(TypeError):
+        runner.enhance(*torch.zeros(2, 1, 1, SIZE, SIZE))
+
+
+@pytest.mark.slow
+def test_what_was_built(tiny_engine):
+    assert set(os.listdir(tiny_engine)) == {"denoiser.pt2", "enhancer.pt2", "engine.json"}  # no compiler's cache
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [None, b"", b"no package"])
+def test_a_package_it_cannot_load(tiny_engine, tmp_path, content):
+    folder = shutil.copytree(tiny_engine, tmp_path / "engine")
+    package = folder / "enhancer.pt2"
+    package.unlink() if content is None else package.write_bytes(content)
+    with pytest.raises(EngineError, match=r"enhancer\.pt2: torch [\d.]+\S* cannot load it: "):
+        opened(folder)
+
+
+def test_versions():
+    assert aoti.versions() == {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def try_to_build(tmp_path, precision="fp32", batch=(1, 3)):
+    told = []
+    options = EngineOptions("aoti", precision, batch)
+    try:
+        return aoti.build(open_bundle("demo"), options, CPU, tmp_path, lambda *phase: told.append(phase))
+    finally:
+        assert not [name for name in os.listdir(tmp_path) if not name.endswith(".pt2")]
+
+
+def test_fp16_on_a_processor_is_refused(tmp_path):
+    with pytest.raises(EngineError, match=r"fp16 for the CPU: .*; use --precision bf16 or fp32"):
+        try_to_build(tmp_path, "fp16")
+
+
+def test_without_a_compiler(tmp_path):
+    from torch._inductor import config
+
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(EngineError, match=r"needs a C\+\+ compiler, and none was found .* apt install g\+\+\) or name"),
+    ):
+        try_to_build(tmp_path)
+
+
+def test_a_compiler_that_fails(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("C++ compile error\n  line 1")
+
+    monkeypatch.setattr("torch.export.export", fail)
+    with pytest.raises(
+        EngineError, match=r"torch \S+ cannot compile the denoiser for cpu: RuntimeError: C\+\+ compile er"
+    ):
+        try_to_build(tmp_path)
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """Records what would be compiled: networks, examples and dynamic shapes."""
+    seen = []
+
+    def export(network, example, dynamic_shapes):
+        seen.append((network, example, dynamic_shapes))
+        return network
+
+    monkeypatch.setattr("torch.export.export", export)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda *_, **__: None)
+    return seen
+
+
+def test_a_range_of_batches_is_exported_at_two(exported, tmp_path):
+    options = try_to_build(tmp_path, "fp32", (1, 8))
+    assert options == {"memory_format": "contiguous", "enhancer_precision": "fp32"}
+    assert [[len(tensor) for tensor in example] for _, example, _ in exported] == [[2, 2, 2], [2]]
+    for _, _, shapes in exported:
+        assert {(shape[0].min, shape[0].max) for shape in shapes} == {(1, 8)}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_batch_is_exported_as_a_constant(exported, tmp_path, batch):
+    try_to_build(tmp_path, "fp32", (batch, batch))
+    assert [[len(tensor) for tensor in example] for _, example, _ in exported] == [[batch] * 3, [batch]]
+    assert [shapes for _, _, shapes in exported] == [None, None]
+
+
+def test_only_the_denoiser_gets_the_lower_precision(exported, tmp_path):
+    try_to_build(tmp_path, "bf16")
+    denoiser, enhancer = (network for network, _, _ in exported)
+    assert {p.dtype for p in enhancer.parameters()} == {torch.float32}
+    dtypes = {name: parameter.dtype for name, parameter in denoiser.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {
+        name for name in dtypes if "norm" in name or name.split(".")[0] in ("time_embed", "conv_in", "conv_out")
+    }
+    assert {dtypes[name] for name in set(dtypes) - kept} == {torch.bfloat16}
+
+
+def denoiser():
+    network = Denoiser(PRESETS["tiny"].denoiser).eval()
+    randomise(network, 1)
+    return network
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+def test_lower_precision_stays_near_and_float32_at_the_edges(dtype, tolerance):
+    """Four times what was seen: 5e-3 in fp16, 4e-2 in bf16."""
+    exact, lower = denoiser(), denoiser()
+    lower_precision(lower, dtype)
+    x_t, cxr, *_ = images(2, 1)[..., :32, :32]
+    for time in (0.0, 999.0):
+        with torch.no_grad():
+            expected, actual = (network(x_t, cxr, torch.tensor([time])) for network in (exact, lower))
+        assert actual.dtype == torch.float32
+        difference = (actual - expected).abs().max() / expected.abs().max()
+        assert 1e-5 < difference < tolerance  # not zero: it was computed in `dtype`
+
+
+def test_large_activations_do_not_overflow_the_norms():
+    """fp16 ends at 65504: a sum of squares of activations of 300 would not fit."""
+    network = denoiser()
+    lower_precision(network, torch.float16)
+    norm = network.down_blocks[0].resnets[0].norm1
+    x = torch.full((1, 8, 16, 16), 300.0).half()
+    x[:, ::2] = -300.0
+    with torch.no_grad():
+        out = norm(x)
+    assert out.dtype == torch.float16
+    expected = norm.weight[:, None, None] * x.float()[0].sign() + norm.bias[:, None, None]
+    torch.testing.assert_close(out[0].float(), expected, rtol=2e-3, atol=2e-3)  # rounding of the result to fp16
+
+
+def test_timesteps_stay_apart_in_bf16():
+    """The embedding of neighbouring timesteps: bf16 would round 998 and 999 to the same number."""
+    network = denoiser()
+    lower_precision(network, torch.bfloat16)
+    seen = []
+    network.time_embed[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x_t, cxr, *_ = images(2, 1)[..., :32, :32]
+    with torch.no_grad():
+        for time in (998.0, 999.0):
+            network(x_t, cxr, torch.tensor([time]))
+    assert {embedding.dtype for embedding in seen} == {torch.float32}
+    assert (seen[0] - seen[1]).abs().max() > 0.1
+
+
+def test_fp32_is_left_alone():
+    network = denoiser()
+    lower_precision(network, torch.float32)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_torchs_own_warnings_are_not_the_users_business(exported, tmp_path, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("of torch's own functions", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", warn)
+    with warnings.catch_warnings(record=True) as caught:
+        try_to_build(tmp_path)
+    assert caught == []
