@@ -1,116 +1,361 @@
-"""The published network beside our runners: one denoiser step, measured in turn so that ratios hold on a noisy machine.
+"""Our runners beside what others offer for the same network, measured in turn so that ratios hold on a noisy machine.
 
     python -m export random paper -o /tmp/paper
     python -m benchmarks.peers --bundle /tmp/paper --device cpu --batch 1 --json benchmarks/results/peers-paper-cpu.json
 
-Timing needs no trained weights. The published network is `DiffusionModelUNet` of monai-generative in eager fp32, in the
-shape of the bundle's denoiser, with random weights of its own.
+Timing needs no trained weights (`--bundle paper` needs not even a bundle). Peers, each with the model's own weights:
+
+- `published eager`: the published networks (`DiffusionModelUNet`, `AutoencoderKL` of monai-generative) in eager fp32.
+- `published compiled`: the same under `torch.compile(mode="max-autotune")`, fp16 on CUDA, fp32 on the CPU, where
+  compiling takes minutes and is done only if asked for (`--peer "published compiled"`).
+- `diffusers loop`: whole images by diffusers' scheduler around our eager network, with our noise. (Its dpmpp-2m does
+  not clamp x0, so its pictures may differ from ours.)
+- `openvino`: the bundle's ONNX graphs, on the CPU.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest import mock
 
-import onnxruntime
+import numpy as np
 import torch
 import typer
-from generative.networks.nets import DiffusionModelUNet
+from torch import Tensor, nn
 
-from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import DenoiserConfig
-from bsdiff_rt.runners import load_runner, resolve_device
+from bsdiff_rt import plot
+from bsdiff_rt.bench import median_ratio
+from bsdiff_rt.bench_model import Candidate, Missing, Model, Wanted, loaded, missing
+from bsdiff_rt.bench_report import BenchSettings, Document, aligned, notes, run, table
+from bsdiff_rt.config import Schedule
+from bsdiff_rt.errors import BsdiffError, EngineError
+from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.sampler import Draw, sample
+from bsdiff_rt.schedule import Table, alpha_bar
 
-Step = Callable[[], None]
+PUBLISHED, COMPILED, DIFFUSERS, OPENVINO = "published eager", "published compiled", "diffusers loop", "openvino"
+
+
+class PublishedDenoiser(nn.Module):
+    """The published U-Net behind our denoiser's signature; two channels out, of which the first is the prediction."""
+
+    def __init__(self, network: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.network, self.residual = network, residual
+
+    def forward(self, x_t: Tensor, cxr: Tensor, t: Tensor) -> Tensor:
+        """As `networks.unet.Denoiser`; computes in the network's dtype."""
+        dtype = next(self.network.parameters()).dtype
+        out = self.network(torch.cat((x_t, cxr), dim=1).to(dtype), timesteps=t)[:, :1]
+        return cxr + out if self.residual else out
+
+
+class PublishedEnhancer(nn.Module):
+    """The published autoencoder; decodes the mean, without the published noise."""
+
+    def __init__(self, network: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.network, self.residual = network, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `networks.autoencoder.Enhancer`; computes in the network's dtype."""
+        out = self.network.reconstruct(x.to(next(self.network.parameters()).dtype))
+        return x + out if self.residual else out
+
+
+class PublishedRunner(EagerRunner):
+    """The published networks behind our runners' contract."""
+
+    name = "monai-generative"
+
+
+def published_networks(model: Model) -> tuple[PublishedDenoiser, PublishedEnhancer]:
+    """Both published networks in the model's shapes, with its weights, fp32, on the CPU.
+
+    Raises:
+        ImportError: monai-generative is not installed.
+    """
+    from generative.networks.nets import AutoencoderKL, DiffusionModelUNet
+
+    shape, second = model.denoiser, model.enhancer
+    unet = DiffusionModelUNet(
+        spatial_dims=2,
+        in_channels=2,
+        out_channels=2,
+        num_res_blocks=list(shape.res_blocks),
+        num_channels=list(shape.channels),
+        attention_levels=list(shape.attention),
+        num_head_channels=list(shape.channels),
+        norm_num_groups=shape.norm_groups,
+    )
+    autoencoder = AutoencoderKL(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        num_channels=second.channels,
+        latent_channels=second.latent_channels,
+        num_res_blocks=second.res_blocks,
+        norm_num_groups=second.norm_groups,
+        attention_levels=second.attention,
+        with_encoder_nonlocal_attn=second.middle_attention,
+        with_decoder_nonlocal_attn=second.middle_attention,
+    )
+    denoiser, enhancer = model.networks()
+    with torch.no_grad():
+        # The converted dictionaries share memory with the published networks (but for the final convolution), so
+        # filling them fills the networks.
+        _fill(denoiser_state(unet.state_dict(), shape), denoiser)
+        _fill(enhancer_state(autoencoder.state_dict(), second), enhancer)
+        final = unet.out[2].conv
+        final.weight[:1], final.bias[:1] = denoiser.conv_out.weight, denoiser.conv_out.bias
+    return PublishedDenoiser(unet, shape.residual), PublishedEnhancer(autoencoder, second.residual)
+
+
+def _fill(theirs: Mapping[str, Tensor], ours: nn.Module) -> None:
+    for name, tensor in ours.state_dict().items():
+        theirs[name].copy_(tensor)
+
+
+def published(model: Model, device: torch.device, _: Candidate) -> Candidate:
+    """The published networks in eager fp32, in the plain loop."""
+    candidate = loaded(PUBLISHED, lambda: PublishedRunner(*published_networks(model), model.size, device), device)
+    return Candidate(PUBLISHED, candidate.runner, candidate.load_bytes, sample)
+
+
+def compiled(model: Model, device: torch.device, _: Candidate) -> Candidate:
+    """The published networks under torch.compile with autotuning, in the plain loop (it captures graphs itself)."""
+
+    def load() -> Runner:
+        networks = published_networks(model)
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        compiled_networks = [torch.compile(n.to(device, dtype).eval(), mode="max-autotune") for n in networks]
+        runner = PublishedRunner(*compiled_networks, model.size, device)
+        runner.precision = "fp16" if device.type == "cuda" else "fp32"
+        return runner
+
+    candidate = loaded(COMPILED, load, device)
+    return Candidate(COMPILED, candidate.runner, candidate.load_bytes, sample)
+
+
+def diffusers_loop(model: Model, _: torch.device, eager: Candidate) -> Candidate:
+    """diffusers' scheduler around our eager network.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        EngineError: it has no such sampler.
+    """
+    import diffusers  # noqa: F401 - here, so that its absence is noticed now
+
+    if model.sampler.name not in ("ddpm", "ddim", "dpmpp-2m"):
+        raise EngineError(f"diffusers has no sampler {model.sampler.name}")
+    return Candidate(DIFFUSERS, eager.runner, eager.load_bytes, partial(_diffusers_image, model))
+
+
+def _diffusers_image(model: Model, runner: Runner, cxr: Tensor, table: Table, draw: Draw) -> Tensor:
+    """A whole trajectory as diffusers' pipelines run it, with our noise, so that the pictures can be compared."""
+    fresh = _draws(table, draw, cxr)
+    with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", side_effect=lambda *_, **__: next(fresh)):
+        scheduler, options = _scheduler(model)
+        scheduler.set_timesteps(table.steps, device=cxr.device)
+        x_t = draw(0).to(cxr.device, copy=True)
+        out = torch.empty_like(x_t)
+        for t in scheduler.timesteps:
+            runner.denoise(x_t, cxr, t.expand(len(cxr)).to(torch.float32).contiguous(), out)
+            x_t = scheduler.step(out, t, x_t, **options).prev_sample.contiguous()
+    return x_t
+
+
+def _draws(table: Table, draw: Draw, like: Tensor) -> Iterator[Tensor]:
+    """Our noise in the order diffusers asks for it; zeros where our table adds none."""
+    for k, scale in enumerate(table.S):
+        yield draw(k + 1).to(like.device, copy=True) if scale != 0.0 else torch.zeros_like(like)
+
+
+def _scheduler(model: Model) -> tuple[Any, dict[str, Any]]:
+    """diffusers' scheduler for the model's sampler and schedule, and the options of its step."""
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    arguments = _schedule_arguments(model.schedule)
+    if model.sampler.name == "ddpm":
+        return DDPMScheduler(variance_type="fixed_small", clip_sample=True, **arguments), {}
+    if model.sampler.name == "ddim":
+        return DDIMScheduler(clip_sample=True, set_alpha_to_one=True, **arguments), {"use_clipped_model_output": True}
+    return DPMSolverMultistepScheduler(solver_order=2, final_sigmas_type="zero", **arguments), {}
+
+
+def _schedule_arguments(schedule: Schedule) -> dict[str, Any]:
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[schedule.objective]
+    abar = alpha_bar(schedule)
+    betas = 1.0 - abar / np.append(1.0, abar[:-1])
+    return {"timestep_spacing": "trailing", "prediction_type": kind, "trained_betas": betas}
+
+
+class OpenVinoRunner(Runner):
+    """The bundle's ONNX graphs in OpenVINO, fp32, on the CPU.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+
+    name = "openvino"
+
+    def __init__(self, denoiser: Path, enhancer: Path, image_size: int) -> None:
+        super().__init__(device=torch.device("cpu"), precision="fp32", batch_range=(1, None), image_size=image_size)
+        import openvino
+
+        core = openvino.Core()
+        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        self._tensor = openvino.Tensor
+        self._denoiser, self._enhancer = (
+            core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
+            for graph in (denoiser, enhancer)
+        )
+
+    def denoise(self, x_t: Tensor, cxr: Tensor, t: Tensor, out: Tensor) -> None:
+        """Stage 1; see `Runner.denoise`."""
+        self.check(x_t, cxr, out, t=t)
+        self._run(self._denoiser, {"x_t": x_t, "cxr": cxr, "t": t}, out)
+
+    def enhance(self, x: Tensor, out: Tensor) -> None:
+        """Stage 2; see `Runner.enhance`."""
+        self.check(x, out)
+        self._run(self._enhancer, {"x": x}, out)
+
+    def _run(self, request: Any, inputs: dict[str, Tensor], out: Tensor) -> None:
+        for name, tensor in inputs.items():
+            request.set_tensor(name, self._tensor(tensor.numpy(), shared_memory=True))
+        request.infer()
+        out.copy_(torch.from_numpy(request.get_output_tensor().data))
+
+
+def openvino(model: Model, device: torch.device, _: Candidate) -> Candidate:
+    """OpenVINO on the bundle's graphs.
+
+    Raises:
+        ImportError: it is not installed.
+        EngineError: another device, or no bundle.
+    """
+    if device.type != "cpu":
+        raise EngineError(f"it is measured on the CPU, not on {device}")
+    if model.bundle is None:
+        raise EngineError("needs a bundle on disk: `python -m export random paper -o DIR`, then --bundle DIR")
+    graphs = [model.bundle.file(f"{stage}.onnx") for stage in ("denoiser", "enhancer")]
+    return loaded(OPENVINO, lambda: OpenVinoRunner(*graphs, model.size), device)
+
+
+PEERS: dict[str, Callable[[Model, torch.device, Candidate], Candidate]] = {
+    PUBLISHED: published,
+    COMPILED: compiled,
+    DIFFUSERS: diffusers_loop,
+    OPENVINO: openvino,
+}
+
+
+def add_peers(
+    names: tuple[str, ...], model: Model, device: torch.device, eager: Candidate
+) -> tuple[list[Candidate], list[Missing]]:
+    """The peers asked for, or all that this device is for; and those that are not here, with the reason."""
+    found: list[Candidate] = []
+    absent: list[Missing] = []
+    for name in names or PEERS:
+        asked = bool(names)
+        try:
+            if name == COMPILED and device.type == "cpu" and not asked:
+                raise EngineError(f'compiling takes minutes on a CPU; ask for it with --peer "{COMPILED}"')
+            found.append(PEERS[name](model, device, eager))
+        except ImportError as error:
+            reason = EngineError(f"the package {error.name} is not installed; `pip install 'bsdiff-rt[peers]'`")
+            absent.append(missing(name, name, "-", None, reason, asked))
+        except Exception as error:  # of somebody else's package; the others are still measured
+            absent.append(missing(name, name, "-", None, error, asked))
+    return found, absent
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with `published_over_this`: the median ratio of step times within one round, None without the published."""
+    times = {row["batch"]: row["step_times_ms"] for row in rows if row["name"] == PUBLISHED}
+    return [
+        row
+        | {
+            "published_over_this": median_ratio(times[row["batch"]], row["step_times_ms"])
+            if row["batch"] in times
+            else None
+        }
+        for row in rows
+    ]
+
+
+def to_dict(document: Document) -> dict[str, Any]:
+    """What --json writes."""
+    found = document.as_dict()
+    return found | {"rows": with_ratios(found["rows"])}
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(
-    bundle: Annotated[str, typer.Option(help="demo, or a bundle's folder.")] = "demo",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each row, after one to warm up.")] = 5,
+def compare(
+    bundle: Annotated[str, typer.Option(help="demo, paper (random weights) or a bundle's folder.")] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1",
+    steps: Annotated[
+        int | None, typer.Option(help="Denoiser steps of a whole image.", show_default="the bundle's, at most 10")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of steps, after one to warm up.")] = 5,
+    runner: Annotated[
+        list[str] | None, typer.Option(show_default="all that can be used", help="Our runners; repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(show_default="all for this device", help=f"{', '.join(PEERS)}; repeatable."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw them there; needs matplotlib.")] = None,
 ) -> None:
-    """Print and write one row per network: median and p95 of one step."""
-    model, place = open_bundle(bundle), resolve_device(device)
-    size = model.manifest.preprocessing.size
-    generator = torch.Generator().manual_seed(0)
-    x_t, cxr = (torch.randn(batch, 1, size, size, generator=generator).to(place) for _ in range(2))
-    t, out = torch.full((batch,), 500.0, device=place), torch.empty_like(x_t)
+    """Print and write one row per runner, peer and batch size."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if unknown := set(peer or ()) - set(PEERS):
+        raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(PEERS)}", param_hint="--peer")
+    if not all(part.isdecimal() and int(part) for part in batch.split(",")):
+        raise typer.BadParameter(f"{batch!r} is not a list of whole numbers above 0", param_hint="--batch")
+    if picture is not None:
+        plot.check_plot(picture)
+    batches = tuple(int(part) for part in batch.split(","))
+    settings = BenchSettings(bundle, Wanted(tuple(runner or ())), device, batches, steps, repeats)
 
-    def of(runner: Runner) -> Step:
-        return lambda: runner.denoise(x_t, cxr, t, out)
+    def save(document: Document) -> None:
+        if output is not None:
+            output.write_text(json.dumps(to_dict(document), indent=1, allow_nan=False) + "\n")
 
-    steps = {"published eager": published_step(model.manifest.denoiser, x_t, cxr, t)}
-    for name in ("eager", "onnxruntime") if place.type == "cpu" else ("eager",):
-        steps[name] = of(load_runner(model, name, place))
-    times = interleaved(steps, repeats, place)
-    rows = []
-    for name, seconds in times.items():
-        ordered = sorted(seconds)
-        median, p95 = statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-        rows.append(
-            {"name": name, "precision": "fp32", "batch": batch, "step_ms": median * 1e3, "step_ms_p95": p95 * 1e3}
-        )
-        ratio = statistics.median(a / b for a, b in zip(times["published eager"], seconds, strict=True))
-        rows[-1]["published_over_this"] = ratio
-        print(f"{name:16} step {median * 1e3:9.1f} ms  p95 {p95 * 1e3:9.1f} ms  published / this {ratio:5.2f}")
-    if output:
-        head = {"device": describe(place), "date": time.strftime("%Y-%m-%d"), "bundle": model.manifest.preset}
-        head |= {"size_px": size, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-        output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    document = run(settings, save, partial(add_peers, tuple(peer or ())))
+    found = to_dict(document)
+    for line in aligned(table(found)):
+        print(line)
+    for line in notes(found):
+        print(line)
+    if picture is not None:
+        plot.draw(found, picture)
+    if document.exit_code:
+        raise typer.Exit(document.exit_code)
 
 
-def published_step(config: DenoiserConfig, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor) -> Step:
-    """One call of the published network in the shape of `config`, as its own sampling loop calls it."""
-    network = DiffusionModelUNet(
-        spatial_dims=2,
-        in_channels=2,
-        out_channels=2,
-        num_res_blocks=list(config.res_blocks),
-        num_channels=list(config.channels),
-        attention_levels=list(config.attention),
-        num_head_channels=list(config.channels),
-        norm_num_groups=config.norm_groups,
-    )
-    network = network.to(x_t.device).eval()
-
-    @torch.no_grad()
-    def step() -> None:
-        network(torch.cat((x_t, cxr), dim=1), timesteps=t)
-
-    return step
-
-
-def interleaved(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turn (A B C A B C ...), device work included; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def main() -> None:
+    """Entry point: our errors become one line and their exit code."""
+    try:
+        app()
+    except BsdiffError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":
-    app()
+    main()

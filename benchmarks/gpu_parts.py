@@ -1,0 +1,258 @@
+"""The parts of `python -m benchmarks.gpu_suite`: each does one thing and leaves what it finds in a JSON file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_common import ENGINES, Part, Skipped, backend, candidates, make_model, make_plan, plan_of
+from bsdiff_rt.bench import Plan, Trial, measure, psnr_db
+from bsdiff_rt.bench_model import Candidate, Missing
+from bsdiff_rt.bench_report import head
+from bsdiff_rt.config import EngineOptions, InferSettings
+from bsdiff_rt.errors import BsdiffError, one_line
+from bsdiff_rt.flops import matmul_ceilings, seconds_of
+
+ROOT = Path(__file__).parents[1]
+COMPILING_S = 60.0  # less than this left, and torch.compile is not begun
+
+
+def machine(part: Part) -> None:
+    """Device, conditions, ceilings; writes the weights all parts share."""
+    model = make_model(part)
+    ceilings = matmul_ceilings(part.device)
+    part.save(head=head(make_plan(part, model, ceilings)))
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.items())
+    part.note(f"{part.found['head']['device']}: matrix products in TFLOP/s: {rates}")
+
+
+def tests(part: Part) -> None:
+    """pytest -m gpu, the captured loop first."""
+    _needs_cuda(part)
+    absent = [name for name in ("pytest", "typer", "pydicom", "platformdirs") if find_spec(name) is None]
+    if absent:
+        raise Skipped(f"the tests need {', '.join(absent)}, not installed here")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
+    first = ["tests/test_captured_sampler.py", "tests/test_batching.py"]
+    with (part.options.output / "tests.log").open("w") as log:
+        done = subprocess.run([*command, *first, "tests"], cwd=ROOT, stdout=log, stderr=log, check=False)
+    lines = (part.options.output / "tests.log").read_text().splitlines()
+    part.save(tail=lines[-30:])
+    part.note(lines[-1] if lines else "no output")
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {lines[-1] if lines else 'no output'}; see tests.log")
+
+
+def _needs_cuda(part: Part) -> None:
+    if part.device.type != "cuda":
+        raise Skipped(f"needs CUDA, this is {part.device}")
+
+
+def engines(part: Part) -> None:
+    """Build the engines the other parts use; their parity is measured with their speed."""
+    _needs_cuda(part)
+    model = make_model(part)
+    assert model.bundle is not None
+    part.save(built={}, not_built={})
+    for runner, precision in ENGINES:
+        name = f"{runner} {precision}"
+        try:
+            build, _ = backend(runner, model.bundle)
+            folder = part.work / name.replace(" ", "-")
+            folder.mkdir()
+            started = time.monotonic()
+            options = EngineOptions(runner, precision, (1, max(part.options.batches)))  # type: ignore[arg-type]
+            build(model.bundle, options, part.device, folder, lambda *_: None)
+        except Exception as error:  # whatever a compiler raises; the next may work
+            reason = str(error) if isinstance(error, Skipped | BsdiffError) else one_line(error)
+            part.save(not_built=part.found["not_built"] | {name: reason})
+            part.note(f"{name}: not built: {reason}")
+            continue
+        part.save(built=part.found["built"] | {name: round(time.monotonic() - started, 1)})
+        part.note(f"{name}: built in {part.found['built'][name]:.0f} s")
+
+
+def steps(part: Part) -> None:
+    """Step and short-image times of everything, in turn, one batch size after the other."""
+    plan = plan_of(part)
+    found, absent = candidates(part, plan.model)
+    measure_rows(part, plan, found, absent)
+
+
+Rows = list[dict[str, Any]]
+
+
+def measure_rows(
+    part: Part,
+    plan: Plan,
+    found: list[Candidate],
+    absent: list[Missing],
+    before: Rows | None = None,
+    finish: Callable[[Rows], Rows] = list,
+) -> Rows:
+    """Measure batch by batch while there is time; rows are saved as they come, behind those of `before`.
+
+    A row of a name that `before` has is not repeated. `finish` may add to the rows of a batch.
+    """
+    before = before or []
+    rows: Rows = []
+    absent = [*absent]
+    names = {row["name"] for row in before}
+    part.save(rows=before, not_measured=[asdict(entry) for entry in absent])
+    seconds_per_image = 0.0
+    for batch in part.options.batches:
+        if not part.enough_time(1.3 * seconds_per_image * batch, f"batch {batch}"):
+            continue
+        started = time.monotonic()
+        for measured, failed in measure(plan, found, [batch]):
+            rows += finish([asdict(row) for row in measured])
+            absent += failed
+        seconds_per_image = (time.monotonic() - started) / batch
+        part.save(
+            rows=before + [row for row in rows if row["name"] not in names],
+            not_measured=[asdict(entry) for entry in absent],
+        )
+        steps = ", ".join(f"{row['name']} {row['step_ms']:.4g} ms" for row in rows if row["batch"] == batch)
+        part.note(f"batch {batch}: step: {steps}")
+    return rows
+
+
+def full(part: Part) -> None:
+    """One image with all steps, captured and not: the engines first, then eager. Recording the graph is included."""
+    plan = plan_of(part, part.options.full_steps)
+    found, absent = candidates(part, plan.model)
+    part.save(steps=plan.steps, images=[], not_measured=[asdict(entry) for entry in absent])
+    step_s = {row["name"]: row["step_ms"] / 1e3 for row in part.other("steps").get("rows", []) if row["batch"] == 1}
+    pictures: dict[str, torch.Tensor] = {}
+    order = sorted(found, key=lambda candidate: step_s.get(candidate.name, 0.0))
+    with ThreadPoolExecutor(2) as threads, _own_stream(part.device):
+        for candidate in order:
+            with Trial(candidate, plan, 1, threads) as trial:
+                seconds_of(trial.step, part.device)
+                for what, call in trial.image_calls().items():
+                    name = candidate.name + ("" if what == "image" else ", uncaptured")
+                    if part.enough_time(1.2 * step_s.get(candidate.name, 0.0) * plan.steps, name):
+                        _full_image(part, name, call, pictures)
+
+
+def _full_image(part: Part, name: str, call: Callable[[], torch.Tensor], pictures: dict[str, torch.Tensor]) -> None:
+    def keep() -> None:
+        pictures[name] = call()
+
+    seconds = seconds_of(keep, part.device)
+    picture, captured = pictures[name], pictures.get(name.removesuffix(", uncaptured"))
+    same = bool(torch.equal(picture, captured)) if captured is not None and captured is not picture else None
+    row = {"name": name, "seconds": seconds, "equals_captured": same, "psnr_vs_eager": None}
+    images = [*part.found["images"], row]
+    if "eager" in pictures:  # it comes last
+        for image in images:
+            image["psnr_vs_eager"] = psnr_db(pictures["eager"], pictures[image["name"]], 2.0)
+    part.save(images=images)
+    part.note(f"{name}: {seconds:.2f} s" + ("" if same is None else f", same bits as captured: {same}"))
+
+
+def _own_stream(device: torch.device) -> Any:
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def profile(part: Part) -> None:
+    """The kernels that take the time, of three steps at batch 1."""
+    plan = plan_of(part)
+    found, _ = candidates(part, plan.model)
+    cuda = part.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    part.save(kernels={})
+    with ThreadPoolExecutor(1) as threads:
+        for candidate in found:
+            trial = Trial(candidate, plan, 1, threads)
+            seconds_of(trial.step, part.device)
+            with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
+                for _ in range(3):
+                    seconds_of(trial.step, part.device)
+            rows = _kernels(profiler, cuda)
+            part.save(kernels=part.found["kernels"] | {candidate.name: rows})
+            top = ", ".join(f"{row['share']:.0%} {row['name'][:60]}" for row in rows[:3])
+            part.note(f"{candidate.name}: {top}")
+
+
+def _kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
+    """The 15 that take most: name, calls, milliseconds of all three steps, share."""
+    unit = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, unit), reverse=True)
+    if cuda:
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(event, unit) for event in events) or 1.0
+    return [
+        {"name": e.key, "calls": e.count, "ms": getattr(e, unit) / 1e3, "share": getattr(e, unit) / total}
+        for e in events[:15]
+    ]
+
+
+def folder(part: Part) -> None:
+    """The demo bundle on a folder of drawn pictures: reading, both networks' loop, writing."""
+    from bsdiff_rt.pipeline import Inference  # here: needs the packages that read files
+
+    source = part.work / "pictures"
+    source.mkdir()
+    draw_pictures(source, part.options.images, part.options.image_px)
+    started = time.monotonic()
+    inference = Inference(InferSettings(output=part.work / "results", device=part.options.device))
+    report = inference.run(inference.tasks([source]))
+    seconds = time.monotonic() - started
+    counts = dict(report.counts())
+    part.save(seconds_whole=seconds, counts=counts, settings=report.settings, images_per_second=counts["ok"] / seconds)
+    part.note(
+        f"{counts} of {part.options.images} images of {part.options.image_px} px in {seconds:.1f} s, loading included: "
+        f"{part.found['images_per_second']:.2f} images/s, runner {report.settings['runner']}"
+    )
+    if counts.get("ok", 0) != part.options.images:
+        raise RuntimeError(f"not every image was done: {counts}")
+
+
+def draw_pictures(target: Path, count: int, size: int) -> None:
+    """16-bit PNG files of smooth random fields with some noise: no patient, no phantom, work for every stage."""
+    import cv2
+
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        smooth = cv2.resize(generator.random((8, 8), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        grain = generator.standard_normal((size, size), dtype=np.float32)
+        values = np.clip((smooth * 0.8 + 0.1 + 0.01 * grain) * 65535, 0, 65535).astype(np.uint16)
+        content = cv2.imencode(".png", values, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+        (target / f"{number:04d}.png").write_bytes(content.tobytes())
+
+
+def peers(part: Part) -> None:
+    """What others offer for the same network; last, what must be compiled for minutes."""
+    from benchmarks.peers import COMPILED, DIFFUSERS, PUBLISHED, add_peers, with_ratios
+
+    plan = plan_of(part)
+    ours, absent = candidates(part, plan.model)
+    more, without = add_peers((PUBLISHED, DIFFUSERS), plan.model, part.device, ours[0])
+    rows = measure_rows(part, plan, ours + more, absent + without, finish=with_ratios)
+    if part.device.type == "cuda" and part.enough_time(COMPILING_S, COMPILED):
+        last, failed = add_peers((COMPILED,), plan.model, part.device, ours[0])
+        measure_rows(part, plan, [ours[0], *more[:1], *last], absent + without + failed, rows, with_ratios)
+
+
+PARTS: dict[str, Callable[[Part], None]] = {
+    "machine": machine,
+    "tests": tests,
+    "engines": engines,
+    "steps": steps,
+    "full": full,
+    "profile": profile,
+    "folder": folder,
+    "peers": peers,
+}

@@ -1,0 +1,162 @@
+"""Every check and measurement that needs a GPU, in one go, bounded in time.
+
+    python -m benchmarks.gpu_suite --output results/           # one GPU, 9 minutes
+    python -m benchmarks.gpu_suite --device cpu --preset tiny  # goes through the motions anywhere
+
+Parts, most important first: the machine's own rates, the tests marked `gpu`, the engines, step times, one full image,
+a profile, a folder of images, peers. Each part has its share of the time, and what earlier parts left; it runs in a
+process of its own, so that one that crashes or hangs costs no other part. Results are written as they come:
+DIR/PART.json by each part, DIR/gpu_suite.json after each part. What could not be done is a line with its reason.
+
+Needs torch, NumPy and this repository; parts that need more say what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_common import Part, Skipped, read
+from benchmarks.gpu_parts import PARTS
+from bsdiff_rt.bench_report import aligned, table
+from bsdiff_rt.config import PRESETS
+from bsdiff_rt.errors import BsdiffError, one_line
+
+SUMMARY = "gpu_suite.json"
+# Seconds of nine minutes; another --minutes scales them.
+BUDGETS_S = {
+    "machine": 30,
+    "tests": 75,
+    "engines": 130,
+    "steps": 130,
+    "full": 60,
+    "profile": 25,
+    "folder": 45,
+    "peers": 45,
+}
+BATCHES = (1, 8, 4, 16, 2)  # most telling first, should time run out
+
+
+def run_part(part: Part) -> None:
+    """In a process of its own: do a part, and record how it ended."""
+    os.setsid()  # its compilers and tests end with it
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    started = time.monotonic()
+    part.save(name=part.name, status="running")
+    try:
+        PARTS[part.name](part)
+        ending = {"status": "done"}
+    except Skipped as reason:
+        ending = {"status": "skipped", "reason": str(reason)}
+    except ImportError as error:
+        ending = {"status": "skipped", "reason": f"the package {error.name} is not installed here"}
+    except Exception as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        ending = {"status": "failed", "reason": str(error) if isinstance(error, BsdiffError) else one_line(error)}
+    part.save(**ending, seconds=round(time.monotonic() - started, 1))
+
+
+def supervise(part: Part) -> dict[str, Any]:
+    """Run a part in a child process until its deadline; what it found, however it ended."""
+    print(f"{part.name} ({part.left():.0f} s)", flush=True)
+    path = part.options.output / f"{part.name}.json"
+    if part.left() <= 0:
+        part.save(name=part.name, status="skipped", reason="out of time")
+        return part.found
+    child = multiprocessing.get_context("fork").Process(target=run_part, args=(part,))
+    child.start()
+    child.join(part.left())
+    ended = not child.is_alive()
+    if not ended:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # the session run_part opened: the part and what it started
+        except ProcessLookupError:  # it had not come that far
+            child.kill()
+        child.join()
+    found = read(path) or {"name": part.name}
+    if found.get("status") in (None, "running"):
+        reason = f"the process died (exit code {child.exitcode})" if ended else "out of time; what it had is kept"
+        found |= {"status": "failed" if ended else "out of time", "reason": reason}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"  {found['status']}: {found.get('reason', '')}".rstrip(": "), flush=True)
+    return found
+
+
+def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One document of all parts: conditions, rows of steps and peers, and every part."""
+    rows = [row | {"part": name} for name in ("steps", "peers") for row in found.get(name, {}).get("rows", [])]
+    absent = [entry for name in ("steps", "peers") for entry in found.get(name, {}).get("not_measured", [])]
+    first = found.get("machine", {}).get("head", {})
+    return first | {"rows": rows, "not_measured": absent, "parts": list(found.values())}
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line; argparse, because a bare GPU machine may have nothing else."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: cuda)")
+    parser.add_argument("--preset", default="paper", choices=sorted(PRESETS), help="networks, random weights (paper)")
+    parser.add_argument("--bundle", help="a bundle's folder in place of a preset; TensorRT needs its graphs")
+    parser.add_argument("--size", type=int, help="side of the networks' images, px (256; tiny: 64)")
+    parser.add_argument("--output", type=Path, default=Path("out/gpu_suite"), help="folder for results (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts (9)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma separated (all)")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="in this order (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="measured rounds of steps (10)")
+    parser.add_argument("--full-steps", type=int, default=1000, help="steps of the full image (1000)")
+    parser.add_argument("--images", type=int, default=200, help="pictures of the folder (200)")
+    parser.add_argument("--image-px", type=int, default=1024, help="side of each (1024)")
+    options = parser.parse_args(given)
+    options.size = options.size or (64 if options.preset == "tiny" else 256)
+    asked = set(options.parts.split(","))
+    if unknown := asked - set(PARTS):
+        parser.error(f"--parts {unknown.pop()}: choose from {', '.join(PARTS)}")
+    options.parts = [name for name in PARTS if name in asked | {"machine"}]  # the others need its rates
+    if not all(batch.isdecimal() and int(batch) for batch in options.batches.split(",")):
+        parser.error(f"--batches {options.batches}: give whole numbers above 0")
+    options.batches = tuple(int(batch) for batch in options.batches.split(","))
+    return options
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run the parts; 0 unless one failed."""
+    options = arguments(given)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in PARTS:  # of an earlier run
+        (options.output / f"{name}.json").unlink(missing_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
+    found: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic()
+    try:
+        for name in options.parts:
+            deadline += BUDGETS_S[name] * options.minutes / 9.0  # and what the parts before left
+            found[name] = supervise(Part(name, options, work, deadline))
+            (options.output / SUMMARY).write_text(json.dumps(summary(found), indent=1) + "\n")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    document = summary(found)
+    for name in ("steps", "peers"):
+        rows = [row for row in document["rows"] if row["part"] == name]
+        if rows and "train_steps" in document:
+            print(f"\n{name}:")
+            for line in aligned(table(document | {"rows": rows})):
+                print(line)
+    print()
+    for part in found.values():
+        print(
+            f"{part['name']:8} {part['status']:12} {part.get('seconds', 0):6.1f} s  {part.get('reason', '')}".rstrip()
+        )
+    return 1 if any(part["status"] == "failed" for part in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The GPU suite on a machine without a GPU: every part runs or says why not, whatever becomes of a part."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from benchmarks import gpu_common, gpu_parts, gpu_suite
+from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, plan_of
+from bsdiff_rt.bench_model import Missing
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.runners import load_networks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def part(tmp_path):
+    """A part of a minute on the CPU, with the tiny networks at 16 px."""
+    given = ["--device", "cpu", "--preset", "tiny", "--size", "16", "--output", str(tmp_path), "--batches", "1,2"]
+    options = gpu_suite.arguments([*given, "--repeats", "1", "--full-steps", "2"])
+    (tmp_path / "work").mkdir()
+    return Part("steps", options, tmp_path / "work", time.monotonic() + 60.0)
+
+
+@pytest.mark.slow
+def test_every_part_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--device", "cpu", "--preset", "tiny", "--size", "16"]
+    command += ["--output", tmp_path / "out", "--batches", "1", "--repeats", "1", "--full-steps", "2"]
+    command += ["--images", "1", "--image-px", "64"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "gpu_suite.json").read_text())
+    parts = {part["name"]: part for part in found["parts"]}
+    assert list(parts) == list(gpu_suite.BUDGETS_S) == list(gpu_parts.PARTS)
+    assert {name for name, part in parts.items() if part["status"] == "skipped"} == {"tests", "engines"}
+    assert {part["status"] for part in parts.values()} == {"done", "skipped"}
+    assert parts["tests"]["reason"] == parts["engines"]["reason"] == "needs CUDA, this is cpu"
+    assert found["device"].endswith("threads")
+    assert found["matmul_tflops"]["fp32"] > 0
+    assert [(row["part"], row["name"]) for row in found["rows"]] == [
+        ("steps", "eager"),
+        ("peers", "eager"),
+        ("peers", "published eager"),
+        ("peers", "diffusers loop"),
+    ]
+    absent = {entry["name"]: entry["reason"] for entry in found["not_measured"]}
+    assert absent == {f"{runner} {precision}": "Skipped: needs CUDA, this is cpu" for runner, precision in ENGINES}
+    assert [image["name"] for image in parts["full"]["images"]] == ["eager"]
+    assert parts["profile"]["kernels"]["eager"][0]["share"] > 0
+    assert parts["folder"]["counts"] == {"ok": 1}
+    assert "published / this" in done.stdout
+
+
+# --- supervision ---
+
+
+def supervised(part, monkeypatch, action, seconds=20.0):
+    monkeypatch.setitem(gpu_suite.PARTS, "steps", action)
+    part.deadline = time.monotonic() + seconds
+    return gpu_suite.supervise(part)
+
+
+def test_a_part_that_hangs_is_ended_and_what_it_had_is_kept(part, monkeypatch, tmp_path):
+    def hangs(part):
+        child = subprocess.Popen(["sleep", "600"])
+        part.save(rows=[{"name": "kept"}], child=child.pid)
+        time.sleep(600)
+
+    found = supervised(part, monkeypatch, hangs, seconds=2.0)
+    assert (found["status"], found["reason"]) == ("out of time", "out of time; what it had is kept")
+    assert found["rows"] == [{"name": "kept"}]
+    assert json.loads((tmp_path / "steps.json").read_text()) == found
+    for _ in range(50):  # what it started ended with it; until somebody has waited for it, it is a zombie
+        status = Path(f"/proc/{found['child']}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the part started still runs")
+
+
+def test_a_part_that_crashes_costs_no_other(part, monkeypatch):
+    found = supervised(part, monkeypatch, lambda _: os._exit(7))
+    assert (found["status"], found["reason"]) == ("failed", "the process died (exit code 7)")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (Skipped("no GPU"), "skipped", "no GPU"),
+        (ModuleNotFoundError("x", name="pydicom"), "skipped", "the package pydicom is not installed here"),
+        (SettingsError("--device x: no"), "failed", "--device x: no"),
+        (ZeroDivisionError("zero"), "failed", "ZeroDivisionError: zero"),
+    ],
+)
+def test_how_a_part_may_end(part, monkeypatch, error, status, reason):
+    def raises(_):
+        raise error
+
+    found = supervised(part, monkeypatch, raises)
+    assert (found["status"], found["reason"]) == (status, reason)
+    assert found["seconds"] >= 0
+
+
+def test_a_part_without_time_is_said_to_be_skipped(part, monkeypatch, tmp_path):
+    found = supervised(part, monkeypatch, lambda _: pytest.fail("began"), seconds=-1.0)
+    assert (found["status"], found["reason"]) == ("skipped", "out of time")
+    assert json.loads((tmp_path / "steps.json").read_text()) == found
+
+
+def test_time_that_is_not_used_is_the_later_parts(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        gpu_suite, "supervise", lambda part: seen.append(part.left()) or {"name": part.name, "status": "done"}
+    )
+    assert gpu_suite.main(["--output", str(tmp_path), "--minutes", "0.9", "--parts", "steps,engines"]) == 0
+    assert seen == pytest.approx([3.0, 3.0 + 13.0, 3.0 + 26.0], abs=0.5)  # machine, engines, steps: in their own order
+
+
+def test_a_failed_part_fails_the_suite(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_suite, "supervise", lambda part: {"name": part.name, "status": "failed", "reason": "why"})
+    (tmp_path / "engines.json").write_text('{"built": {"aoti fp16": 1}}')  # of an earlier run
+    assert gpu_suite.main(["--output", str(tmp_path), "--parts", "machine"]) == 1
+    assert "machine  failed          0.0 s  why" in capsys.readouterr().out
+    assert not (tmp_path / "engines.json").exists()
+
+
+def test_the_budget_is_nine_minutes():
+    assert sum(gpu_suite.BUDGETS_S.values()) <= 540
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["--parts", "steps,x"], "--parts x: choose from machine"), (["--batches", "1,0"], "--batches 1,0: give whole")],
+)
+def test_arguments_that_are_refused(given, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu_suite.arguments(given)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- parts ---
+
+
+def test_the_weights_are_written_once_and_are_the_models(part):
+    model = make_model(part)
+    again = make_model(part)
+    assert model.bundle is not None
+    assert model.bundle.sha256 == again.bundle.sha256
+    for ours, theirs in zip(load_networks(model.bundle), model.networks(), strict=True):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name])
+    assert [path.name for path in part.work.iterdir()] == ["model"]
+
+
+def test_batches_for_which_no_time_is_left_are_said(part, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "measure", lambda *_: time.sleep(0.05) or iter([([], [])]))
+    part.deadline = time.monotonic() + 0.1
+    absent = [Missing("x", "x", "fp16", None, "why", 0)]
+    gpu_parts.measure_rows(part, None, [], absent)
+    assert part.found["notes"][0] == "batch 1: step: "
+    assert part.found["notes"][1].startswith("batch 2: skipped: out of time (0 s left, about 0 s needed)")
+    assert part.found["not_measured"][0]["reason"] == "why"
+
+
+def test_rows_measured_before_are_kept_and_not_repeated(part):
+    plan = plan_of(part)
+    found, _ = gpu_common.candidates(part, plan.model)
+    before = [{"name": "eager", "batch": 1, "step_ms": 1.0}]
+    twin = [*found, gpu_common.Candidate("twin", found[0].runner)]
+    rows = gpu_parts.measure_rows(part, plan, twin, [], before, lambda rows: [row | {"seen": True} for row in rows])
+    assert [(row["name"], row["batch"], row.get("seen")) for row in part.found["rows"]] == [
+        ("eager", 1, None),
+        ("twin", 1, True),
+        ("twin", 2, True),
+    ]
+    assert len(rows) == 4
+
+
+def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
+    def build(bundle, options, device, folder, progress):
+        assert options.batch == (1, 2)
+        if options.precision == "bf16":
+            raise RuntimeError("no\nkernel")
+        (folder / "denoiser.pt2").write_bytes(b"")
+
+    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    real = gpu_parts.backend
+    monkeypatch.setattr(
+        gpu_parts, "backend", lambda runner, bundle: (build, None) if runner == "aoti" else real(runner, bundle)
+    )
+    monkeypatch.setattr(gpu_common, "find_spec", lambda _: None)
+    gpu_parts.engines(part)
+    assert list(part.found["built"]) == ["aoti fp16"]
+    assert part.found["not_built"] == {
+        "aoti bf16": "RuntimeError: no kernel",
+        "tensorrt fp16": "the package tensorrt is not installed",
+    }
+    monkeypatch.setattr(gpu_common, "find_spec", lambda _: "installed")
+    with pytest.raises(Skipped, match=r"needs graphs: `python -m export random paper -o DIR`, then --bundle DIR"):
+        real("tensorrt", make_model(part).bundle)
+
+
+def test_the_tests_need_their_packages(part, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: None if name in ("pytest", "pydicom") else "found")
+    with pytest.raises(Skipped, match="the tests need pytest, pydicom, not installed here"):
+        gpu_parts.tests(part)
+
+
+def test_pictures_are_pictures(tmp_path):
+    gpu_parts.draw_pictures(tmp_path, 2, 48)
+    first, second = (cv2.imread(str(tmp_path / f"000{n}.png"), cv2.IMREAD_UNCHANGED) for n in range(2))
+    assert (first.shape, str(first.dtype)) == ((48, 48), "uint16")
+    assert first.std() > 1000
+    assert (first != second).any()
