@@ -199,9 +199,9 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = (
-        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3 --no-enhance --size model"
+        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3 --no-enhance"
     )
-    more = "--detail source --format png --sop sc --preview --overwrite --force"
+    more = "--size model --detail source --format png --sop sc --preview --overwrite --force"
     assert infer(*options.split(), *more.split()).code == 0
     assert report_of(tmp_path / "out")["settings"] == {
         "sampler": "ddpm",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -133,8 +136,6 @@ def test_a_failure_inside_is_a_runtime_error(bundle_copy):
 @pytest.mark.parametrize(("given", "expected"), [(None, 3), (2, 2), (1, 1)])
 def test_threads(bundle_copy, monkeypatch, given, expected):
     seen = []
-    import onnxruntime
-
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime,
@@ -149,3 +150,190 @@ def test_threads(bundle_copy, monkeypatch, given, expected):
 def test_threads_where_no_affinity_is_known(bundle_copy, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
     OnnxRuntimeRunner(bundle_copy / "denoiser.onnx", bundle_copy / "enhancer.onnx", SIZE)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_precisions_the_cpu_has_not(tiny_bundle, precision):
+    with pytest.raises(EngineError, match=rf"--precision {precision}: runner onnxruntime computes in fp32 on cpu"):
+        OnnxRuntimeRunner(tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx", SIZE, precision=precision)
+
+
+# --- CUDA, on a stand-in: what ONNX Runtime is asked for, with the CPU doing the work ---
+
+CUDA = torch.device("cuda", 1)
+
+
+class FakeStream:
+    def __init__(self, handle):
+        self.cuda_stream, self.waited = handle, []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class FakeSession:
+    """A session that says it uses CUDA and uses the CPU; notes what it was made with and what was bound."""
+
+    made: list  # of those of one test
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    real = onnxruntime.InferenceSession
+
+    def __init__(self, graph, options, providers):
+        self.asked, self.bound, self.run_options = providers, [], None
+        self.graph = onnx.load(graph).graph
+        self.session = FakeSession.real(graph, options, providers=["CPUExecutionProvider"])
+        FakeSession.made.append(self)
+
+    def get_providers(self):
+        return list(self.providers)
+
+    def io_binding(self):
+        binding = self.session.io_binding()
+        outer = self
+
+        class Binding:
+            def bind_input(self, name, device, index, *more):
+                outer.bound.append((name, device, index))
+                binding.bind_input(name, "cpu", 0, *more)
+
+            def bind_output(self, name, device, index, *more):
+                outer.bound.append((name, device, index))
+                binding.bind_output(name, "cpu", 0, *more)
+
+        Binding.real = binding
+        return Binding()
+
+    def run_with_iobinding(self, binding, run_options):
+        self.run_options = run_options
+        self.session.run_with_iobinding(binding.real, run_options)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Makes torch and ONNX Runtime accept CUDA; `current` is the current stream, `own` one that is made."""
+
+    class Fake:
+        current, own = FakeStream(7), FakeStream(99)
+
+    monkeypatch.setattr(FakeSession, "made", [], raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Fake.current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Fake.own)
+    return Fake
+
+
+@pytest.fixture
+def on_cuda(fake_cuda, tiny_bundle):
+    """A runner on the stand-in, and its sessions; it takes buffers on the CPU after all."""
+
+    def on_cuda(precision="fp32"):
+        paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
+        runner = OnnxRuntimeRunner(*paths, SIZE, device=CUDA, precision=precision)
+        assert (runner.device, runner.precision) == (CUDA, precision)
+        runner.check = lambda *images, t=None: None
+        return runner, FakeSession.made
+
+    return on_cuda
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("fp16", "1")])
+def test_what_a_cuda_session_is_asked_for(on_cuda, precision, tf32):
+    _, sessions = on_cuda(precision)
+    options = {"device_id": "1", "user_compute_stream": "7", "use_tf32": tf32, "enable_cuda_graph": "0"}
+    assert [session.asked for session in sessions] == [[("CUDAExecutionProvider", options)]] * 2
+
+
+def test_buffers_are_bound_on_the_device_and_nothing_waits(on_cuda, runners):
+    runner, (denoiser, enhancer) = on_cuda()
+    x_t, cxr, expected, actual = images(4, 2)
+    t = torch.tensor([3.0, 999.0])
+    runners[0].denoise(x_t, cxr, t, expected)
+    runner.denoise(x_t, cxr, t, actual)
+    assert_equal(actual, expected)
+    assert denoiser.bound == [(name, "cuda", 1) for name in ("x_t", "cxr", "t", "out")]
+    assert denoiser.run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    runners[0].enhance(cxr, expected)
+    runner.enhance(cxr, actual)
+    assert_equal(actual, expected)
+    assert enhancer.bound == [("x", "cuda", 1), ("out", "cuda", 1)]
+
+
+def test_fp16_is_in_the_denoisers_graph(on_cuda, runners):
+    runner, (denoiser, enhancer) = on_cuda("fp16")
+    kinds = {tensor.name: tensor.data_type for tensor in denoiser.graph.initializer}
+    assert kinds["down_blocks.0.downsampler.weight.fp16"] == onnx.TensorProto.FLOAT16
+    assert onnx.TensorProto.FLOAT16 not in {tensor.data_type for tensor in enhancer.graph.initializer}
+    x_t, cxr, expected, actual = images(4, 2)
+    t = torch.tensor([3.0, 999.0])
+    runners[0].denoise(x_t, cxr, t, expected)
+    runner.denoise(x_t, cxr, t, actual)
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    assert 1e-5 < difference < 1e-2  # fp16 has 3.3 digits; see tests/test_onnx_precision.py
+
+
+def test_streams_are_kept_in_order(on_cuda, fake_cuda):
+    runner, _ = on_cuda()
+    x, out = images(2, 1)
+    built_on = fake_cuda.current
+    runner.enhance(x, out)
+    assert built_on.waited == []
+    fake_cuda.current = later = FakeStream(8)
+    runner.enhance(x, out)
+    assert (built_on.waited, later.waited) == ([later], [built_on])
+
+
+def test_on_the_default_stream_it_uses_its_own(on_cuda, fake_cuda, monkeypatch):
+    monkeypatch.setattr(fake_cuda, "current", FakeStream(0))
+    runner, sessions = on_cuda()
+    assert sessions[0].asked[0][1]["user_compute_stream"] == "99"
+    x, out = images(2, 1)
+    runner.enhance(x, out)
+    assert (fake_cuda.own.waited, fake_cuda.current.waited) == ([fake_cuda.current], [fake_cuda.own])
+
+
+def test_bf16_on_cuda(on_cuda):
+    with pytest.raises(EngineError, match=r"--precision bf16: runner onnxruntime computes in fp32 or fp16 on cuda"):
+        on_cuda("bf16")
+
+
+def test_a_provider_that_was_not_used(on_cuda, monkeypatch):
+    """What ONNX Runtime does without CUDA's libraries: it logs, and would compute on the CPU."""
+    monkeypatch.setattr(FakeSession, "providers", ("CPUExecutionProvider",))
+    with pytest.raises(EngineError, match=r"ONNX Runtime [\d.]+ cannot use CUDAExecutionProvider, only CPUExecution"):
+        on_cuda()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_without_cuda_nothing_falls_back(fake_cuda, tiny_bundle, monkeypatch):
+    """The same with the real ONNX Runtime, on a machine without GPU."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession.real)
+    paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
+    with pytest.raises(EngineError, match=r"cannot (use CUDAExecutionProvider, only CPUExecutionProvider|load it)"):
+        OnnxRuntimeRunner(*paths, SIZE, device=CUDA)
+
+
+# --- CUDA itself ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2)])
+def test_cuda_equals_eager(tiny_bundle, runners, precision, tolerance):
+    """fp32: convolutions by other algorithms (Winograd) than on the CPU; fp16 as in tests/test_onnx_precision.py."""
+    paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
+    x_t, cxr, expected, out = images(4, 2)
+    t = torch.tensor([3.0, 999.0])
+    side = torch.cuda.Stream()
+    with OnnxRuntimeRunner(*paths, SIZE, device=torch.device("cuda"), precision=precision) as runner:
+        for stream in (torch.cuda.current_stream(), side):
+            with torch.cuda.stream(stream):
+                results = [out.cuda().fill_(float("nan")) for _ in range(2)]
+                runner.denoise(x_t.cuda(), cxr.cuda(), t.cuda(), results[0])
+                runner.enhance(cxr.cuda(), results[1])
+                actual = [result.cpu() for result in results]
+            for result, call in zip(actual, ("denoise", "enhance"), strict=True):
+                if call == "denoise":
+                    runners[0].denoise(x_t, cxr, t, expected)
+                else:
+                    runners[0].enhance(cxr, expected)
+                assert np.isfinite(result.numpy()).all()
+                assert (result - expected).abs().max() <= tolerance * expected.abs().max()

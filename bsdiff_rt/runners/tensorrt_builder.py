@@ -1,0 +1,255 @@
+"""Engines for runner `tensorrt`: built by TensorRT for the GPU at hand from the bundle's ONNX graphs.
+
+The only module that imports tensorrt, an optional package; it is imported where that runner is wanted. It uses what
+TensorRT has from 10.9 to 11: strongly typed networks (precision is in the graph, see onnx_precision.py), flags by name
+(their numbers changed with 11), the `_v2` and `_v3` methods. Most calls answer False or None and log a reason instead
+of raising, so every answer is looked at, and the reason comes from the logger.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import platformdirs
+import torch
+
+from bsdiff_rt.bundle import Bundle
+from bsdiff_rt.config import EngineOptions
+from bsdiff_rt.errors import EngineError, one_line
+from bsdiff_rt.onnx_precision import CONVERSION, reduce_precision
+from bsdiff_rt.runners.base import Progress
+
+try:
+    import tensorrt as trt
+except (ImportError, OSError) as error:  # the package, or one of the libraries it loads
+    raise EngineError(
+        f"TensorRT cannot be imported ({one_line(error)}); install it with pip install 'bsdiff-rt[tensorrt]'"
+    ) from error
+
+__all__ = ["INPUTS", "LOGGER", "build", "made", "trt", "versions"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INPUTS = {"denoiser": ("x_t", "cxr", "t"), "enhancer": ("x",)}
+OPTIMIZATION_LEVEL = 3  # TensorRT's default; 4 and 5 try more kernels for longer
+# From this version on, Casts to float32 around attention choose float32 sums in the fused fp16 kernel; before, they
+# keep TensorRT from using a fused kernel.
+FP32_ATTENTION_FROM = (11, 3)
+
+
+class _Logger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
+    """TensorRT's messages in our log. One per process: TensorRT keeps the first it is given and ignores others."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self._errors: deque[str] = deque(maxlen=3)
+        self._levels = {
+            trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+            trt.ILogger.ERROR: logging.ERROR,
+            trt.ILogger.WARNING: logging.WARNING,
+        }
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        """Called by TensorRT, from any of its threads."""
+        level = self._levels.get(severity, logging.DEBUG)
+        logger.log(level, "TensorRT: %s", msg)
+        if level == logging.ERROR:
+            self._errors.append(" ".join(msg.split())[:200])
+
+    def said(self) -> str:
+        """The last errors, as the end of a sentence, and forgets them; empty if there were none."""
+        errors, self._errors = self._errors, deque(maxlen=3)
+        return f"; TensorRT says: {'; '.join(errors)}" if errors else ""
+
+
+LOGGER = _Logger()
+
+
+def versions() -> dict[str, str]:
+    """What an engine is tied to: versions of TensorRT, torch and CUDA."""
+    return {"tensorrt": trt.__version__, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def build(
+    bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write denoiser.plan and enhancer.plan into `folder`. Takes minutes; an interruption ends it within seconds.
+
+    The denoiser is built in `options.precision`. The enhancer, which runs once per image, stays fp32, with TF32
+    products unless fp32 was asked for.
+
+    Args:
+        bundle: its graphs are built.
+        options: precision and batch range; kernels are chosen for the largest batch.
+        device: the CUDA device to build for.
+        folder: exists.
+        progress: told what is being done; called from several threads, never from two at once. What it raises ends
+            the build and is raised here.
+
+    Returns:
+        The build options, for the manifest.
+
+    Raises:
+        EngineError: no CUDA device, or TensorRT cannot read a graph or build an engine.
+    """
+    if device.type != "cuda":
+        raise EngineError(f"TensorRT builds engines for CUDA devices, not for {device}; use --device cuda")
+    tf32 = options.precision != "fp32"
+    attention_fp32 = tuple(int(part) for part in trt.__version__.split(".")[:2]) >= FP32_ATTENTION_FROM
+    with tempfile.TemporaryDirectory() as work, torch.cuda.device(device):
+        for name in INPUTS:
+            graph = bundle.file(f"{name}.onnx")
+            if name == "denoiser" and options.precision != "fp32":
+                reduced = Path(work, graph.name)
+                reduce_precision(graph, reduced, options.precision, attention_fp32=attention_fp32)
+                graph = reduced
+            plan = _plan(graph, options.batch, tf32, device, _Monitor(name, progress))
+            (folder / f"{name}.plan").write_bytes(memoryview(plan))
+    return {
+        "attention_fp32": tf32 and attention_fp32,
+        "conversion": CONVERSION,
+        "enhancer": "tf32" if tf32 else "fp32",
+        "max_aux_streams": 0,
+        "optimization_level": OPTIMIZATION_LEVEL,
+        "optimized_batch": options.batch[1],
+    }
+
+
+def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device, monitor: _Monitor) -> trt.IHostMemory:
+    """The serialised engine of one graph, a buffer."""
+    LOGGER.said()
+    builder = made("builder", lambda: trt.Builder(LOGGER))
+    # In 11 every network is strongly typed and the flag is accepted without effect.
+    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = made("network", lambda: builder.create_network(typed))
+    parser = made("parser", lambda: trt.OnnxParser(network, LOGGER))
+    if not parser.parse_from_file(str(graph)):
+        errors: list[trt.ParserError] = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors[:3])
+        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot read it: {reasons}{LOGGER.said()}")
+    config = made("builder configuration", builder.create_builder_config)
+    config.builder_optimization_level = OPTIMIZATION_LEVEL
+    config.max_aux_streams = 0  # one stream: less memory, and a CUDA graph records it as it is
+    config.progress_monitor = monitor
+    if tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    profile = made("optimization profile", builder.create_optimization_profile)
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        smallest, largest = ((size, *tuple(tensor.shape)[1:]) for size in batch)
+        profile.set_shape(tensor.name, min=smallest, opt=largest, max=largest)
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.said()}")
+    path = timing_cache(device)
+    cache = _open_timing_cache(config, path)
+
+    def work() -> trt.IHostMemory | None:
+        with torch.cuda.device(device):  # the current device belongs to the thread
+            return builder.build_serialized_network(network, config)
+
+    # In a thread of its own, so that an interruption reaches this one; TensorRT sees it at its next step.
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            plan = future.result()
+        except BaseException:
+            monitor.cancel()
+            raise
+    if monitor.error is not None:
+        raise monitor.error
+    if plan is None:
+        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot build an engine{LOGGER.said()}")
+    _save_timing_cache(cache, path)
+    return plan
+
+
+def made(what: str, make: Callable[[], T]) -> T:
+    """What `make` returns; TensorRT's constructors raise TypeError, its methods return None where they fail."""
+    try:
+        made = make()
+    except (TypeError, RuntimeError) as error:
+        raise EngineError(f"TensorRT {trt.__version__} gives no {what}: {one_line(error)}{LOGGER.said()}") from error
+    if made is None:
+        raise EngineError(f"TensorRT {trt.__version__} gives no {what}{LOGGER.said()}")
+    return made
+
+
+def timing_cache(device: torch.device) -> Path:
+    """File of measured kernel timings for this TensorRT and GPU; later builds on it take seconds instead of minutes."""
+    gpu = "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device))
+    folder = platformdirs.user_cache_path("bsdiff-rt", appauthor=False) / "timing"
+    return folder / f"tensorrt-{trt.__version__}-{gpu}.cache"
+
+
+def _open_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
+    """The timing cache at `path`, or an empty one, attached to `config`; it must live until the build has ended."""
+    stored = [path.read_bytes()] if path.is_file() else []
+    for content in (*stored, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+        logger.warning("TensorRT does not accept the timing cache %s%s", path if content else "(empty)", LOGGER.said())
+    raise EngineError(f"TensorRT {trt.__version__} accepts no timing cache, not even an empty one")
+
+
+def _save_timing_cache(cache: trt.ITimingCache, path: Path) -> None:
+    content = memoryview(made("timing cache to keep", cache.serialize))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)  # whole or not at all: another build may be reading
+
+
+class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
+    """TensorRT's progress, passed on; answers whether to go on.
+
+    TensorRT would print and forget an exception that leaves one of the three methods, so it is kept in `error`.
+    """
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        trt.IProgressMonitor.__init__(self)
+        self._what, self._progress = what, progress
+        self._steps: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self.error: BaseException | None = None
+
+    def cancel(self) -> None:
+        """End the build at its next step."""
+        self._cancelled = True
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        """A phase of `num_steps` steps begins; phases nest, and names differ between versions."""
+        self._steps[phase_name] = num_steps
+        self._report(phase_name, 0)
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        """Step number `step` is done; False ends the build."""
+        self._report(phase_name, step + 1)
+        return not self._cancelled
+
+    def phase_finish(self, phase_name: str) -> None:
+        """A phase has ended, perhaps before its last step."""
+        self._steps.pop(phase_name, None)
+
+    def _report(self, phase: str, done: int) -> None:
+        steps = self._steps.get(phase, 0)
+        with self._lock:
+            if self._cancelled:
+                return
+            try:
+                self._progress(f"{self._what}: {phase}", min(done / steps, 1.0) if steps > 0 else None)
+            except BaseException as error:
+                self._cancelled, self.error = True, error
