@@ -1,12 +1,16 @@
 """The command line of the export: every refusal is one line that says what to do."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import PRESETS
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
 from export import __main__ as command
 
 SCHEDULE = {"name": "cosine", "train_steps": 1000, "beta_start": 0.0015, "beta_end": 0.0205, "objective": "x0"}
@@ -55,6 +59,21 @@ def test_main_turns_an_error_into_one_line_and_its_exit_code(tmp_path, monkeypat
         command.main()
     assert stop.value.code == 2
     assert "denoiser.pt: no such checkpoint" in capsys.readouterr().err
+
+
+def test_the_training_datas_clahe_goes_into_the_bundle(tmp_path, monkeypatch):
+    preset = PRESETS["tiny"]
+    networks = Denoiser(preset.denoiser).state_dict(), Enhancer(preset.enhancer).state_dict()
+    save(tmp_path, *(GOOD | {"averaged": dict(state)} for state in networks))
+    given = []
+    monkeypatch.setattr(
+        command,
+        "write_bundle",
+        lambda *arguments: given.append(arguments[-1]) or SimpleNamespace(name="", agreement={}),
+    )
+    command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=2.5)
+    command.export_checkpoints(tmp_path, tmp_path / "bundle")
+    assert [options.preprocessing.clahe_clip_limit for options in given] == [2.5, 0.0]
 
 
 @pytest.mark.slow
