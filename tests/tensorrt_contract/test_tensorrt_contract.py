@@ -8,6 +8,7 @@ that TensorRT works; the tests marked `tensorrt` do, where it is installed.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ def installed(tmp_path_factory):
 def check(tmp_path_factory):
     """Runs mypy on the runner's source, changed as asked, against declarations; returns its findings."""
     work = tmp_path_factory.mktemp("check")
+    runs: list[str] = []
 
     def run(text: str, old: str = "", new: str = "") -> list[str]:
         stub = work / "tensorrt" / "__init__.pyi"
@@ -53,6 +55,10 @@ def check(tmp_path_factory):
         assert not old or sum(source.count(old) for source in sources.values()) == 1, f"{old} is not there once"
         for name, source in sources.items():
             (package / name).write_text(source.replace(old, new) if old else source)
+        runs.append(old)
+        for path in work.rglob("*.py*"):  # mypy takes a file of the same size and second for the same file
+            if "cache" not in path.parts:
+                os.utime(path, (len(runs), len(runs)))
         command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip", "--check-untyped-defs"]
         command += ["--ignore-missing-imports"]  # all but tensorrt, which is given
         command += [word for code in NOT_COUNTED for word in ("--disable-error-code", code)]
