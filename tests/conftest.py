@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if "tiny_engine" in getattr(item, "fixturenames", ()):  # built once: one worker runs all that need it
+            item.add_marker(pytest.mark.xdist_group("tiny_engine"))
 
 
 @pytest.fixture(scope="session")
