@@ -60,8 +60,8 @@ def load_vgg16(path: Path | None) -> VGG16:
     path = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     if not path.is_file():
         raise SettingsError(
-            f"{path}: no such file; the perceptual loss needs torchvision's weights of VGG-16: put {WEIGHTS_FILE} there, "
-            "name it with --vgg16, or train with --perceptual 0"
+            f"{path}: no such file; the perceptual loss needs VGG-16's weights: put torchvision's {WEIGHTS_FILE} "
+            "there, name it with --vgg16, or train with --perceptual 0"
         )
     network = VGG16().eval().requires_grad_(False)
     try:
