@@ -701,6 +701,7 @@ def test_infer_with_an_engine_draws_eagers_picture(infer, tiny_engine, tmp_path,
     assert done.code == 0, done.err
     settings = report_of(tmp_path / "out")["settings"]
     assert (settings["runner"], settings["precision"]) == ("aoti", "fp32")
+    assert report_of(tmp_path / "out")["environment"]["engine"] == file_sha256(tiny_engine / MANIFEST)
     assert fates(tmp_path / "out") == {"a.png": "ok"}
     # fp32 within 1e-4 of each call: at most one grey level of 255 falls on the other side of its rounding.
     assert np.abs(picture(tmp_path / "out") - expected).max() <= 1
