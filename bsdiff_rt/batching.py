@@ -133,10 +133,14 @@ class Suppressor:
         try:
             clock = self._order(host, [*cxr, *[cxr[-1]] * missing], [*noise, *[noise[-1]] * missing])
         except BaseException:
-            self._free.put(host)
-            self._sampler.close()
-            if self._cuda:
-                torch.cuda.empty_cache()
+            try:
+                if self._cuda:  # copies already ordered may still use the batch's memory
+                    torch.cuda.synchronize(self._runner.device)
+                self._sampler.close()
+                if self._cuda:
+                    torch.cuda.empty_cache()
+            finally:  # also after a device error that lasts: without its memory a later call would wait for ever
+                self._free.put(host)
             raise
         host.order(len(cxr), clock)
         return host
@@ -152,9 +156,7 @@ class Suppressor:
             clock.start()
             x_0 = self._sampler.sample(x, self._table, draw)
             if self._enhance:
-                enhanced = torch.empty_like(x_0)
-                self._runner.enhance(x_0, enhanced)
-                x_0 = enhanced.clamp_(-1.0, 1.0)
+                x_0 = _enhanced(self._runner, x_0)
             clock.stop()
         with self._on("download", after="compute", using=x_0):
             host.soft_tissue[:count].copy_(x_0, non_blocking=True)
@@ -279,10 +281,15 @@ def suppress(
         lambda number: torch.from_numpy(batch_noise(noise, number, size)),
     )
     if enhance:
-        enhanced = torch.empty_like(x_0)
-        runner.enhance(x_0, enhanced)
-        x_0 = enhanced.clamp_(-1.0, 1.0)
+        x_0 = _enhanced(runner, x_0)
     return np.asarray(x_0.cpu().numpy(), dtype=np.float32)
+
+
+def _enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
+    """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]."""
+    enhanced = torch.empty_like(x_0)
+    runner.enhance(x_0, enhanced)
+    return enhanced.clamp_(-1.0, 1.0)
 
 
 class NoiseAhead:

@@ -154,7 +154,7 @@ class Inference:
                 yield outcome
                 continue
             batch.append(outcome)
-            if len(batch) * self.settings.samples >= self.batch:
+            if (len(batch) + 1) * self.settings.samples > self.batch:  # one more would begin another batch
                 yield batch
                 batch = []
         if batch:

@@ -102,6 +102,22 @@ def test_a_failure_gives_the_memory_back():
         assert suppressor.submit(images(1), STREAMS[:1]).take(0).shape == SIZE
 
 
+def test_a_device_error_that_lasts_stops_no_later_call(monkeypatch):
+    """Its clean-up fails, too; each call must still end with an error instead of waiting for memory."""
+    runner, table = ToyRunner(SIZE[0]), sampler_table(SCHEDULE, "ddim", 1)
+    with Suppressor(runner, table, enhance=True, batch=1) as suppressor:
+        runner.before = lambda _: (_ for _ in ()).throw(RuntimeError("failed"))
+
+        def close():
+            raise RuntimeError("the device is lost")
+
+        with monkeypatch.context() as lost:
+            lost.setattr(suppressor._sampler, "close", close)
+            for _ in range(2 * BATCHES_IN_FLIGHT):
+                with pytest.raises(RuntimeError, match="the device is lost"):
+                    suppressor.submit(images(1), STREAMS[:1])
+
+
 def test_too_few_images_are_filled_up():
     runner, table = ToyRunner(SIZE[0]), sampler_table(SCHEDULE, "ddim", 2)
     expected = suppress(runner, np.stack(images(3))[:, None], table, STREAMS[:3], enhance=True)

@@ -112,7 +112,7 @@ class Enhancer(nn.Module):
                 2**(levels - 1).
 
         Returns:
-            [B, 1, H, W], same dtype (autocast's under autocast), about [-1, 1], not clamped.
+            [B, 1, H, W], same dtype (under autocast its own, but x's if `residual`), about [-1, 1], not clamped.
         """
         mu = self.quant_conv_mu(self.encoder(x))  # [B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)]
         out: Tensor = self.decoder(self.post_quant_conv(mu))
