@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import Preprocessing
 
-# Standard deviation of the Gaussian that separates local bone structure (ribs, clavicles) from a change of overall
-# tone, in px of a DETAIL_REFERENCE_PX square; other sizes scale it.
-DETAIL_SIGMA_PX = 6.0
-DETAIL_REFERENCE_PX = 256
+# How `tone_of` tells a change of overall tone from bones (ribs, clavicles): on a square of TONE_PX, within a window wider
+# than a bone, TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian.
+TONE_PX = 64
+TONE_WINDOW_PX = 15
+TONE_PERCENTILE = 25
+TONE_SIGMA_PX = 2.5
 
 CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
 
@@ -94,30 +96,50 @@ def subtract_local_bone(
     cxr_net: NDArray[np.float32],
     soft_tissue_net: NDArray[np.float32],
     placement: Placement,
-    sigma_px: float | None = None,
 ) -> NDArray[np.float32]:
-    """Subtract the networks' bone layer, without its slow part, from the full-resolution source (`--detail source`).
+    """Subtract the networks' bone layer, without the change of tone in it, from the source (`--detail source`).
 
-    bone = cxr_net - soft_tissue_net; local = bone - Gaussian(bone); soft tissue = source - local. The source's tone and
-    sharpness stay; what the networks see only as a change of overall tone is left in.
+    bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)). The source's tone and sharpness
+    stay; what the networks see only as a change of overall tone is left in.
 
     Args:
         cxr: [H, W], float32, in [0, 1], the source.
         cxr_net: [size, size], float32, in [-1, 1], the networks' input made from it.
         soft_tissue_net: [size, size], float32, in [-1, 1], their output.
         placement: what `to_network` returned for this picture.
-        sigma_px: standard deviation of the Gaussian in px of the square; default DETAIL_SIGMA_PX scaled to its size.
 
     Returns:
         [H, W], float32, in [0, 1].
     """
-    if sigma_px is None:
-        sigma_px = DETAIL_SIGMA_PX * placement.size / DETAIL_REFERENCE_PX
     bone = _crop(cxr_net, placement) - _crop(soft_tissue_net, placement)
-    local = bone - cv2.GaussianBlur(bone, (0, 0), sigma_px, borderType=cv2.BORDER_REPLICATE)
-    local_bone = _resize(local, placement.rows, placement.columns)
+    local_bone = _resize(bone - tone_of(bone, placement.size), placement.rows, placement.columns)
     # The networks' range is twice as wide as [0, 1].
     return _unit(cxr - local_bone / np.float32(2))
+
+
+def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """The change of tone in a layer X-ray - soft tissue: its smooth lower envelope. What rises above it is bone.
+
+    An envelope and not a mean (a Gaussian): bone only ever adds, so a mean would leave a part of every bone in the
+    picture and darken what lies beside it.
+
+    Args:
+        bone: [h, w], float32, any range.
+        side: of the square that the layer is (part of), px; scales the window.
+
+    Returns:
+        [h, w], float32.
+    """
+    height, width = bone.shape
+    scale = min(TONE_PX / side, 1.0)
+    small = _resize(bone, max(1, round(height * scale)), max(1, round(width * scale)))
+    reach = max(1, round(TONE_WINDOW_PX * side * scale / TONE_PX) // 2)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(small, reach, mode="symmetric"), (2 * reach + 1,) * 2)
+    values = windows.reshape(*small.shape, -1)
+    rank = round((values.shape[-1] - 1) * TONE_PERCENTILE / 100)
+    envelope = np.ascontiguousarray(np.partition(values, rank, axis=-1)[..., rank])
+    smooth = cv2.GaussianBlur(envelope, (0, 0), TONE_SIGMA_PX * side * scale / TONE_PX, borderType=cv2.BORDER_REFLECT)
+    return _resize(smooth, height, width)
 
 
 def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:

@@ -241,7 +241,14 @@ def test_the_number_of_steps_is_the_number_of_calls(run, toy, tmp_path):
         assert toy.denoised == calls, settings  # another sampler than the bundle's own runs in full
 
 
-def test_detail_from_the_source_keeps_its_tone(one, toy):
+@pytest.fixture
+def darker(toy, monkeypatch):
+    """A network that changes the tone and nothing else."""
+    monkeypatch.setattr(toy, "denoise", lambda _, cxr, __, out: torch.sub(cxr, 0.2, out=out))
+    monkeypatch.setattr(toy, "enhance", lambda x, out: out.copy_(x))
+
+
+def test_detail_from_the_source_keeps_its_tone(one, darker):
     source, kept, network = (
         cv2.GaussianBlur(picture, (0, 0), 6) for picture in (chest(*SHAPE), one(detail="source") / 255, one() / 255)
     )
@@ -250,7 +257,7 @@ def test_detail_from_the_source_keeps_its_tone(one, toy):
 
 
 @pytest.mark.parametrize("clahe", [0.0, 3.0])
-def test_detail_from_the_source_at_the_networks_matrix(run, toy, bundle_copy, tmp_path, clahe):
+def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy, tmp_path, clahe):
     """The tone is the source's here too, not that of the equalised picture the networks see."""
     content = json.loads((bundle_copy / MANIFEST).read_text())
     content["preprocessing"]["clahe_clip_limit"] = clahe
@@ -342,13 +349,14 @@ def test_the_preview_shows_finished_files_too(run, toy, tmp_path):
     assert (tmp_path / "out" / "preview.png").read_bytes() == expected
 
 
-def test_the_preview_shows_pictures_on_one_scale(run, toy, tmp_path):
+def test_the_preview_shows_pictures_on_one_scale(run, toy, monkeypatch, tmp_path):
     """A 12-bit result that stays below 2048 looks like 11 bits to a reader who does not know its source."""
     dark = np.rint(chest(*SHAPE) * 0.4 * 4095).astype(np.uint16)
     dark[0, 0] = 2300
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), dark)
-    run(preview=True, detail="source")
+    monkeypatch.setattr(toy, "denoise", lambda _, cxr, __, out: torch.clamp(cxr, max=-0.2, out=out))  # that pixel goes
+    run(preview=True, detail="source", enhance=False)
     picture = pixels(tmp_path / "out" / "preview.png") / 255
     cxr, soft_tissue = picture[:, :320], picture[:, 324:644]
     assert pixels(tmp_path / "out" / "a.png").max() < 2048

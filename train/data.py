@@ -24,13 +24,12 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.intensity import tone_of
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
 
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
-BONE_FREE_PERCENTILE = 25  # within a window wider than a rib, this share of the pixels shows tone only
-BONE_WINDOW_PX = 31  # at 256 x 256
 
 # What `python -m train prepare` writes and `load_dataset` reads.
 PARTS = ("train", "val", "test")
@@ -148,20 +147,11 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
-    """The truth in the X-ray's tone: the smooth lower envelope of cxr - soft_tissue is tone, what rises above is bone.
+    """The truth in the X-ray's tone: what `--detail source` makes of a perfect result. Both [S, S].
 
-    Returns: [H, W] float32 in [0, 1].
+    Returns: [S, S] float32 in [0, 1].
     """
-    bone = cxr - soft_tissue
-    size = cxr.shape[0]
-    small = cv2.resize(bone, (128, 128), interpolation=cv2.INTER_AREA)
-    window = BONE_WINDOW_PX // 2 | 1  # at 128 px
-    padded = np.pad(small, window // 2, mode="reflect")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window))
-    envelope = np.percentile(windows.reshape(128, 128, -1), BONE_FREE_PERCENTILE, axis=-1).astype(np.float32)
-    envelope = cv2.GaussianBlur(envelope, (0, 0), 5.0)
-    tone = cv2.resize(envelope, (size, size), interpolation=cv2.INTER_CUBIC)
-    matched: Image = np.clip(soft_tissue + tone, 0.0, 1.0)
+    matched: Image = np.clip(soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0]), 0.0, 1.0)
     return matched
 
 

@@ -25,7 +25,7 @@ from train.validation import Validation
 
 # Share of the training steps spent on the noisiest tenth of the diffusion when the objective can answer there (x0, v):
 # a sampler of a handful of steps asks for little else.
-NOISY_SHARE = 0.5
+NOISY_SHARE = 0.8
 
 
 def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tensor:
