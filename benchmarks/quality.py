@@ -20,7 +20,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.batching import suppress
+from bsdiff_rt.batching import suppress, without_mirror
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SAMPLERS, Preprocessing
 from bsdiff_rt.engine import load
@@ -49,6 +49,9 @@ def main(
     pairs_are: Annotated[str, typer.Option(help="What to call the pairs in the table.")] = "training pairs",
     steps: Annotated[str, typer.Option(help="Numbers of steps, comma separated.")] = ",".join(map(str, STEPS)),
     full: Annotated[int, typer.Option(help="Images per group for ddpm with all steps; 0 leaves it out.")] = 1,
+    mirror: Annotated[
+        bool | None, typer.Option("--mirror/--no-mirror", help="As of infer.", show_default="the bundle's")
+    ] = None,
     size: Annotated[int, typer.Option(help="Side at which images are compared, px; 0: each image's own.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
@@ -56,6 +59,7 @@ def main(
     """Print and write one row per group, sampler, number of steps, stage and detail."""
     model = open_bundle(bundle)
     schedule, prep = model.manifest.schedule, model.manifest.preprocessing
+    mirror = model.manifest.mirror if mirror is None else mirror
     groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
     groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
     settings = [(sampler, int(count)) for sampler in SAMPLERS for count in steps.split(",")]
@@ -67,8 +71,8 @@ def main(
                 some = images[:full] if count == schedule.train_steps else images
                 table = sampler_table(schedule, sampler, count)
                 started = time.monotonic()
-                found = [judge(runner, prep, table, pair, size) for pair in some]
-                row = {"group": group, "images": len(some), "sampler": sampler, "steps": count}
+                found = [judge(runner, prep, table, pair, size, mirror) for pair in some]
+                row = {"group": group, "images": len(some), "sampler": sampler, "steps": count, "mirror": mirror}
                 row["seconds"] = (time.monotonic() - started) / len(some)
                 for stage2, detail in found[0]:
                     figures = mean_quality([one[stage2, detail] for one in found]).as_dict()
@@ -88,20 +92,38 @@ def load_pairs(folder: Path) -> list[Pair]:
     return [(cxr, truth) for cxr, truth in read]
 
 
-def judge(runner: Runner, prep: Preprocessing, table: Table, pair: Pair, size: int) -> dict[tuple[bool, str], Quality]:
+def judge(
+    runner: Runner, prep: Preprocessing, table: Table, pair: Pair, size: int, mirror: bool
+) -> dict[tuple[bool, str], Quality]:
     """Quality by (stage 2 on, detail) of what `infer` would write, compared at `size` px; stage 1 runs once."""
     cxr, soft_tissue = pair
     cxr_net, placement = to_network(cxr, prep)
-    noise = [ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))]
-    first = suppress(runner, cxr_net[None, None], table, noise, enhance=False)
-    x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
-    runner.enhance(x, second)
+    noise = ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
     found = {}
-    for stage2, predicted in ((False, first[0, 0]), (True, second.clamp_(-1, 1)[0, 0].cpu().numpy())):
+    for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
         from_source = subtract_local_bone(cxr, cxr_net, predicted, placement)
         for detail, written in (("network", from_network(predicted, placement)), ("source", from_source)):
             found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))
     return found
+
+
+def both_stages(
+    runner: Runner, table: Table, cxr_net: Image, noise: ImageNoise, mirror: bool
+) -> tuple[tuple[Image, float], tuple[Image, float]]:
+    """What `infer` makes of one image without and with stage 2, [S, S] in [-1, 1], and the seconds each took.
+
+    Stage 1 runs once.
+    """
+    started = time.perf_counter()
+    passes = [cxr_net, cxr_net[:, ::-1]] if mirror else [cxr_net]
+    first = suppress(runner, np.stack(passes)[:, None], table, [noise] * len(passes), enhance=False)
+    between = time.perf_counter()
+    x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
+    runner.enhance(x, second)
+    results = (first, second.clamp_(-1, 1).cpu().numpy())
+    ended = time.perf_counter()
+    alone, both = (without_mirror(result) if mirror else result for result in results)
+    return (alone[0, 0], between - started), (both[0, 0], ended - started)
 
 
 def _at(image: Image, size: int) -> Image:

@@ -25,7 +25,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.batching import suppress
+from benchmarks.quality import both_stages
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.engine import load
@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Print both tables."""
     model, where = open_bundle(bundle), resolve_device(device)
-    settings = model.manifest.sampler
+    settings, mirror = model.manifest.sampler, model.manifest.mirror
     settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
     cases = read_cases(dataset, part, model.manifest.preprocessing)
     rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
@@ -90,16 +90,17 @@ def main(
     table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
     with load(model, "auto", where) as runner:
         kind, shortest = runner.name, sampler_table(model.manifest.schedule, settings.name, 1)
-        both_stages(runner, shortest, seed)(cases[0].cxr)  # the first call pays for what later ones find made
-        rows += judge(both_stages(runner, table, seed), cases, seed)
+        bs_diff(runner, shortest, seed, mirror)(cases[0].cxr)  # the first call pays for what later ones find made
+        rows += judge(bs_diff(runner, table, seed, mirror), cases, seed)
     print(f"{len(cases)} images of {len({case.patient for case in cases})} patients, {settings.name} in", end=" ")
-    print(f"{settings.steps} steps, {kind} on {where}; brackets: 95 % interval over patients; second line: the paper")
+    print(f"{settings.steps} steps{', mirror images averaged in' if mirror else ''}, {kind} on {where}; ", end="")
+    print("brackets: 95 % interval over patients; second line: the paper")
     print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])
     print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
     if output:
         head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "sampler": asdict(settings)}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
-        head |= {"runner": kind, "torch": torch.__version__, "images": len(cases), "seed": seed}
+        head |= {"runner": kind, "torch": torch.__version__, "images": len(cases), "seed": seed, "mirror": mirror}
         output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
@@ -137,19 +138,14 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
     return cases
 
 
-def both_stages(runner: Runner, table: Table, seed: int) -> Predict:
+def bs_diff(runner: Runner, table: Table, seed: int, mirror: bool) -> Predict:
     """BS-Diff: its two rows, stage 1 run once for both."""
 
     def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
-        noise = [ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))]
-        started = time.perf_counter()
-        first = suppress(runner, (cxr * 2 - 1)[None, None], table, noise, enhance=False)
-        between = time.perf_counter()
-        x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
-        runner.enhance(x, second)
-        enhanced = second.clamp_(-1, 1).cpu().numpy()
-        ended = time.perf_counter()
-        return {STAGE_1: (_unit(first), between - started), BOTH: (_unit(enhanced), ended - started)}
+        noise = ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
+        results = both_stages(runner, table, cxr * 2 - 1, noise, mirror)
+        names = (STAGE_1, BOTH)
+        return {name: ((image + 1) / 2, taken) for name, (image, taken) in zip(names, results, strict=True)}
 
     return predict
 
@@ -178,7 +174,8 @@ def comparator(path: Path, device: torch.device) -> Predict:
             raise SettingsError(f"{path}: made for images of {size} px, the bundle's are {cxr.shape[0]} px")
         started = time.perf_counter()
         (out,) = session.run(None, {"cxr": (cxr * 2 - 1)[None, None]})
-        return {TITLES.get(path.stem, path.stem): (_unit(np.clip(out, -1, 1)), time.perf_counter() - started)}
+        taken = time.perf_counter() - started
+        return {TITLES.get(path.stem, path.stem): ((np.clip(out[0, 0], -1, 1) + 1) / 2, taken)}
 
     return predict
 
@@ -225,11 +222,6 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']:24}" + "".join(f"{cell:>26}" for cell in cells) + f"{row['seconds']:13.3f}")
         paper = row["paper"] or {}
         print(f"{'  paper':24}" + "".join(f"{paper.get(key, '-'):>26}" for key, _ in COLUMNS))
-
-
-def _unit(x: NDArray[np.float32]) -> Image:
-    """[1, 1, S, S] in [-1, 1] to [S, S] in [0, 1]."""
-    return (x[0, 0] + 1) / 2
 
 
 if __name__ == "__main__":

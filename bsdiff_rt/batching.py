@@ -285,6 +285,18 @@ def suppress(
     return np.asarray(x_0.cpu().numpy(), dtype=np.float32)
 
 
+def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What becomes of images that were given to the networks mirrored as well: the mean of both, turned back.
+
+    Args:
+        passes: [2N, ..., S], each image's result and then that of its mirror image.
+
+    Returns:
+        [N, ..., S].
+    """
+    return (passes[::2] + passes[1::2, ..., ::-1]) * np.float32(0.5)
+
+
 def _enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
     """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]."""
     enhanced = torch.empty_like(x_0)

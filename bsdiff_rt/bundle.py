@@ -55,6 +55,7 @@ class Manifest:
         preprocessing: from a radiograph to the networks' input.
         detail: default of `infer --detail`.
         enhance: default of `infer --enhance`.
+        mirror: default of `infer --mirror`.
         training: provenance, free-form: data, steps, seeds, dates, figures.
         agreement: largest difference between eager and ONNX Runtime at export, per graph, and the tolerance.
         licence: of the weights.
@@ -72,6 +73,7 @@ class Manifest:
     preprocessing: Preprocessing
     detail: DetailName
     enhance: bool
+    mirror: bool
     training: dict[str, Any]
     agreement: dict[str, float]
     licence: str

@@ -81,6 +81,14 @@ def infer(
     enhance: Annotated[
         bool | None, typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Stage 2 on or off.")
     ] = None,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            show_default="the bundle's",
+            help="Average with the mirrored X-ray's result: better, twice the time.",
+        ),
+    ] = None,
     size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
     detail: Annotated[
         DetailName | None,
@@ -120,6 +128,7 @@ def infer(
         samples=samples,
         batch=_batch(batch),
         enhance=enhance,
+        mirror=mirror,
         size=size,
         detail=detail,
         format=output_format,

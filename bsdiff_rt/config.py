@@ -119,6 +119,7 @@ class InferSettings:
     samples: int = 1
     batch: int | None = None
     enhance: bool | None = None
+    mirror: bool | None = None
     size: Literal["source", "model"] = "source"
     detail: DetailName | None = None
     format: Literal["auto", "png", "dicom"] = "auto"

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import Preprocessing
 
-# How `tone_of` tells a change of overall tone from bones (ribs, clavicles): on a square of TONE_PX, within a window wider
-# than a bone, TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian.
+# How `tone_of` tells a change of overall tone from bones (ribs, clavicles): on a square of TONE_PX, within a window
+# wider than a bone, TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian.
 TONE_PX = 64
 TONE_WINDOW_PX = 15
 TONE_PERCENTILE = 25
@@ -138,8 +138,9 @@ def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     values = windows.reshape(*small.shape, -1)
     rank = round((values.shape[-1] - 1) * TONE_PERCENTILE / 100)
     envelope = np.ascontiguousarray(np.partition(values, rank, axis=-1)[..., rank])
-    smooth = cv2.GaussianBlur(envelope, (0, 0), TONE_SIGMA_PX * side * scale / TONE_PX, borderType=cv2.BORDER_REFLECT)
-    return _resize(smooth, height, width)
+    sigma = TONE_SIGMA_PX * side * scale / TONE_PX
+    smooth = cv2.GaussianBlur(envelope, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+    return _resize(np.asarray(smooth, dtype=np.float32), height, width)
 
 
 def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:

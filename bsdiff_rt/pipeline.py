@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt import __version__
-from bsdiff_rt.batching import Suppressor, auto_batch, out_of_memory
+from bsdiff_rt.batching import Suppressor, auto_batch, out_of_memory, without_mirror
 from bsdiff_rt.bundle import file_sha256, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.derived import Derivation, write_derived
@@ -67,8 +67,10 @@ class Inference:
             sampler=sampler,
             steps=own_steps if settings.steps is None else settings.steps,
             enhance=manifest.enhance if settings.enhance is None else settings.enhance,
+            mirror=manifest.mirror if settings.mirror is None else settings.mirror,
             detail=settings.detail or manifest.detail,
         )
+        self._passes = settings.samples * (2 if self.settings.mirror else 1)  # of each image through the networks
         self.table: Table = sampler_table(manifest.schedule, sampler, self.settings.steps or 0)
         for seed in (settings.seed, settings.seed + settings.samples - 1):
             ImageNoise(seed, b"")  # refuses a seed out of range before any work is done
@@ -76,7 +78,7 @@ class Inference:
         self.batch = settings.batch or 1  # images the networks are given at once; resolved when the runner is loaded
         self._choice = choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine)
         # What decides the pixels. Batch and device do not: noise belongs to the image.
-        names = ("sampler", "steps", "seed", "samples", "enhance", "size", "detail", "format", "sop")
+        names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "size", "detail", "format", "sop")
         decisive = {name: getattr(self.settings, name) for name in names}
         decisive |= {"runner": self._choice.runner, "precision": self._choice.precision}
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))
@@ -154,7 +156,7 @@ class Inference:
                 yield outcome
                 continue
             batch.append(outcome)
-            if (len(batch) + 1) * self.settings.samples > self.batch:  # one more would begin another batch
+            if (len(batch) + 1) * self._passes > self.batch:  # one more would begin another batch
                 yield batch
                 batch = []
         if batch:
@@ -163,15 +165,14 @@ class Inference:
     def _do(
         self, batch: list[Ready], suppressor: Suppressor, writers: ThreadPoolExecutor, ledger: Ledger
     ) -> Iterator[Future[None]]:
-        """Both networks on every sample of some files, then hand each file to a writer, which enters it in the ledger.
+        """Both networks on every pass of some files, then hand each file to a writer, which enters it in the ledger.
 
         A backend without the memory for this batch gets smaller ones from now on. One that fails otherwise (any
         RuntimeError) fails these files; the next ones may fit.
         """
         started = time.monotonic()
-        samples = [(ready, number) for ready in batch for number in range(self.settings.samples)]
         try:
-            results = list(self._order(samples, suppressor, writers))
+            results = list(self._order(batch, suppressor, writers))
         except (RuntimeError, MemoryError) as error:
             logger.debug("a batch failed", exc_info=True)
             smaller = max(self.batch // 2, suppressor.smallest)
@@ -189,41 +190,49 @@ class Inference:
             ledger.add(self._finish(ready, mine, started, len(batch)))
 
         for index, ready in enumerate(batch):
-            mine = results[index * self.settings.samples : (index + 1) * self.settings.samples]
+            mine = results[index * self._passes : (index + 1) * self._passes]
             yield writers.submit(finish, ready, mine)
 
     def _order(
-        self, samples: list[tuple[Ready, int]], suppressor: Suppressor, writers: ThreadPoolExecutor
+        self, files: list[Ready], suppressor: Suppressor, writers: ThreadPoolExecutor
     ) -> Iterator[Future[NDArray[np.float32]]]:
-        """Give the networks `batch` samples at a time; each one's result, [S, S], is fetched by a writer thread."""
-        for first in range(0, len(samples), self.batch):
-            part = samples[first : first + self.batch]
-            host = suppressor.submit(
-                [ready.cxr_net for ready, _ in part],
-                [ImageNoise(self.settings.seed + number, ready.radiograph.pixel_digest) for ready, number in part],
-            )
+        """Give the networks `batch` passes at a time; each one's result, [S, S], is fetched by a writer thread.
+
+        Passes of a file: its samples, one after another, each followed by that of its mirror image where asked for.
+        """
+        passes = []
+        for ready in files:
+            for number in range(self.settings.samples):
+                noise = ImageNoise(self.settings.seed + number, ready.radiograph.pixel_digest)
+                passes.append((ready.cxr_net, noise))
+                if self.settings.mirror:
+                    passes.append((ready.cxr_net[:, ::-1], noise))
+        for first in range(0, len(passes), self.batch):
+            part = passes[first : first + self.batch]
+            host = suppressor.submit([cxr_net for cxr_net, _ in part], [noise for _, noise in part])
             for place in range(len(part)):  # before anything waits for them: they free the memory for the next part
                 yield writers.submit(host.take, place)
 
     def _finish(
         self, ready: Ready, results: list[Future[NDArray[np.float32]]], started: float, files: int
     ) -> FileEntry:
-        """Wait for a file's samples and write their mean; `started` is when its batch of `files` files was begun."""
+        """Wait for a file's passes and write what they give; `started` is when its batch of `files` files was begun."""
         try:
-            samples = np.stack([result.result() for result in results])
+            passes = np.stack([result.result() for result in results])
         except RuntimeError as error:
             reason = f"the networks failed ({one_line(error)}); nothing was written"
             return not_done(ready.task, "failed", reason, started - ready.seconds)
         share = (time.monotonic() - started) / files
-        return self._write(replace(ready, seconds=ready.seconds + share), samples)
+        return self._write(replace(ready, seconds=ready.seconds + share), passes)
 
-    def _write(self, ready: Ready, samples: NDArray[np.float32]) -> FileEntry:
+    def _write(self, ready: Ready, passes: NDArray[np.float32]) -> FileEntry:
         """Bring one result to its output matrix and write it; a result that is no image fails its file."""
         started = time.monotonic()
         path = self.settings.output / ready.output
         try:
-            for sample in samples:
-                _check_result(sample)
+            for one in passes:
+                _check_result(one)
+            samples = without_mirror(passes) if self.settings.mirror else passes
             soft_tissue = self._to_output(ready, samples.mean(0, dtype=np.float64).astype(np.float32))
             if self.settings.samples > 1:
                 self._write_uncertainty(ready, samples)
@@ -285,6 +294,7 @@ class Inference:
             description=(
                 f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}, "
                 f"{settings.steps} steps, seed {settings.seed}, stage 2 {'on' if settings.enhance else 'off'}, "
+                f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
                 f"network matrix {size} x {size}, detail from {settings.detail}, "
                 f"runner {report.settings['runner']} {report.settings['precision']}. Not for diagnostic use."
             ),

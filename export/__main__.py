@@ -95,6 +95,7 @@ def export_checkpoints(
     steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
     detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = "network",
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
+    mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
     clahe: Annotated[float, typer.Option(min=0, help="CLAHE clip limit of the training data; 0: none.")] = 0.0,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "MIT",
     training: Annotated[Path | None, typer.Option(help="JSON file with the provenance of the weights.")] = None,
@@ -119,6 +120,7 @@ def export_checkpoints(
         preprocessing=Preprocessing(size=first["size"], clahe_clip_limit=clahe),
         detail=detail,
         enhance=enhance,
+        mirror=mirror,
         licence=licence,
         training=provenance | {"denoiser_steps": first["step"], "enhancer_steps": second["step"]},
     )

@@ -36,7 +36,7 @@ class BundleOptions:
         name: of the model.
         sampler: default sampler and steps.
         preprocessing: what training used.
-        detail, enhance: defaults of `infer`.
+        detail, enhance, mirror: defaults of `infer`.
         licence: of the weights.
         training: provenance, free-form.
     """
@@ -46,6 +46,7 @@ class BundleOptions:
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     detail: DetailName = "network"
     enhance: bool = True
+    mirror: bool = False
     licence: str = "MIT"
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -93,6 +94,7 @@ def write_bundle(
             preprocessing=options.preprocessing,
             detail=options.detail,
             enhance=options.enhance,
+            mirror=options.mirror,
             training=options.training,
             agreement=agreement,
             licence=options.licence,

@@ -47,7 +47,7 @@ def test_help_shows_every_option_with_its_default(cli, command):
     if command == "infer":
         for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
             assert default in shown.out
-        assert shown.out.count("the bundle's") == 4  # sampler, steps, enhance, detail
+        assert shown.out.count("the bundle's") == 5  # sampler, steps, enhance, mirror, detail
 
 
 def test_version(cli):
@@ -198,10 +198,8 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
 
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
-    options = (
-        "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3 --no-enhance"
-    )
-    more = "--size model --detail source --format png --sop sc --preview --overwrite --force"
+    options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
+    more = "--no-enhance --mirror --size model --detail source --format png --sop sc --preview --overwrite --force"
     assert infer(*options.split(), *more.split()).code == 0
     assert report_of(tmp_path / "out")["settings"] == {
         "sampler": "ddpm",
@@ -209,6 +207,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         "seed": 9,
         "samples": 2,
         "enhance": False,
+        "mirror": True,
         "size": "model",
         "detail": "source",
         "format": "png",

@@ -114,7 +114,7 @@ def test_format_depth_and_matrix(run, toy, tmp_path, source, bits, file_format, 
         result = derived.pixel_array
         assert (derived.BitsStored, derived.BitsAllocated) == (bits, 8 if bits == 8 else 16)
         assert "BONE_SUPPRESSED" in derived.ImageType
-        assert "ddim, 3 steps, seed 0, stage 2 on" in derived.DerivationDescription
+        assert "ddim, 3 steps, seed 0, stage 2 on, network matrix" in derived.DerivationDescription
     assert result.shape == (rows, columns)
     # The picture the toy makes: 0.9 (0.7 cxr +- 0.2) in [-1, 1], at every depth on the same scale.
     shown = result / (2**bits - 1)
@@ -149,6 +149,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "seed": 7,
         "samples": 1,
         "enhance": True,
+        "mirror": False,
         "size": "source",
         "detail": "network",
         "format": "auto",
@@ -727,6 +728,42 @@ def test_samples_are_averaged_and_their_deviation_is_written(run, toy, tmp_path,
     assert [entry.status for entry in again.values()] == ["skipped"] * 2
     run(seed=7, samples=3, overwrite=True)
     assert pixels(tmp_path / "out" / "uncertainty" / "sub" / "0.png").shape == SHAPE
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_the_mirrored_result_is_averaged_in(run, toy, tmp_path, monkeypatch, batch):
+    """With a network that leans: it adds something to the left half, whatever is shown there."""
+
+    def lean(x_t, cxr, _, out):
+        torch.add(0.7 * cxr, torch.tanh(x_t), alpha=0.1, out=out)
+        out[..., : out.shape[-1] // 2] += 0.1
+
+    monkeypatch.setattr(toy, "denoise", lean)
+    for seed in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        picture = np.rint(chest(64, 64, seed) * 65535).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / "in" / f"{seed}.png"), picture)
+    settings = {"sampler": "ddim", "steps": 1, "samples": 2, "enhance": False, "overwrite": True, "batch": batch}
+    results = []
+    for mirror in (None, True):
+        run(**settings, mirror=mirror)
+        assert report_of(tmp_path / "out")["settings"]["mirror"] is bool(mirror)  # the bundle's default is without
+        results.append([pixels(tmp_path / "out" / f"{seed}.png").astype(float) for seed in range(2)])
+        # Still a deviation between two seeds, not between an image and its mirror image.
+        deviation = [pixels(tmp_path / "out" / "uncertainty" / f"{seed}.png") for seed in range(2)]
+        assert all(0.01 < plane.mean() / 65535 < 0.04 for plane in deviation)
+    for alone, both in zip(*results, strict=True):
+        left, right = np.split(both - alone, 2, axis=1)
+        share = 0.1 / 2 / 2 * 65535  # in [0, 1] and on both halves: half of what leans; the noise averages out
+        assert left.mean() == pytest.approx(-share, rel=0.1)
+        assert right.mean() == pytest.approx(share, rel=0.1)
+
+
+def test_a_derived_object_says_that_mirror_images_are_in_it(run, toy, tmp_path):
+    dicom(tmp_path / "in" / "a.dcm")
+    run(mirror=True)
+    described = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
+    assert "averaged with the mirrored image, network matrix" in described
 
 
 def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):

@@ -8,6 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.quality import app, load_pairs
+from bsdiff_rt.config import InferSettings
+from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.metrics import mean_quality, quality
+from bsdiff_rt.pipeline import Inference
 from train.phantoms import write_pairs
 
 
@@ -37,6 +41,24 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
     assert all(np.isfinite(row["bsr"]) for row in rows)
     one_step = [row for row in first if row["steps"] == 1 and not row["stage2"] and row["detail"] == "network"]
     assert len({row["bsr"] for row in one_step}) == 1  # one step is the same for every sampler: x0 of t = 999
+
+
+def test_mirrored_rows_are_what_infer_writes(phantoms, tiny_bundle, tmp_path):
+    path = tmp_path / "q.json"
+    arguments = ["--bundle", tiny_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
+    arguments += ["--device", "cpu", "--json", path]
+    assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
+    rows = {(row["sampler"], row["stage2"], row["detail"]): row for row in json.loads(path.read_text())["rows"]}
+    settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(tiny_bundle)}
+    for enhance in (False, True):
+        inference = Inference(InferSettings(output=tmp_path / str(enhance), enhance=enhance, **settings))
+        inputs = sorted(phantoms.glob("*_cxr.png"))
+        inference.run(inference.tasks(inputs))
+        found = []
+        for cxr, (shown, truth) in zip(inputs, load_pairs(phantoms), strict=True):
+            found.append(quality(shown, truth, read_result(tmp_path / str(enhance) / cxr.name, 16)))
+        # Written at 16 bits.
+        assert rows["ddim", enhance, "network"]["psnr"] == pytest.approx(mean_quality(found).psnr, abs=1e-3)
 
 
 def test_all_steps_run_on_fewer_images(phantoms, tiny_bundle, tmp_path, monkeypatch):

@@ -24,7 +24,9 @@ from export import bundle as module
 from export.bundle import TOLERANCE, BundleOptions, check_agreement, write_bundle
 
 PRESET = PRESETS["tiny"]
-OPTIONS = BundleOptions("again", SamplerSettings("ddim", 5), Preprocessing(64), detail="source", enhance=False)
+OPTIONS = BundleOptions(
+    "again", SamplerSettings("ddim", 5), Preprocessing(64), detail="source", enhance=False, mirror=True
+)
 
 
 def networks(*seeds):
@@ -57,7 +59,8 @@ def test_a_bundle_that_opens(write, tmp_path):
     bundle = open_bundle(tmp_path / "new")
     assert bundle.manifest == manifest
     assert {path.name for path in bundle.folder.iterdir()} == {*FILES, MANIFEST}
-    assert (manifest.name, manifest.preset, manifest.detail, manifest.enhance) == ("again", "tiny", "source", False)
+    assert (manifest.name, manifest.preset) == ("again", "tiny")
+    assert (manifest.detail, manifest.enhance, manifest.mirror) == ("source", False, True)
     assert manifest.sampler == SamplerSettings("ddim", 5)
     assert manifest.files == {name: file_sha256(tmp_path / "new" / name) for name in FILES}
     assert [path.name for path in tmp_path.iterdir()] == ["new"]  # no work folder left
