@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from bsdiff_rt.dicom import is_dicom
+from bsdiff_rt.preview import FILE_NAME as PREVIEW
+from bsdiff_rt.report import results_in
+
+logger = logging.getLogger(__name__)
 
 RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
@@ -36,8 +41,9 @@ def find_tasks(
     """Every file to do, in the order given, folders in sorted order.
 
     Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
-    what else lies there is not an input. A file named by the user always is one. The output folder is never searched,
-    and no result replaces an input.
+    what else lies there is not an input, and neither is what an earlier run wrote into a folder below one that is
+    searched. A file named by the user always is one. The output folder is never searched, and no result replaces an
+    input.
 
     Args:
         inputs: files and folders.
@@ -90,16 +96,27 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
                 yield given, None, "it is the output folder, which is never searched; choose another --output"
                 continue
             closed: list[OSError] = []
+            results: set[Path] = set()  # of earlier runs, in folders come by so far
             for folder, folders, names in os.walk(given, onerror=closed.append):
                 here = Path(folder)
                 folders[:] = sorted(n for n in folders if not n.startswith(".") and _real(here / n) != excluded)
+                if here != Path(given) and (found := results_in(here)):
+                    logger.info("%s: results of an earlier run are left out; name the folder to do them", here)
+                    results |= {here / PREVIEW}
+                    for result in found:
+                        results |= {here / result, uncertainty_path(here, result)}
                 for file in (here / name for name in sorted(names)):
-                    if is_input(file):
+                    if file not in results and is_input(file):
                         yield _checked(file, file.relative_to(given))
             for error in closed:
                 yield Path(error.filename), None, f"cannot be searched: {error.strerror}"
         else:
             yield _checked(given, Path(given.name))
+
+
+def uncertainty_path(folder: Path, output: Path | str) -> Path:
+    """Where the deviation of a result's samples goes."""
+    return folder / UNCERTAINTY / Path(output).with_suffix(".png")
 
 
 def _real(path: Path) -> str:

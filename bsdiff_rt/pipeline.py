@@ -23,7 +23,7 @@ from bsdiff_rt.batching import Suppressor, auto_batch, out_of_memory, without_mi
 from bsdiff_rt.bundle import file_sha256, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.derived import Derivation, write_derived
-from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks
+from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import choose, load_chosen
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
@@ -32,7 +32,7 @@ from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.preview import ROWS, Preview
 from bsdiff_rt.raster import write_png
-from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of, uncertainty_path
+from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of
 from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_before
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner

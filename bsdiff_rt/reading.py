@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.dicom import is_dicom, read_dicom
-from bsdiff_rt.discover import DICOM_SUFFIXES, UNCERTAINTY, Task
+from bsdiff_rt.discover import DICOM_SUFFIXES, Task, uncertainty_path
 from bsdiff_rt.errors import BsdiffError, InputRefused
 from bsdiff_rt.intensity import Placement, to_network
 from bsdiff_rt.radiograph import Radiograph
@@ -97,11 +97,6 @@ class Reader:
             and file_sha256(path) == entry.sha256
             and (self._settings.samples == 1 or uncertainty_path(self._settings.output, output).is_file())
         )
-
-
-def uncertainty_path(folder: Path, output: Path | str) -> Path:
-    """Where the deviation of a result's samples goes."""
-    return folder / UNCERTAINTY / Path(output).with_suffix(".png")
 
 
 def read_radiograph(path: Path, *, force_view: bool = False) -> Radiograph:

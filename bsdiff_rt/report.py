@@ -165,6 +165,17 @@ def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
     return done
 
 
+def results_in(folder: Path) -> set[Path]:
+    """Results an earlier run says it wrote into `folder`, relative to it; empty where no run's report.json lies."""
+    try:
+        content = json.loads((folder / FILE_NAME).read_text())
+        if "bsdiff_rt" not in content:
+            return set()
+        return {Path(entry["output"]) for entry in content["files"] if entry["output"]}
+    except (OSError, ValueError, KeyError, TypeError):  # another program's, or damaged
+        return set()
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions and machine, without user or host names."""
     return {

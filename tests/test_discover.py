@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -153,6 +154,27 @@ def test_the_output_folder_is_not_searched(folder, monkeypatch):
     assert list(results(Path(), output=Path("out")).values()) == expected
     (folder.parent / "elsewhere").symlink_to(folder / "out")
     assert list(results(folder, output=folder.parent / "elsewhere").values()) == expected
+
+
+def test_results_of_an_earlier_run_are_no_inputs(folder, caplog):
+    """A folder of results below the X-rays: what its report names, its preview and its maps; nothing else there."""
+    earlier = folder / "sub" / "old"
+    put(folder / "a.png", earlier / "a.png", earlier / "b" / "c.png", earlier / "preview.png", earlier / "new.png")
+    put(earlier / "uncertainty" / "a.png", earlier / "uncertainty" / "new.png", folder / "preview.png")
+    files = [{"output": "a.png"}, {"output": "b/c.png"}, {"output": None}]
+    (earlier / "report.json").write_text(json.dumps({"bsdiff_rt": "1", "files": files}))
+    caplog.set_level("INFO")
+    left = {"in/a.png", "in/preview.png", "in/sub/old/new.png", "in/sub/old/uncertainty/new.png"}
+    assert set(results("in")) == left
+    assert "in/sub/old: results of an earlier run are left out" in caplog.text
+    assert len(results("in/sub/old")) == 6  # named by the user
+
+
+@pytest.mark.parametrize("report", ["", "[]", "{}", '{"bsdiff_rt": "1"}', '{"files": [{"output": "a.png"}]}'])
+def test_a_report_that_is_none_of_ours_says_nothing(folder, report):
+    put(folder / "sub" / "a.png")
+    (folder / "sub" / "report.json").write_text(report)
+    assert set(results("in")) == {"in/sub/a.png"}
 
 
 def test_the_output_folder_as_input_is_refused(folder):
