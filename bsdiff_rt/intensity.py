@@ -24,6 +24,11 @@ TONE_WINDOW_PX = 15
 TONE_PERCENTILE = 25
 TONE_SIGMA_PX = 2.5
 
+# How `bone_share` compares bone with X-ray: around each pixel of the square (standard deviation of a Gaussian), against
+# this variance of noise, grey levels in [0, 1].
+SHARE_SIGMA_PX = 1.5
+SHARE_NOISE = 1e-4
+
 CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
 
 
@@ -99,8 +104,9 @@ def subtract_local_bone(
 ) -> NDArray[np.float32]:
     """Subtract the networks' bone layer, without the change of tone in it, from the source (`--detail source`).
 
-    bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)). The source's tone and sharpness
-    stay; what the networks see only as a change of overall tone is left in.
+    bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)) - bone_share * detail, where detail
+    is what of the source is too fine for the networks' matrix. The source's tone stays, and so does its sharpness but
+    for the edges of bones; what the networks see only as a change of overall tone is left in.
 
     Args:
         cxr: [H, W], float32, in [0, 1], the source.
@@ -111,10 +117,36 @@ def subtract_local_bone(
     Returns:
         [H, W], float32, in [0, 1].
     """
-    bone = _crop(cxr_net, placement) - _crop(soft_tissue_net, placement)
-    local_bone = _resize(bone - tone_of(bone, placement.size), placement.rows, placement.columns)
     # The networks' range is twice as wide as [0, 1].
-    return _unit(cxr - local_bone / np.float32(2))
+    shown, soft_tissue = (_crop(image, placement) / np.float32(2) for image in (cxr_net, soft_tissue_net))
+    bone = shown - soft_tissue
+    share = np.clip(_resize(bone_share(shown, bone), *cxr.shape), 0, 1)
+    detail = cxr - _resize(_resize(cxr, placement.height, placement.width), *cxr.shape)
+    return _unit(cxr - _resize(bone - tone_of(bone, placement.size), *cxr.shape) - share * detail)
+
+
+def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How much of the X-ray's contrast around each pixel is bone: the slope of bone over X-ray.
+
+    The linear coefficient of the guided filter (He et al., IEEE TPAMI 35, 2013, equation 5, with Gaussian weights). At
+    a bone's edge both images rise together (1), at a vessel's the X-ray alone (0); finer structure at the same place is
+    taken for bone to the same share.
+
+    Args:
+        cxr: [h, w], float32, a grey scale 1 wide.
+        bone: [h, w], float32, the same scale.
+
+    Returns:
+        [h, w], float32, in [0, 1].
+    """
+
+    def mean(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(cv2.GaussianBlur(image, (0, 0), SHARE_SIGMA_PX), dtype=np.float32)
+
+    cxr, bone = cxr - cxr.mean(), bone - bone.mean()  # small numbers: the differences below keep their digits
+    variance = np.maximum(mean(cxr * cxr) - mean(cxr) ** 2, 0)
+    slope = (mean(cxr * bone) - mean(cxr) * mean(bone)) / (variance + np.float32(SHARE_NOISE))
+    return _unit(slope)
 
 
 def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
