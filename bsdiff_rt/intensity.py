@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import Preprocessing
 
-# How `tone_of` tells a change of overall tone from bones (ribs, clavicles): on a square of TONE_PX, within a window
-# wider than a bone, TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian.
+# How `tone_of` tells a change of overall tone from bones: on a square of TONE_PX, within a window wider than a bone,
+# TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian a sixth as wide.
 TONE_PX = 64
-TONE_WINDOW_PX = 15
 TONE_PERCENTILE = 25
-TONE_SIGMA_PX = 2.5
+# Windows, px of that square. The one holds two ribs and what lies between: broader structure in a network's bone layer
+# may be its mistake about a foreign picture's tone. The other holds any bone, for a layer that is known to be true.
+RIBS_WINDOW_PX = 7
+BONES_WINDOW_PX = 15
 
 # How `bone_share` compares bone with X-ray: around each pixel of the square (standard deviation of a Gaussian), against
 # this variance of noise, grey levels in [0, 1].
@@ -106,7 +108,8 @@ def subtract_local_bone(
 
     bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)) - bone_share * detail, where detail
     is what of the source is too fine for the networks' matrix. The source's tone stays, and so does its sharpness but
-    for the edges of bones; what the networks see only as a change of overall tone is left in.
+    for the edges of bones. What the networks see only as a change of overall tone is left in, and so is the inside of
+    bones broader than two ribs (vertebrae).
 
     Args:
         cxr: [H, W], float32, in [0, 1], the source.
@@ -122,7 +125,7 @@ def subtract_local_bone(
     bone = shown - soft_tissue
     share = np.clip(_resize(bone_share(shown, bone), *cxr.shape), 0, 1)
     detail = cxr - _resize(_resize(cxr, placement.height, placement.width), *cxr.shape)
-    return _unit(cxr - _resize(bone - tone_of(bone, placement.size), *cxr.shape) - share * detail)
+    return _unit(cxr - _resize(bone - tone_of(bone, placement.size, RIBS_WINDOW_PX), *cxr.shape) - share * detail)
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,7 +152,7 @@ def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[n
     return _unit(slope)
 
 
-def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+def tone_of(bone: NDArray[np.float32], side: int, window_px: int) -> NDArray[np.float32]:
     """The change of tone in a layer X-ray - soft tissue: its smooth lower envelope. What rises above it is bone.
 
     An envelope and not a mean (a Gaussian): bone only ever adds, so a mean would leave a part of every bone in the
@@ -157,7 +160,8 @@ def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
 
     Args:
         bone: [h, w], float32, any range.
-        side: of the square that the layer is (part of), px; scales the window.
+        side: of the square that the layer is (part of), px.
+        window_px: side of the window, px of a square of TONE_PX.
 
     Returns:
         [h, w], float32.
@@ -165,12 +169,12 @@ def tone_of(bone: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     height, width = bone.shape
     scale = min(TONE_PX / side, 1.0)
     small = _resize(bone, max(1, round(height * scale)), max(1, round(width * scale)))
-    reach = max(1, round(TONE_WINDOW_PX * side * scale / TONE_PX) // 2)
+    reach = max(1, round(window_px * side * scale / TONE_PX) // 2)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(small, reach, mode="symmetric"), (2 * reach + 1,) * 2)
     values = windows.reshape(*small.shape, -1)
     rank = round((values.shape[-1] - 1) * TONE_PERCENTILE / 100)
     envelope = np.ascontiguousarray(np.partition(values, rank, axis=-1)[..., rank])
-    sigma = TONE_SIGMA_PX * side * scale / TONE_PX
+    sigma = window_px / 6 * side * scale / TONE_PX
     smooth = cv2.GaussianBlur(envelope, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
     return _resize(np.asarray(smooth, dtype=np.float32), height, width)
 

@@ -8,7 +8,17 @@ import pytest
 from synthetic import chest
 
 from bsdiff_rt.config import Preprocessing
-from bsdiff_rt.intensity import bone_share, equalize, from_network, place, subtract_local_bone, to_network, tone_of
+from bsdiff_rt.intensity import (
+    BONES_WINDOW_PX,
+    RIBS_WINDOW_PX,
+    bone_share,
+    equalize,
+    from_network,
+    place,
+    subtract_local_bone,
+    to_network,
+    tone_of,
+)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(256, 256), (256, 200), (101, 256)])
@@ -179,7 +189,7 @@ def bones(side: int, gap: int, wide: int) -> np.ndarray:
 
 def test_tone_is_what_lies_between_bones():
     tone = np.tile(np.linspace(-0.2, 0.3, 256, dtype=np.float32), (256, 1))
-    found = tone_of(tone + bones(256, 32, 14), 256)
+    found = tone_of(tone + bones(256, 32, 14), 256, BONES_WINDOW_PX)
     # The envelope is the lower quarter of a window that the ramp climbs 0.12 in: it lies up to half of that below.
     assert np.abs(found - tone)[:, 32:-32].max() < 0.06
 
@@ -187,11 +197,15 @@ def test_tone_is_what_lies_between_bones():
 @pytest.mark.parametrize("side", [32, 64, 128, 512])
 def test_the_window_scales_with_the_square(side):
     layer = bones(side, side // 8, side // 16)
-    assert np.abs(tone_of(layer, side)).max() < 1e-3
+    assert np.abs(tone_of(layer, side, BONES_WINDOW_PX)).max() < 1e-3
     wide = bones(side, side, side // 2)  # wider than any bone: tone
-    assert tone_of(wide, side)[side // 4, side // 2] > 0.95
+    assert tone_of(wide, side, BONES_WINDOW_PX)[side // 4, side // 2] > 0.95
+    vertebrae = np.roll(bones(side, side, side // 8), side // 2, axis=0)  # broader than two ribs, but bone
+    inside = (side // 2 + side // 16, side // 2)
+    assert tone_of(vertebrae, side, RIBS_WINDOW_PX)[inside] > 0.7
+    assert tone_of(vertebrae, side, BONES_WINDOW_PX)[inside] < 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 256), (256, 1), (3, 200), (256, 200)])
 def test_tone_of_a_narrow_picture(shape):
-    np.testing.assert_allclose(tone_of(np.full(shape, 0.3, np.float32), 256), 0.3, atol=1e-6)
+    np.testing.assert_allclose(tone_of(np.full(shape, 0.3, np.float32), 256, RIBS_WINDOW_PX), 0.3, atol=1e-6)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import tone_of
+from bsdiff_rt.intensity import BONES_WINDOW_PX, tone_of
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
@@ -147,11 +147,11 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
-    """The truth in the X-ray's tone: what `--detail source` makes of a perfect result. Both [S, S].
+    """The truth in the X-ray's tone: what `--detail source` would make of it with a window for any bone. Both [S, S].
 
     Returns: [S, S] float32 in [0, 1].
     """
-    matched: Image = np.clip(soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0]), 0.0, 1.0)
+    matched: Image = np.clip(soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX), 0.0, 1.0)
     return matched
 
 
