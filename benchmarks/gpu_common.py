@@ -119,6 +119,7 @@ def _write_weights(model: Model, preset: str, folder: Path) -> None:
         preprocessing=Preprocessing(size=model.size),
         detail="network",
         enhance=model.enhance,
+        mirror=model.mirror,
         training={},
         agreement={},
         licence="none",

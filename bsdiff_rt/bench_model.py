@@ -44,6 +44,7 @@ class Model:
         sampler: the model's own sampler and number of steps.
         size: side of its images, px.
         enhance: whether stage 2 is part of an image.
+        mirror: whether `infer` gives an image to the networks twice; what is timed is once.
         bundle: where the weights are; None for random ones, made in memory.
     """
 
@@ -54,6 +55,7 @@ class Model:
     sampler: SamplerSettings
     size: int
     enhance: bool
+    mirror: bool = False
     bundle: Bundle | None = None
 
     def networks(self) -> tuple[Denoiser, Enhancer]:
@@ -89,6 +91,7 @@ def open_model(name_or_folder: str) -> Model:
         manifest.sampler,
         manifest.preprocessing.size,
         manifest.enhance,
+        manifest.mirror,
         bundle,
     )
 

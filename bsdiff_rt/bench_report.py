@@ -150,6 +150,7 @@ def head(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps,
         "train_steps": model.schedule.train_steps,
         "enhance": model.enhance,
+        "mirror": model.mirror,
         "repeats": plan.repeats,
         "image_repeats": plan.image_repeats,
         "work_per_image": {"denoiser": asdict(denoiser), "enhancer": asdict(enhancer)},
@@ -245,10 +246,11 @@ def notes(found: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in found["matmul_tflops"].items())
     work = found["work_per_image"]["denoiser"]["flop"]
     stage_2 = "stage 2 included" if found["enhance"] else "without stage 2"
+    mirror = ", one of the two passes that infer makes of it (--mirror)" if found["mirror"] else ""
     lines = [
         f"{found['device']}; {found['bundle']['name']}, {found['size_px']} px; image: {found['sampler']}, "
-        f"{found['steps']} steps, {stage_2}; medians of {found['repeats']} steps and {found['image_repeats']} images, "
-        "measured in turn",
+        f"{found['steps']} steps, {stage_2}{mirror}; medians of {found['repeats']} steps and {found['image_repeats']} "
+        "images, measured in turn",
         f"one step is {work / 1e9:.4g} GFLOP per image; matrix products here reach, in TFLOP/s: {rates}; "
         f"copies {found['copy_gb_s']:.3g} GB/s",
     ]

@@ -478,7 +478,7 @@ def test_help_names_every_default(cli):
 
 def test_notes(clock):
     found = {"device": "D", "bundle": {"name": "b"}, "size_px": 8, "sampler": "ddim", "steps": 2, "enhance": False}
-    found |= {"repeats": 5, "image_repeats": 1, "matmul_tflops": {"fp32": 0.5}, "copy_gb_s": 12.0}
+    found |= {"repeats": 5, "image_repeats": 1, "matmul_tflops": {"fp32": 0.5}, "copy_gb_s": 12.0, "mirror": False}
     found |= {"work_per_image": {"denoiser": {"flop": 3e9}}}
     found["not_measured"] = [{"name": "aoti", "batch": 4, "reason": "why"}, {"name": "x", "batch": None, "reason": "w"}]
     conditions_line, work, first, second = notes(found)
@@ -486,6 +486,7 @@ def test_notes(clock):
         conditions_line
         == "D; b, 8 px; image: ddim, 2 steps, without stage 2; medians of 5 steps and 1 images, measured in turn"
     )
+    assert "without stage 2, one of the two passes that infer makes" in notes(found | {"mirror": True})[0]
     assert work == "one step is 3 GFLOP per image; matrix products here reach, in TFLOP/s: fp32 0.5; copies 12 GB/s"
     assert (first, second) == ("not measured: aoti, batch 4: why", "not measured: x: w")
 
