@@ -90,7 +90,8 @@ def test_times_are_uniform_for_eps_and_lean_to_the_noisy_end_otherwise():
     uniform = draw_times(rng, Schedule(objective="eps"), 20000)
     assert float((uniform >= 900).double().mean()) == pytest.approx(0.1, abs=0.01)
     leaning = draw_times(rng, Schedule(objective="x0"), 20000)
-    assert float((leaning >= 900).double().mean()) == pytest.approx(0.55, abs=0.015)
+    # 80 % drawn from there, and a tenth of the rest.
+    assert float((leaning >= 900).double().mean()) == pytest.approx(0.82, abs=0.015)
     assert int(leaning.max()) == 999
 
 
