@@ -1,6 +1,6 @@
 """Quality against steps: BSR (Yang), PSNR and SSIM of every sampler, without and with stage 2.
 
-    python -m benchmarks.quality --phantoms 8 --pairs FOLDER --json benchmarks/results/quality.json
+    python -m benchmarks.quality --phantoms HELD_OUT --pairs FOLDER --json benchmarks/results/quality.json
 
 Held-out phantoms are ones no training sees (the seeds `python -m train phantoms` starts at). Pairs given with --pairs
 are named in the output as what they are for the model at hand: training pairs, if it was trained on them.
@@ -20,7 +20,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.batching import suppress, without_mirror
+from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SAMPLERS, Preprocessing
 from bsdiff_rt.engine import load
@@ -118,11 +118,9 @@ def both_stages(
     passes = [cxr_net, cxr_net[:, ::-1]] if mirror else [cxr_net]
     first = suppress(runner, np.stack(passes)[:, None], table, [noise] * len(passes), enhance=False)
     between = time.perf_counter()
-    x, second = torch.from_numpy(first).to(runner.device), torch.empty(first.shape, device=runner.device)
-    runner.enhance(x, second)
-    results = (first, second.clamp_(-1, 1).cpu().numpy())
+    second = enhanced(runner, torch.from_numpy(first).to(runner.device)).cpu().numpy()
     ended = time.perf_counter()
-    alone, both = (without_mirror(result) if mirror else result for result in results)
+    alone, both = (without_mirror(result) if mirror else result for result in (first, second))
     return (alone[0, 0], between - started), (both[0, 0], ended - started)
 
 

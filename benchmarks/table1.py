@@ -4,7 +4,8 @@
 
 DATASET is a folder made by `python -m train prepare` (its test part is judged), or any folder of NAME_cxr.png and
 NAME_soft_tissue.png. Every NAME.onnx in --comparators, written by `python -m train comparator`, is a row; so is the
-untouched X-ray. All are judged on the same images, at the size and with the preprocessing of the networks, in [0, 1];
+untouched X-ray. BS-Diff is sampled as the bundle says, mirror image included; a comparator sees each image once. All
+are judged on the same images, at the size and with the preprocessing of the networks, in [0, 1].
 95 % intervals are percentiles of 1000 bootstrap samples of patients. Below each row stand the paper's values, on data
 of its own: its bone suppression ratio is set below the release's, the form its published code computes.
 """

@@ -156,7 +156,7 @@ class Suppressor:
             clock.start()
             x_0 = self._sampler.sample(x, self._table, draw)
             if self._enhance:
-                x_0 = _enhanced(self._runner, x_0)
+                x_0 = enhanced(self._runner, x_0)
             clock.stop()
         with self._on("download", after="compute", using=x_0):
             host.soft_tissue[:count].copy_(x_0, non_blocking=True)
@@ -281,7 +281,7 @@ def suppress(
         lambda number: torch.from_numpy(batch_noise(noise, number, size)),
     )
     if enhance:
-        x_0 = _enhanced(runner, x_0)
+        x_0 = enhanced(runner, x_0)
     return np.asarray(x_0.cpu().numpy(), dtype=np.float32)
 
 
@@ -297,11 +297,11 @@ def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
     return (passes[::2] + passes[1::2, ..., ::-1]) * np.float32(0.5)
 
 
-def _enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
+def enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
     """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]."""
-    enhanced = torch.empty_like(x_0)
-    runner.enhance(x_0, enhanced)
-    return enhanced.clamp_(-1.0, 1.0)
+    out = torch.empty_like(x_0)
+    runner.enhance(x_0, out)
+    return out.clamp_(-1.0, 1.0)
 
 
 class NoiseAhead:
