@@ -95,7 +95,7 @@ class Trainee:
     def __init__(self, network: nn.Module, options: TrainOptions) -> None:
         self.accelerator = Accelerator(mixed_precision="no")
         device = self.accelerator.device
-        # Tensor cores want channels last; oneDNN's gradients of wide convolutions take twice as long in it.
+        # Tensor cores want channels last; on a CPU the gradients of ResNet-BS are slower in it (docs/experiments.md).
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.network = network.to(device, memory_format=layout)
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)

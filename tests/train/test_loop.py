@@ -54,7 +54,7 @@ def test_averaged_weights_follow_the_decay():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="training takes the GPU, in channels last")
 def test_weights_keep_the_plain_order_on_a_cpu():
-    """oneDNN's gradients of ResNet-BS take twice as long in channels last."""
+    """oneDNN's gradients of ResNet-BS are slower in channels last."""
     weight = Trainee(nn.Conv2d(4, 4, 3), TrainOptions()).network.weight
     assert weight.is_contiguous()
 
