@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import BsdiffError, SettingsError
-from train.comparator import dry_run_comparator, train_comparator
+from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, find_pairs, load_dataset, load_pair
 from train.denoiser import dry_run_denoiser, train_denoiser
@@ -330,6 +330,9 @@ def comparator(
     dataset: DatasetFolder = None,
     augment: Augment = None,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, px.")] = 256,
+    crop: Annotated[
+        int | None, typer.Option(min=32, help="Side of the crops trained on, px.", show_default="whole images")
+    ] = None,
     steps: Steps = None,
     learning_rate: Rate = None,
     real_share: RealShare = None,
@@ -342,19 +345,19 @@ def comparator(
     """Train a network of the paper's Table 1 on the same pairs, as long as stage 1; for `benchmarks.table1`."""
     if name not in COMPARATORS:
         raise SettingsError(f"comparator {name!r}: choose one of {', '.join(COMPARATORS)}")
-    chosen = recipe_of(recipe)
+    chosen, side = recipe_of(recipe), crop_of(name, size, crop)
     real, held_out = real_pairs(pairs, hold_out, dataset, size)
     fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}
     of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
     options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed)
     if dry_run:
-        typer.echo(dry_run_comparator(name, options, size))
+        typer.echo(dry_run_comparator(name, options, size, side))
         return
     output.mkdir(parents=True, exist_ok=True)
     source = source_of(chosen, phantoms, real_share, augment)
     batches = batches_of(source, real, output, size, seed)
     validation = Validation(groups_of(held_out, source.phantoms, size), chosen.schedule)
-    typer.echo(train_comparator(output, name, batches, validation, options, size))
+    typer.echo(train_comparator(output, name, batches, validation, options, size, side))
 
 
 @app.command()

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bsdiff_rt.errors import SettingsError
 from train.comparators import COMPARATORS, Comparator
 from train.data import Batches
 from train.discriminator import Critic
@@ -26,9 +27,11 @@ OPSET = 18
 
 
 def train_comparator(
-    folder: Path, name: str, batches: Batches, validation: Validation, options: TrainOptions, size: int
+    folder: Path, name: str, batches: Batches, validation: Validation, options: TrainOptions, size: int, crop: int
 ) -> Path:
-    """Train until `options.steps` on whole images, resuming from `folder`/NAME.pt where there is one.
+    """Train until `options.steps`, `options.images` crops of side `crop` px a step, from images of side `size` px.
+
+    Resumes from `folder`/NAME.pt where there is one.
 
     Returns: path of NAME.onnx, the averaged network at the end. Also writes what the other stages write.
     """
@@ -40,7 +43,7 @@ def train_comparator(
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:
-        return batches.batch(trainee.sample_index(step), options.images, size, size)
+        return batches.batch(trainee.sample_index(step), options.images, size, crop)
 
     for _, pair in run.batches(make):
         losses = optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2])
@@ -52,16 +55,30 @@ def train_comparator(
     return graph
 
 
-def dry_run_comparator(name: str, options: TrainOptions, size: int) -> Estimate:
+def dry_run_comparator(name: str, options: TrainOptions, size: int, crop: int) -> Estimate:
     """What `train_comparator` would take; nothing is written."""
 
     def step(trainee: Trainee) -> None:
-        x = torch.rand(options.images, 1, size, size, device=trainee.accelerator.device) * 2 - 1
+        x = torch.rand(options.images, 1, crop, crop, device=trainee.accelerator.device) * 2 - 1
         optimise(trainee, loss_of(COMPARATORS[name], trainee), x, x.flip(-1))
 
     return estimate(
-        lambda: COMPARATORS[name].build(size), lambda count: (torch.zeros(count, 1, size, size),), step, options
+        lambda: COMPARATORS[name].build(size), lambda count: (torch.zeros(count, 1, crop, crop),), step, options
     )
+
+
+def crop_of(name: str, size: int, crop: int | None) -> int:
+    """Side in px of what comparator `name` is trained on: `crop`, or all of images of side `size`.
+
+    Raises:
+        SettingsError: larger than the image, or not a side the network takes.
+    """
+    side, multiple = crop or size, COMPARATORS[name].multiple(size)
+    if side > size:
+        raise SettingsError(f"--crop {side} is more than --size {size}; choose at most that")
+    if side % multiple or size % multiple:
+        raise SettingsError(f"{name}: --crop {side} at --size {size}; both must be multiples of {multiple} px")
+    return side
 
 
 def loss_of(comparator: Comparator, trainee: Trainee) -> HybridLoss:

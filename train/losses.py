@@ -76,7 +76,10 @@ class HybridLoss:
 def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
     """1 - MS-SSIM, averaged over the batch; scalar. Small images use as many scales as the kernel fits in."""
     side = min(predicted.shape[-2:])
-    scales = sum(side >> scale >= MS_SSIM_KERNEL_PX for scale in range(len(MS_SSIM_WEIGHTS)))
+    # The second term is MONAI's own demand, stricter than the kernel at some sides.
+    scales = sum(
+        min(side >> scale, side // max(1, scale**2)) >= MS_SSIM_KERNEL_PX for scale in range(len(MS_SSIM_WEIGHTS))
+    )
     weights = [weight / sum(MS_SSIM_WEIGHTS[:scales]) for weight in MS_SSIM_WEIGHTS[:scales]]
     unit = [(image.float().clamp(-1, 1) + 1) / 2 for image in (predicted, soft_tissue)]
     return 1.0 - compute_ms_ssim(*unit, spatial_dims=2, kernel_size=MS_SSIM_KERNEL_PX, weights=weights).mean()

@@ -9,7 +9,7 @@ import torch
 
 from bsdiff_rt.errors import SettingsError
 from train.__main__ import comparator as command
-from train.comparator import dry_run_comparator, train_comparator
+from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.comparators.gusarev import Gusarev
 from train.comparators.mca_net import McaNet, levels_of, with_gradients
@@ -88,7 +88,7 @@ def batches():
 
 
 def test_training_ends_in_a_graph_of_the_averaged_network(batches, tmp_path):
-    graph = train_comparator(tmp_path, "gusarev", batches, Judge(), OPTIONS, SIZE)
+    graph = train_comparator(tmp_path, "gusarev", batches, Judge(), OPTIONS, SIZE, SIZE)
     state = load_checkpoint(tmp_path / "gusarev.pt")
     assert (state["step"], state["comparator"], state["size"]) == (3, "gusarev", SIZE)
     network = Gusarev().eval()
@@ -110,13 +110,43 @@ def test_mca_net_trains_against_its_discriminator(batches, tmp_path, monkeypatch
     monkeypatch.setattr("train.discriminator.CHANNELS", 8)
     exported = []
     monkeypatch.setattr("train.comparator.export", lambda network, path, size: exported.append(path.name))
-    train_comparator(tmp_path, "mca-net", batches, Judge(), OPTIONS, SIZE)
+    train_comparator(tmp_path, "mca-net", batches, Judge(), OPTIONS, SIZE, SIZE)
     assert exported == ["mca-net.onnx"]
     state = load_checkpoint(tmp_path / "mca-net.pt")
     assert state["critic"]["network"]["initial_conv.conv.weight"].shape[1] == 6
 
 
+def test_crops_are_trained_on_and_whole_images_exported(batches, tmp_path, monkeypatch):
+    asked, exported = [], []
+    monkeypatch.setattr(batches, "batch", lambda *given: asked.append(given) or np.zeros((1, 2, 16, 16), np.float32))
+    monkeypatch.setattr("train.comparator.export", lambda network, path, size: exported.append(size))
+    train_comparator(tmp_path, "gusarev", batches, Judge(), OPTIONS, SIZE, 16)
+    assert asked == [(step, OPTIONS.images, SIZE, 16) for step in range(3)]
+    assert exported == [SIZE]
+
+
+def test_sides_a_network_takes():
+    assert crop_of("resnet-bs", 250, None) == 250
+    assert crop_of("gusarev", 256, 96) == 96
+    assert crop_of("mca-net", 256, 128) == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "crop", "message"),
+    [
+        ("resnet-bs", 256, 257, "--crop 257 is more than --size 256; choose at most that"),
+        ("gusarev", 256, 100, "gusarev: --crop 100 at --size 256; both must be multiples of 8 px"),
+        ("gusarev", 250, None, "gusarev: --crop 250 at --size 250; both must be multiples of 8 px"),
+        ("gusarev", 250, 96, "gusarev: --crop 96 at --size 250; both must be multiples of 8 px"),
+        ("mca-net", 256, 96, "mca-net: --crop 96 at --size 256; both must be multiples of 128 px"),
+    ],
+)
+def test_sides_a_network_does_not_take(name, size, crop, message):
+    with pytest.raises(SettingsError, match=message):
+        crop_of(name, size, crop)
+
+
 def test_a_dry_run_and_an_unknown_name(tmp_path):
-    assert dry_run_comparator("gusarev", OPTIONS, SIZE).parameters == parameters(Gusarev())
+    assert dry_run_comparator("gusarev", OPTIONS, SIZE, SIZE).parameters == parameters(Gusarev())
     with pytest.raises(SettingsError, match="'vae': choose one of resnet-bs, gusarev, mca-net"):
         command("vae", tmp_path)

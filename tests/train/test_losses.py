@@ -34,6 +34,13 @@ def test_structure_costs_more_than_a_shift_of_grey():
     assert float(ms_ssim_loss(noisy, x)) > float(ms_ssim_loss(x * 0.95, x)) > 0
 
 
+@pytest.mark.parametrize("side", [11, 21, 22, 43, 44, 87, 88, 96, 98, 99, 175, 176])
+def test_ms_ssim_takes_every_side_from_the_kernel_up(side):
+    x = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert float(ms_ssim_loss(x, x)) == pytest.approx(0, abs=1e-5)  # float32 sums over the window
+    assert float(ms_ssim_loss(x, -x)) > 0.5
+
+
 def test_the_gradient_is_finite():
     x = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
     y = (x * 0.5).requires_grad_()

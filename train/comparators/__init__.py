@@ -28,23 +28,26 @@ class Comparator:
     Attributes:
         title: as the paper's table calls it.
         build: the network for images of a side in px.
+        multiple: what their side must be a multiple of, px.
         losses: its own loss.
         view, view_channels: what its discriminator sees, where it has one.
     """
 
     title: str
     build: Callable[[int], nn.Module]
+    multiple: Callable[[int], int]
     losses: LossWeights
     view: View = image_alone
     view_channels: int = 1
 
 
 COMPARATORS: dict[str, Comparator] = {
-    "resnet-bs": Comparator("ResNet-BS", lambda _: ResNetBS(), LossWeights(mae=0.16, ms_ssim=0.84)),
-    "gusarev": Comparator("Gusarev", lambda _: Gusarev(), LossWeights(mae=0.0, mse=0.16, ms_ssim=0.84)),
+    "resnet-bs": Comparator("ResNet-BS", lambda _: ResNetBS(), lambda _: 1, LossWeights(mae=0.16, ms_ssim=0.84)),
+    "gusarev": Comparator("Gusarev", lambda _: Gusarev(), lambda _: 8, LossWeights(mae=0.0, mse=0.16, ms_ssim=0.84)),
     "mca-net": Comparator(
         "MCA-Net",
         lambda size: McaNet(levels_of(size)),
+        lambda size: 2 ** levels_of(size),
         LossWeights(mae=100.0, ms_ssim=0.0, adversarial=1.0),
         with_gradients,
         6,
