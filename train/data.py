@@ -29,10 +29,6 @@ from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
 
-# A whole image equalised on its own has the mean grey level of its scanner's images, whatever it shows. How far a new
-# X-ray's is from a known one's; its truth's is not: that is what the network is to learn.
-CXR_MEAN_REACH = 0.02
-
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
 # What `python -m train prepare` writes and `load_dataset` reads.
@@ -62,9 +58,6 @@ class Augmentation:
         blur_noise: share of the samples with changed sharpness or added noise in the X-ray.
         flip, rotation, zoom, elastic: which parts of the geometry there are; zoom is also shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
-        equalise: whether whole real images get the mean grey level of their scanner's anew, X-ray and soft tissue each
-            on its own: for pairs whose images were equalised one by one, so that the tone of the truth is not the
-            X-ray's. A crop does not show what its image's mean is; it varies in exposure instead.
     """
 
     geometry: float = 1.0
@@ -76,7 +69,6 @@ class Augmentation:
     zoom: bool = True
     elastic: bool = True
     contrast: bool = True
-    equalise: bool = True
 
     @classmethod
     def of(cls, kinds: str) -> Augmentation:
@@ -95,9 +87,7 @@ class Augmentation:
 
 # The paper's three, which made 840 images of 120 and are drawn anew for each batch here; what made the demo model.
 AUGMENTATION_SETS: dict[str, frozenset[str]] = {
-    "demo": frozenset(
-        {"flip", "rotation", "zoom", "elastic", "contrast", "equalise", "foreign", "swap-bones", "blur-noise"}
-    ),
+    "demo": frozenset({"flip", "rotation", "zoom", "elastic", "contrast", "foreign", "swap-bones", "blur-noise"}),
     "paper": frozenset({"flip", "rotation", "contrast"}),
     "none": frozenset(),
 }
@@ -193,8 +183,6 @@ class Batches:
             self.real_share = 1.0
         self.augmentation = augmentation
         self.seed = seed
-        images = [[pair.cxr, pair.soft_tissue] for pair in real]
-        self.means = np.array([[image.mean() for image in pair] for pair in images])  # [N, 2]
 
     def batch(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
         """`count` augmented samples for `step`: [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.
@@ -230,18 +218,12 @@ class Batches:
             cxr = soft_tissue + rng.uniform(0.35, 1.25) * bone
             curve = tone_curve(rng)
             return curve(np.clip(cxr, 0, 1)), curve(soft_tissue)
+        if not self.augmentation.contrast:
+            return soft_tissue + bone, soft_tissue
         # The scanner's own look: only as much variation as exposures of one scanner show.
-        if self.augmentation.contrast:
-            bone = bone * rng.uniform(0.9, 1.1)
-        cxr = soft_tissue + bone
-        if self.augmentation.equalise and crop == size:
-            cxr_mean, soft_tissue_mean = self.means[rng.integers(len(self.means))]
-            cxr_mean += rng.uniform(-CXR_MEAN_REACH, CXR_MEAN_REACH)
-            return with_mean(cxr, cxr_mean), with_mean(soft_tissue, soft_tissue_mean)
-        if self.augmentation.contrast:
-            gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
-            return gain * cxr + offset, gain * soft_tissue + offset
-        return cxr, soft_tissue
+        gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
+        cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
+        return gain * cxr + offset, gain * soft_tissue + offset
 
     def _other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
         """A bone layer that never belonged to this soft tissue: another patient's, or a phantom's."""
@@ -312,16 +294,6 @@ def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
     low, high = rng.uniform(0.0, 0.15), rng.uniform(0.8, 1.0)
     values = low + (high - low) * smooth
     return lambda image: np.interp(image, grid, values).astype(np.float32)
-
-
-def with_mean(image: Image, mean: float) -> Image:
-    """An image in [0, 1] made brighter or darker by the power of its grey levels that gives it a mean, to 1e-3."""
-    image = np.clip(image, 0.0, 1.0)
-    low, high = -1.5, 1.5  # of the power's logarithm
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(np.mean(image ** np.float32(np.exp(middle)))) > mean else (low, middle)
-    return image ** np.float32(np.exp((low + high) / 2))
 
 
 def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[Image, Image]:
