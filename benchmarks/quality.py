@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +22,10 @@ import typer
 from numpy.typing import NDArray
 
 from bsdiff_rt.batching import enhanced, suppress, without_mirror
-from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import SAMPLERS, Preprocessing
+from bsdiff_rt.bundle import Manifest, open_bundle
+from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
-from bsdiff_rt.intensity import from_network, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
@@ -52,14 +53,18 @@ def main(
     mirror: Annotated[
         bool | None, typer.Option("--mirror/--no-mirror", help="As of infer.", show_default="the bundle's")
     ] = None,
+    scanner_tone: Annotated[
+        bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
+    ] = True,
     size: Annotated[int, typer.Option(help="Side at which images are compared, px; 0: each image's own.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print and write one row per group, sampler, number of steps, stage and detail."""
     model = open_bundle(bundle)
-    schedule, prep = model.manifest.schedule, model.manifest.preprocessing
-    mirror = model.manifest.mirror if mirror is None else mirror
+    manifest = model.manifest if scanner_tone else replace(model.manifest, tone=ScannerTone())
+    schedule = manifest.schedule
+    mirror = manifest.mirror if mirror is None else mirror
     groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
     groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
     settings = [(sampler, int(count)) for sampler in SAMPLERS for count in steps.split(",")]
@@ -71,7 +76,7 @@ def main(
                 some = images[:full] if count == schedule.train_steps else images
                 table = sampler_table(schedule, sampler, count)
                 started = time.monotonic()
-                found = [judge(runner, prep, table, pair, size, mirror) for pair in some]
+                found = [judge(runner, manifest, table, pair, size, mirror) for pair in some]
                 row = {"group": group, "images": len(some), "sampler": sampler, "steps": count, "mirror": mirror}
                 row["seconds"] = (time.monotonic() - started) / len(some)
                 for stage2, detail in found[0]:
@@ -81,6 +86,7 @@ def main(
     if output:
         head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
+        head |= {"scanner_tone": bool(manifest.tone.cxr)}
         output.write_text(json.dumps(head | {"size_px": size, "rows": rows}, indent=1) + "\n")
 
 
@@ -93,18 +99,25 @@ def load_pairs(folder: Path) -> list[Pair]:
 
 
 def judge(
-    runner: Runner, prep: Preprocessing, table: Table, pair: Pair, size: int, mirror: bool
+    runner: Runner, manifest: Manifest, table: Table, pair: Pair, size: int, mirror: bool
 ) -> dict[tuple[bool, str], Quality]:
     """Quality by (stage 2 on, detail) of what `infer` would write, compared at `size` px; stage 1 runs once."""
     cxr, soft_tissue = pair
-    cxr_net, placement = to_network(cxr, prep)
+    cxr_net, placement = to_network(cxr, manifest.preprocessing)
     noise = ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
         from_source = subtract_local_bone(cxr, cxr_net, predicted, placement)
-        for detail, written in (("network", from_network(predicted, placement)), ("source", from_source)):
+        shown = in_own_tone(cxr_net, predicted, placement, manifest)
+        for detail, written in (("network", shown), ("source", from_source)):
             found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))
     return found
+
+
+def in_own_tone(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
+    """What `infer --detail network` makes of the networks' picture, [H, W] in [0, 1], by the bundle's defaults."""
+    power = scanner_power(cxr_net, predicted, placement, manifest.tone) if manifest.tone.cxr else None
+    return from_network(predicted, placement, power)
 
 
 def both_stages(

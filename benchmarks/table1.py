@@ -4,7 +4,8 @@
 
 DATASET is a folder made by `python -m train prepare` (its test part is judged), or any folder of NAME_cxr.png and
 NAME_soft_tissue.png. Every NAME.onnx in --comparators, written by `python -m train comparator`, is a row; so is the
-untouched X-ray. BS-Diff is sampled as the bundle says, mirror image included; a comparator sees each image once. All
+untouched X-ray. BS-Diff is sampled as the bundle says, mirror image and scanner tone included (--no-scanner-tone leaves
+that out, as `infer` does); a comparator sees each image once, and its picture is judged as it is. All
 are judged on the same images, at the size and with the preprocessing of the networks, in [0, 1].
 95 % intervals are percentiles of 1000 bootstrap samples of patients. Below each row stand the paper's values, on data
 of its own: its bone suppression ratio is set below the release's, the form its published code computes.
@@ -26,13 +27,13 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import both_stages
-from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import Preprocessing
+from benchmarks.quality import both_stages, in_own_tone
+from bsdiff_rt.bundle import Manifest, open_bundle
+from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import to_network
+from bsdiff_rt.intensity import place, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
@@ -76,13 +77,17 @@ def main(
     part: Annotated[str, typer.Option(help="Part of a prepared data set: train, val or test.")] = "test",
     sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the bundle's")] = None,
+    scanner_tone: Annotated[
+        bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of noise and bootstrap.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print both tables."""
     model, where = open_bundle(bundle), resolve_device(device)
-    settings, mirror = model.manifest.sampler, model.manifest.mirror
+    manifest = model.manifest if scanner_tone else replace(model.manifest, tone=ScannerTone())
+    settings, mirror = manifest.sampler, manifest.mirror
     settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
     cases = read_cases(dataset, part, model.manifest.preprocessing)
     rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
@@ -91,10 +96,11 @@ def main(
     table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
     with load(model, "auto", where) as runner:
         kind, shortest = runner.name, sampler_table(model.manifest.schedule, settings.name, 1)
-        bs_diff(runner, shortest, seed, mirror)(cases[0].cxr)  # the first call pays for what later ones find made
-        rows += judge(bs_diff(runner, table, seed, mirror), cases, seed)
+        bs_diff(runner, shortest, seed, manifest)(cases[0].cxr)  # the first call pays for what later ones find made
+        rows += judge(bs_diff(runner, table, seed, manifest), cases, seed)
     print(f"{len(cases)} images of {len({case.patient for case in cases})} patients, {settings.name} in", end=" ")
-    print(f"{settings.steps} steps{', mirror images averaged in' if mirror else ''}, {kind} on {where}; ", end="")
+    print(f"{settings.steps} steps{', mirror images averaged in' if mirror else ''}", end="")
+    print(f"{', tone of the scanner' if manifest.tone.cxr else ''}, {kind} on {where}; ", end="")
     print("brackets: 95 % interval over patients; second line: the paper")
     print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])
     print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
@@ -102,6 +108,7 @@ def main(
         head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "sampler": asdict(settings)}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
         head |= {"runner": kind, "torch": torch.__version__, "images": len(cases), "seed": seed, "mirror": mirror}
+        head |= {"scanner_tone": bool(manifest.tone.cxr)}
         output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
@@ -139,14 +146,17 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
     return cases
 
 
-def bs_diff(runner: Runner, table: Table, seed: int, mirror: bool) -> Predict:
+def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Predict:
     """BS-Diff: its two rows, stage 1 run once for both."""
 
     def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
         noise = ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
-        results = both_stages(runner, table, cxr * 2 - 1, noise, mirror)
-        names = (STAGE_1, BOTH)
-        return {name: ((image + 1) / 2, taken) for name, (image, taken) in zip(names, results, strict=True)}
+        cxr_net, placement = cxr * 2 - 1, place(*cxr.shape, cxr.shape[0])
+        results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
+        return {
+            name: (in_own_tone(cxr_net, image, placement, manifest), taken)
+            for name, (image, taken) in zip((STAGE_1, BOTH), results, strict=True)
+        }
 
     return predict
 

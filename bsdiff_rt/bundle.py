@@ -28,6 +28,7 @@ from bsdiff_rt.config import (
     EnhancerConfig,
     Preprocessing,
     SamplerSettings,
+    ScannerTone,
     Schedule,
 )
 from bsdiff_rt.errors import BundleError
@@ -53,6 +54,7 @@ class Manifest:
         schedule: the diffusion the denoiser was trained for, with what it predicts.
         sampler: default sampler and number of steps; its seed is the user's business and stays 0.
         preprocessing: from a radiograph to the networks' input.
+        tone: of the scanner whose images it learned from; known, it is the default of `infer --scanner-tone`.
         detail: default of `infer --detail`.
         enhance: default of `infer --enhance`.
         mirror: default of `infer --mirror`.
@@ -71,6 +73,7 @@ class Manifest:
     schedule: Schedule
     sampler: SamplerSettings
     preprocessing: Preprocessing
+    tone: ScannerTone
     detail: DetailName
     enhance: bool
     mirror: bool

@@ -89,6 +89,14 @@ def infer(
             help="Average with the mirrored X-ray's result: better, twice the time.",
         ),
     ] = None,
+    scanner_tone: Annotated[
+        bool | None,
+        typer.Option(
+            "--scanner-tone/--no-scanner-tone",
+            show_default="the bundle's",
+            help="X-rays of the model's own scanner: give the picture that scanner's mean grey level.",
+        ),
+    ] = None,
     size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
     detail: Annotated[
         DetailName | None,
@@ -129,6 +137,7 @@ def infer(
         batch=_batch(batch),
         enhance=enhance,
         mirror=mirror,
+        scanner_tone=scanner_tone,
         size=size,
         detail=detail,
         format=output_format,

@@ -92,6 +92,22 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class ScannerTone:
+    """Grey levels, in [0, 1], of a scanner that equalises X-ray and soft tissue each on its own; default: not known.
+
+    How bright such a scanner's soft tissue is follows from its own content, not from the X-ray, so a network that sees
+    the X-ray cannot know it; but its mean is nearly the same in every image (docs/design.md).
+
+    Attributes:
+        cxr: mean quantiles of its X-rays, at shares from 0.02 to 0.98 of their pixels, evenly spaced; () for not known.
+        soft_tissue_mean: mean grey level of its soft-tissue images.
+    """
+
+    cxr: tuple[float, ...] = ()
+    soft_tissue_mean: float = 0.0
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """What `build-engine` was asked for.
 
@@ -120,6 +136,7 @@ class InferSettings:
     batch: int | None = None
     enhance: bool | None = None
     mirror: bool | None = None
+    scanner_tone: bool | None = None
     size: Literal["source", "model"] = "source"
     detail: DetailName | None = None
     format: Literal["auto", "png", "dicom"] = "auto"

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.config import Preprocessing, ScannerTone
 
 # How `tone_of` tells a change of overall tone from bones: on a square of TONE_PX, within a window wider than a bone,
 # TONE_PERCENTILE of the pixels lie between bones; what they show is smoothed by a Gaussian a sixth as wide.
@@ -30,6 +30,12 @@ BONES_WINDOW_PX = 15
 # this variance of noise, grey levels in [0, 1].
 SHARE_SIGMA_PX = 1.5
 SHARE_NOISE = 1e-4
+
+# `scanner_power` takes an X-ray for the training scanner's when its quantiles are as near to that scanner's (root mean
+# square), and the networks take its tone for that scanner's when they change it by more (median over the image).
+TONE_CXR_RMS = 0.03
+TONE_CHANGE = 0.01
+TONE_POWERS = (0.5, 2.0)  # what is sought between
 
 CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
 
@@ -85,17 +91,61 @@ def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[n
     return square * np.float32(2) - np.float32(1), placement
 
 
-def from_network(image: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+def seen_by_networks(picture: NDArray[np.float32], prep: Preprocessing) -> NDArray[np.float32]:
+    """What the networks see of a picture, without the padding: [height, width] in [0, 1], from [H, W] in [0, 1]."""
+    square, placement = to_network(picture, prep)
+    return _shown(square, placement)
+
+
+def from_network(image: NDArray[np.float32], placement: Placement, power: float | None = None) -> NDArray[np.float32]:
     """Undo padding and resizing (bicubic on the way up). CLAHE is not undone: the tone is the networks'.
 
     Args:
         image: [size, size], float32, in [-1, 1].
+        power: what the grey levels are raised to (`scanner_power`); None leaves them.
 
     Returns:
         [H, W], float32, in [0, 1], with H, W the source's matrix.
     """
     picture = _resize(_crop(image, placement), placement.rows, placement.columns)
-    return _unit((picture + np.float32(1)) / np.float32(2))
+    picture = _unit((picture + np.float32(1)) / np.float32(2))
+    return picture if power is None else picture ** np.float32(power)
+
+
+def tone_quantiles(cxr: NDArray[np.float32], count: int) -> NDArray[np.float64]:
+    """`ScannerTone.cxr` of one picture, [H, W] in [0, 1]: [count], float64."""
+    return np.asarray(np.quantile(cxr, np.linspace(0.02, 0.98, count)), dtype=np.float64)
+
+
+def scanner_power(
+    cxr_net: NDArray[np.float32], soft_tissue_net: NDArray[np.float32], placement: Placement, tone: ScannerTone
+) -> float | None:
+    """The power of its grey levels that gives a result the mean of its scanner's soft-tissue images.
+
+    For an X-ray that looks like that scanner's, and that the networks took for one: other images keep their own tone,
+    and so does the result for them.
+
+    Args:
+        cxr_net: [size, size], float32, in [-1, 1], the networks' input.
+        soft_tissue_net: [size, size], float32, in [-1, 1], their output.
+        placement: what `to_network` returned for this picture.
+        tone: of the scanner; known.
+
+    Returns:
+        The power, within TONE_POWERS; None for an X-ray that is not this scanner's.
+    """
+    cxr, soft_tissue = _shown(cxr_net, placement), _shown(soft_tissue_net, placement)
+    distance = tone_quantiles(cxr, len(tone.cxr)) - np.array(tone.cxr)
+    if float(np.sqrt(np.mean(distance**2))) > TONE_CXR_RMS:
+        return None
+    if float(np.median(tone_of(cxr - soft_tissue, placement.size, BONES_WINDOW_PX))) < TONE_CHANGE:
+        return None
+    low, high = TONE_POWERS
+    while high - low > 1e-4:  # a larger power is a darker image
+        middle = (low + high) / 2
+        brighter = float(np.mean(soft_tissue ** np.float32(middle), dtype=np.float64)) > tone.soft_tissue_mean
+        low, high = (middle, high) if brighter else (low, middle)
+    return round((low + high) / 2, 4)
 
 
 def subtract_local_bone(
@@ -252,6 +302,11 @@ def _tile_neighbours(
 def _unit(picture: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """Clipped to [0, 1], float32."""
     return np.asarray(np.clip(picture, 0, 1), dtype=np.float32)
+
+
+def _shown(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """The picture's part of a square in [-1, 1], in [0, 1]."""
+    return _unit((_crop(square, placement) + 1) / 2)
 
 
 def _crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import choose, load_chosen
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import Placement, from_network, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.preview import ROWS, Preview
@@ -70,6 +70,7 @@ class Inference:
             mirror=manifest.mirror if settings.mirror is None else settings.mirror,
             detail=settings.detail or manifest.detail,
         )
+        self.settings = replace(self.settings, scanner_tone=self._scanner_tone(settings.scanner_tone))
         self._passes = settings.samples * (2 if self.settings.mirror else 1)  # of each image through the networks
         self.table: Table = sampler_table(manifest.schedule, sampler, self.settings.steps or 0)
         for seed in (settings.seed, settings.seed + settings.samples - 1):
@@ -78,13 +79,26 @@ class Inference:
         self.batch = settings.batch or 1  # images the networks are given at once; resolved when the runner is loaded
         self._choice = choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine)
         # What decides the pixels. Batch and device do not: noise belongs to the image.
-        names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "size", "detail", "format", "sop")
-        decisive = {name: getattr(self.settings, name) for name in names}
+        names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "scanner_tone", "size", "detail")
+        decisive = {name: getattr(self.settings, name) for name in (*names, "format", "sop")}
         decisive |= {"runner": self._choice.runner, "precision": self._choice.precision}
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))
         if self._choice.engine:
             self.report.environment["engine"] = self._choice.engine.sha256
         self._digest = self.report.settings_digest()
+
+    def _scanner_tone(self, asked: bool | None) -> bool:
+        """Whether results get their scanner's tone: by default where it is known and the picture is the networks'.
+
+        Raises:
+            SettingsError: asked for where that cannot be.
+        """
+        known, detail = bool(self.bundle.manifest.tone.cxr), self.settings.detail
+        if asked and not known:
+            raise SettingsError("--scanner-tone: this bundle knows no scanner's tone; `python -m export --tone PAIRS`")
+        if asked and detail == "source":
+            raise SettingsError("--scanner-tone: --detail source keeps the source's tone; give --detail network")
+        return known and detail == "network" if asked is None else asked
 
     def tasks(self, inputs: Iterable[Path]) -> list[Task]:
         """Every file to do (`discover.find_tasks`)."""
@@ -233,19 +247,22 @@ class Inference:
             for one in passes:
                 _check_result(one)
             samples = without_mirror(passes) if self.settings.mirror else passes
-            soft_tissue = self._to_output(ready, samples.mean(0, dtype=np.float64).astype(np.float32))
+            soft_tissue_net = samples.mean(0, dtype=np.float64).astype(np.float32)
+            power = self._power(ready, soft_tissue_net)
+            soft_tissue = self._to_output(ready, soft_tissue_net, power)
             if self.settings.samples > 1:
                 self._write_uncertainty(ready, samples)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".dcm":
-                write_derived(path, ready.radiograph, soft_tissue, self._derivation(), self.settings.sop)
+                write_derived(path, ready.radiograph, soft_tissue, self._derivation(power), self.settings.sop)
             else:
                 write_png(path, soft_tissue, ready.radiograph.bits_stored)
             digest = file_sha256(path)
         except Exception as error:
             return not_done(ready.task, "failed", reason_of(error, "written"), started - ready.seconds)
         seconds = round(ready.seconds + time.monotonic() - started, 4)
-        return FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, digest, ready.input_sha256)
+        hashes = (digest, ready.input_sha256)
+        return FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, *hashes, tone_power=power)
 
     def _write_uncertainty(self, ready: Ready, samples: NDArray[np.float32]) -> None:
         """The samples' standard deviation at the output matrix: 16 bits, 65535 is the whole range of grey levels."""
@@ -277,7 +294,14 @@ class Inference:
         # The picture without its padding, at the network's resolution.
         return replace(ready.placement, rows=ready.placement.height, columns=ready.placement.width)
 
-    def _to_output(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _power(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> float | None:
+        if not self.settings.scanner_tone:
+            return None
+        return scanner_power(ready.cxr_net, soft_tissue_net, ready.placement, self.bundle.manifest.tone)
+
+    def _to_output(
+        self, ready: Ready, soft_tissue_net: NDArray[np.float32], power: float | None
+    ) -> NDArray[np.float32]:
         """[H, W] in [0, 1] at the output matrix, with the detail asked for."""
         cxr, placement = ready.radiograph.cxr, self._placement(ready)
         if self.settings.size == "model":
@@ -285,9 +309,9 @@ class Inference:
             cxr = from_network(to_network(cxr, own_tone)[0], placement)
         if self.settings.detail == "source":
             return subtract_local_bone(cxr, ready.cxr_net, soft_tissue_net, placement)
-        return from_network(soft_tissue_net, placement)
+        return from_network(soft_tissue_net, placement, power)
 
-    def _derivation(self) -> Derivation:
+    def _derivation(self, power: float | None) -> Derivation:
         settings, report = self.settings, self.report
         size = self.bundle.manifest.preprocessing.size
         return Derivation(
@@ -295,6 +319,7 @@ class Inference:
                 f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}, "
                 f"{settings.steps} steps, seed {settings.seed}, stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
+                f"{f'grey levels to the power {power:.4f}, ' if power is not None else ''}"
                 f"network matrix {size} x {size}, detail from {settings.detail}, "
                 f"runner {report.settings['runner']} {report.settings['precision']}. Not for diagnostic use."
             ),

@@ -40,6 +40,7 @@ class FileEntry:
         seconds: reading, its share of the batch, and writing.
         sha256: of the output file.
         input_sha256: of the input file; a changed input is done again.
+        tone_power: what `--scanner-tone` raised the networks' grey levels to; None where it left them.
     """
 
     input: str
@@ -49,6 +50,7 @@ class FileEntry:
     seconds: float = 0.0
     sha256: str | None = None
     input_sha256: str | None = None
+    tone_power: float | None = None
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from bsdiff_rt.bundle import file_sha256
-from bsdiff_rt.config import PRESETS, DetailName, Preprocessing, SamplerName, SamplerSettings, Schedule
+from bsdiff_rt.config import PRESETS, DetailName, Preprocessing, SamplerName, SamplerSettings, ScannerTone, Schedule
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
@@ -23,6 +23,7 @@ from bsdiff_rt.networks.unet import Denoiser
 from export.bundle import BundleOptions, write_bundle
 from export.checkpoint import averaged_weights
 from export.published import WeightsName, published_weights
+from export.tone import scanner_tone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -97,6 +98,10 @@ def export_checkpoints(
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
     mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
     clahe: Annotated[float, typer.Option(min=0, help="CLAHE clip limit of the training data; 0: none.")] = 0.0,
+    tone: Annotated[
+        Path | None,
+        typer.Option(help="The training pairs, where their scanner equalises each image: for infer --scanner-tone."),
+    ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "MIT",
     training: Annotated[Path | None, typer.Option(help="JSON file with the provenance of the weights.")] = None,
 ) -> None:
@@ -111,13 +116,15 @@ def export_checkpoints(
     if not first["schedule"]:
         raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
     preset, schedule = PRESETS[first["preset"]], Schedule(**first["schedule"])
+    preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe)
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     denoiser.load_state_dict(state)
     enhancer.load_state_dict(enhancer_state)
     options = BundleOptions(
         name=name,
         sampler=SamplerSettings(sampler, steps),
-        preprocessing=Preprocessing(size=first["size"], clahe_clip_limit=clahe),
+        preprocessing=preprocessing,
+        tone=ScannerTone() if tone is None else scanner_tone(tone, preprocessing),
         detail=detail,
         enhance=enhance,
         mirror=mirror,

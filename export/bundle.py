@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, NOTICE, Manifest, file_sha256
-from bsdiff_rt.config import DetailName, Preprocessing, Preset, SamplerSettings, Schedule
+from bsdiff_rt.config import DetailName, Preprocessing, Preset, SamplerSettings, ScannerTone, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -36,6 +36,7 @@ class BundleOptions:
         name: of the model.
         sampler: default sampler and steps.
         preprocessing: what training used.
+        tone: of the training pairs' scanner.
         detail, enhance, mirror: defaults of `infer`.
         licence: of the weights.
         training: provenance, free-form.
@@ -44,6 +45,7 @@ class BundleOptions:
     name: str
     sampler: SamplerSettings
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    tone: ScannerTone = dataclasses.field(default_factory=ScannerTone)
     detail: DetailName = "network"
     enhance: bool = True
     mirror: bool = False
@@ -92,6 +94,7 @@ def write_bundle(
             schedule=schedule,
             sampler=options.sampler,
             preprocessing=options.preprocessing,
+            tone=options.tone,
             detail=options.detail,
             enhance=options.enhance,
             mirror=options.mirror,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ToyRunner, randomise
+from helpers import SHAPE, ToyRunner, randomise
+from synthetic import chest
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt import pipeline
-from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.intensity import seen_by_networks, tone_quantiles
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 
@@ -55,6 +58,18 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     options = BundleOptions("tiny", SamplerSettings("ddim", STEPS), Preprocessing(SIZE_PX), training={"data": "none"})
     write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toned_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same networks, and the tone of a scanner: of `chest`, whose soft tissue has a mean of 0.4."""
+    folder = tmp_path_factory.mktemp("toned") / "tiny"
+    shutil.copytree(tiny_bundle, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    seen = seen_by_networks(chest(*SHAPE), Preprocessing(SIZE_PX))
+    manifest["tone"] = {"cxr": tone_quantiles(seen, 25).tolist(), "soft_tissue_mean": 0.4}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 

@@ -47,7 +47,7 @@ def test_help_shows_every_option_with_its_default(cli, command):
     if command == "infer":
         for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
             assert default in shown.out
-        assert shown.out.count("the bundle's") == 5  # sampler, steps, enhance, mirror, detail
+        assert shown.out.count("the bundle's") == 6  # sampler, steps, enhance, mirror, scanner-tone, detail
 
 
 def test_version(cli):
@@ -199,6 +199,7 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
+    options += " --no-scanner-tone"
     more = "--no-enhance --mirror --size model --detail source --format png --sop sc --preview --overwrite --force"
     assert infer(*options.split(), *more.split()).code == 0
     assert report_of(tmp_path / "out")["settings"] == {
@@ -208,6 +209,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         "samples": 2,
         "enhance": False,
         "mirror": True,
+        "scanner_tone": False,
         "size": "model",
         "detail": "source",
         "format": "png",

@@ -7,18 +7,60 @@ import numpy as np
 import pytest
 from synthetic import chest
 
-from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.intensity import (
     BONES_WINDOW_PX,
     RIBS_WINDOW_PX,
+    TONE_CHANGE,
+    TONE_CXR_RMS,
     bone_share,
     equalize,
     from_network,
     place,
+    scanner_power,
     subtract_local_bone,
     to_network,
     tone_of,
+    tone_quantiles,
 )
+
+
+def padded(picture):
+    """A picture of 64 x 48 as the networks see it, and its placement."""
+    return to_network(picture, Preprocessing(size=64))
+
+
+def test_a_power_gives_a_result_its_scanners_mean_and_leaves_black_and_white():
+    """Padding, here repeated edges, is no part of the mean."""
+    cxr = np.clip(chest(64, 48), 0.1, 1).astype(np.float32)
+    soft_tissue = np.clip(cxr - 0.05, 0, 1)
+    tone = ScannerTone(tuple(tone_quantiles(cxr, 25)), 0.45)
+    (cxr_net, placement), (soft_net, _) = padded(cxr), padded(soft_tissue)
+    power = scanner_power(cxr_net, soft_net, placement, tone)
+    result = from_network(soft_net, placement, power)
+    assert float(result.mean()) == pytest.approx(0.45, abs=1e-4)  # the power's own step is 1e-4
+    np.testing.assert_allclose(result, from_network(soft_net, placement) ** power, atol=1e-6)
+    assert from_network(soft_net * 0 - 1, placement, power).max() == 0
+    assert from_network(soft_net * 0 + 1, placement, power).min() == 1
+
+
+@pytest.mark.parametrize(("off", "expected"), [(TONE_CXR_RMS - 0.002, True), (TONE_CXR_RMS + 0.002, False)])
+def test_an_x_ray_is_its_scanners_by_its_grey_levels(off, expected):
+    cxr = (0.1 + 0.8 * chest(64, 48)).astype(np.float32)
+    (cxr_net, placement), (soft_net, _) = padded(cxr), padded(cxr - 0.05)
+    tone = ScannerTone(tuple(tone_quantiles(cxr, 25) + off), 0.45)
+    assert (scanner_power(cxr_net, soft_net, placement, tone) is not None) is expected
+
+
+@pytest.mark.parametrize(("taken", "expected"), [(TONE_CHANGE + 0.002, True), (TONE_CHANGE - 0.002, False)])
+def test_networks_that_keep_a_tone_say_that_it_is_another_scanners(taken, expected):
+    """Ribs taken away as well change nothing about that."""
+    cxr = (0.1 + 0.8 * chest(64, 48)).astype(np.float32)
+    ribs = np.zeros_like(cxr)
+    ribs[::12] = ribs[1::12] = 0.1
+    (cxr_net, placement), (soft_net, _) = padded(cxr), padded(cxr - taken - ribs)
+    tone = ScannerTone(tuple(tone_quantiles(cxr, 25)), 0.45)
+    assert (scanner_power(cxr_net, soft_net, placement, tone) is not None) is expected
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(256, 256), (256, 200), (101, 256)])

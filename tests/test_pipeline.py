@@ -142,6 +142,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "seconds": 0,
         "sha256": None,
         "input_sha256": None,
+        "tone_power": None,
     }
     assert report["settings"] == {
         "sampler": "ddim",
@@ -150,6 +151,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "samples": 1,
         "enhance": True,
         "mirror": False,
+        "scanner_tone": False,
         "size": "source",
         "detail": "network",
         "format": "auto",
@@ -764,6 +766,51 @@ def test_a_derived_object_says_that_mirror_images_are_in_it(run, toy, tmp_path):
     run(mirror=True)
     described = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
     assert "averaged with the mirrored image, network matrix" in described
+
+
+@pytest.fixture
+def toned(toned_bundle, toy, monkeypatch):
+    """Networks that take 0.05 off, in a bundle that knows a scanner's tone."""
+    monkeypatch.setattr(toy, "denoise", lambda x_t, cxr, _, out: torch.sub(cxr, 0.1, out=out))
+    return str(toned_bundle)
+
+
+def test_an_x_ray_of_the_models_scanner_gets_its_tone(run, toned, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    cv2.imwrite(str(tmp_path / "in" / "b.png"), pixels(tmp_path / "in" / "a.png") // 2)  # another scanner's
+    dicom(tmp_path / "in" / "c.dcm")
+    settings = {"bundle": toned, "enhance": False, "overwrite": True}
+    plain, found = run(**settings, scanner_tone=False), None
+    own = {name: pixels(tmp_path / "out" / name).astype(float) / 255 for name in ("a.png", "b.png")}
+    assert {entry.tone_power for entry in plain.values()} == {None}
+    for asked in (None, True):  # the default of a bundle that knows it
+        found = run(**settings, scanner_tone=asked)
+        assert report_of(tmp_path / "out")["settings"]["scanner_tone"] is True
+        result = pixels(tmp_path / "out" / "a.png") / 255
+        power = found["a.png"].tone_power
+        assert report_of(tmp_path / "out")["files"][0]["tone_power"] == power
+        assert result.mean() == pytest.approx(0.4, abs=0.005)  # at the source's matrix, not the networks'
+        np.testing.assert_allclose(result, own["a.png"] ** power, atol=0.02)  # of levels rounded to 8 bits before
+        assert found["b.png"].tone_power is None
+        np.testing.assert_array_equal(pixels(tmp_path / "out" / "b.png") / 255, own["b.png"])
+    described = dcmread(tmp_path / "out" / "c.dcm").DerivationDescription
+    assert f"grey levels to the power {found['c.dcm'].tone_power:.4f}, network matrix" in described
+
+
+def test_a_tone_the_networks_kept_stays(run, toned, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "denoise", lambda x_t, cxr, _, out: torch.sub(cxr, 0.01, out=out))
+    png(tmp_path / "in" / "a.png")
+    assert run(bundle=toned, enhance=False)["a.png"].tone_power is None
+
+
+def test_a_scanners_tone_is_refused_where_it_cannot_be(run, toned, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    with pytest.raises(SettingsError, match="--scanner-tone: this bundle knows no scanner's tone; `python -m export"):
+        run(scanner_tone=True)
+    with pytest.raises(SettingsError, match="--scanner-tone: --detail source keeps the source's tone; give --detail"):
+        run(bundle=toned, scanner_tone=True, detail="source")
+    assert run(bundle=toned, detail="source")["a.png"].tone_power is None
+    assert report_of(tmp_path / "out")["settings"]["scanner_tone"] is False
 
 
 def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):

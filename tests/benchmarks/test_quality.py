@@ -43,13 +43,15 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
     assert len({row["bsr"] for row in one_step}) == 1  # one step is the same for every sampler: x0 of t = 999
 
 
-def test_mirrored_rows_are_what_infer_writes(phantoms, tiny_bundle, tmp_path):
+def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_bundle, tmp_path, monkeypatch):
+    for module in ("benchmarks.quality", "bsdiff_rt.pipeline"):
+        monkeypatch.setattr(f"{module}.scanner_power", lambda *_: 1.5)
     path = tmp_path / "q.json"
-    arguments = ["--bundle", tiny_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
+    arguments = ["--bundle", toned_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
     arguments += ["--device", "cpu", "--json", path]
     assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
     rows = {(row["sampler"], row["stage2"], row["detail"]): row for row in json.loads(path.read_text())["rows"]}
-    settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(tiny_bundle)}
+    settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(toned_bundle)}
     for enhance in (False, True):
         inference = Inference(InferSettings(output=tmp_path / str(enhance), enhance=enhance, **settings))
         inputs = sorted(phantoms.glob("*_cxr.png"))
@@ -59,6 +61,33 @@ def test_mirrored_rows_are_what_infer_writes(phantoms, tiny_bundle, tmp_path):
             found.append(quality(shown, truth, read_result(tmp_path / str(enhance) / cxr.name, 16)))
         # Written at 16 bits.
         assert rows["ddim", enhance, "network"]["psnr"] == pytest.approx(mean_quality(found).psnr, abs=1e-3)
+
+
+def test_a_scanners_tone_is_a_switch(phantoms, toned_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.scanner_power", lambda *_: 3.0)
+    found = []
+    for asked, known in (("--scanner-tone", True), ("--no-scanner-tone", False)):
+        path = tmp_path / "q.json"
+        arguments = [
+            "--bundle",
+            toned_bundle,
+            "--phantoms",
+            phantoms,
+            "--steps",
+            "1",
+            "--full",
+            0,
+            "--json",
+            path,
+            asked,
+        ]
+        assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
+        written = json.loads(path.read_text())
+        assert written["scanner_tone"] is known
+        found.append({(row["stage2"], row["detail"]): row["psnr"] for row in written["rows"]})
+    for stage2 in (False, True):
+        assert abs(found[0][stage2, "network"] - found[1][stage2, "network"]) > 0.1
+        assert found[0][stage2, "source"] == found[1][stage2, "source"]
 
 
 def test_all_steps_run_on_fewer_images(phantoms, tiny_bundle, tmp_path, monkeypatch):

@@ -88,6 +88,22 @@ def test_rows_of_every_network_with_the_papers_values(dataset, tiny_bundle, tmp_
     assert "other" not in two
 
 
+def test_bs_diff_is_judged_in_its_scanners_tone_or_without(dataset, toned_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.scanner_power", lambda *_: 3.0)
+    means = []
+    for asked, known in (("--scanner-tone", True), ("--no-scanner-tone", False)):
+        path = tmp_path / "t.json"
+        arguments = [str(a) for a in (dataset, "--bundle", toned_bundle, "--device", "cpu", "--json", path, asked)]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert ("3 steps, tone of the scanner, onnxruntime" in result.output) is known
+        written = json.loads(path.read_text())
+        assert written["scanner_tone"] is known
+        means.append({row["name"]: row["mse"] for row in written["rows"]})
+    assert means[0][UNTOUCHED] == means[1][UNTOUCHED]
+    assert abs(means[0][STAGE_1] / means[1][STAGE_1] - 1) > 0.1
+    assert abs(means[0][BOTH] / means[1][BOTH] - 1) > 0.1
+
+
 def test_the_papers_values_stand_below_the_columns_they_belong_to(capsys):
     row = {"name": BOTH, "seconds": 1.5, "paper": PUBLISHED[BOTH]}
     row |= {"bsr": 0.5, "bsr_release": 0.75, "mse": 0.25, "ssim": 0.125, "psnr": 6.0}

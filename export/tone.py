@@ -1,0 +1,50 @@
+"""The tone of the scanner that made a set of pairs, for `infer --scanner-tone`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bsdiff_rt.config import Preprocessing, ScannerTone
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.intensity import seen_by_networks, tone_quantiles
+from bsdiff_rt.raster import read_together
+
+QUANTILES = 25
+
+
+def scanner_tone(folder: Path, prep: Preprocessing) -> ScannerTone:
+    """What one scanner's pairs have in common.
+
+    Args:
+        folder: of NAME_cxr.png and NAME_soft_tissue.png; of a data set that `python -m train prepare` made, its train
+            part.
+        prep: how the networks see them.
+
+    Raises:
+        SettingsError: fewer than two pairs, or an X-ray without its soft tissue; or the means of the soft tissue vary
+            more than what is taken from the X-rays' does, so that knowing the one would tell less than the networks
+            know.
+        InputRefused, InputFailed: a file that cannot be read.
+    """
+    found = sorted(folder.glob("*_cxr.png"))
+    if len(found) < 2:
+        raise SettingsError(f"--tone {folder}: {len(found)} NAME_cxr.png; it takes two or more to see what they share")
+    quantiles, means = [], []
+    for path in found:
+        truth = path.with_name(path.name.replace("_cxr.png", "_soft_tissue.png"))
+        if not truth.is_file():
+            raise SettingsError(f"{truth}: no such file; every NAME_cxr.png needs its NAME_soft_tissue.png")
+        cxr, soft_tissue = (seen_by_networks(image, prep) for image in read_together([path, truth]))
+        quantiles.append(tone_quantiles(cxr, QUANTILES))
+        means.append((cxr.mean(dtype=np.float64), soft_tissue.mean(dtype=np.float64)))
+    soft_tissue_means = np.array([mean for _, mean in means])
+    spread, taken = soft_tissue_means.std(), np.array([x - mean for x, mean in means]).std()
+    if spread >= taken:
+        raise SettingsError(
+            f"--tone {folder}: soft-tissue means vary by {spread:.4f}, those of X-ray less soft tissue by "
+            f"{taken:.4f}; this scanner does not equalise each image on its own, leave --tone out"
+        )
+    cxr_quantiles = tuple(round(float(value), 4) for value in np.mean(quantiles, axis=0))
+    return ScannerTone(cxr_quantiles, round(float(soft_tissue_means.mean()), 4))
