@@ -208,12 +208,12 @@ def judge(predict: Predict, cases: list[Case], seed: int) -> list[dict[str, Any]
     return rows
 
 
-def interval(values: list[float], patients: list[str], seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over images when patients are drawn; NaN for a single patient."""
+def interval(values: list[float], patients: list[str], seed: int) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean over images when patients are drawn; None for a single patient."""
     _, owner = np.unique(patients, return_inverse=True)
     sums, counts = np.bincount(owner, values), np.bincount(owner)
     if len(counts) < 2:
-        return float("nan"), float("nan")
+        return None
     drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -228,8 +228,9 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = []
         for key, digits in COLUMNS:
-            low, high = row["intervals"][key]
-            cells.append(f"{row[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+            between = row["intervals"][key]
+            brackets = f" [{between[0]:.{digits}f}, {between[1]:.{digits}f}]" if between else ""
+            cells.append(f"{row[key]:.{digits}f}{brackets}")
         print(f"{row['name']:24}" + "".join(f"{cell:>26}" for cell in cells) + f"{row['seconds']:13.3f}")
         paper = row["paper"] or {}
         print(f"{'  paper':24}" + "".join(f"{paper.get(key, '-'):>26}" for key, _ in COLUMNS))

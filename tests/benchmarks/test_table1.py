@@ -138,7 +138,19 @@ def test_patients_are_drawn_not_images():
 
 
 def test_one_patient_has_no_interval():
-    assert np.isnan(interval([1.0, 2.0], ["a", "a"], seed=0)).all()
+    assert interval([1.0, 2.0], ["a", "a"], seed=0) is None
+
+
+def test_one_patients_table_has_no_brackets(dataset, tiny_bundle, tmp_path):
+    """And its JSON is one that every reader takes: NaN is no JSON."""
+    path = tmp_path / "t.json"
+    arguments = [
+        str(a) for a in (dataset, "--part", "train", "--bundle", tiny_bundle, "--device", "cpu", "--json", path)
+    ]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "[" not in result.output
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert all(set(row["intervals"].values()) == {None} for row in rows)
 
 
 def test_a_plain_folder_is_equalised_as_the_bundle_asks_a_prepared_one_is_not(dataset):
