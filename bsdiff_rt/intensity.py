@@ -32,10 +32,12 @@ SHARE_SIGMA_PX = 1.5
 SHARE_NOISE = 1e-4
 
 # `scanner_power` takes an X-ray for the training scanner's when its quantiles are as near to that scanner's (root mean
-# square), and the networks take its tone for that scanner's when they change it by more (median over the image).
+# square), and the networks take its tone for that scanner's when they change it by more (median over the image). The
+# demo model's training X-rays are within half of the one and beyond the other; phantoms, and the same X-rays behind
+# random tone curves, are far on the other side of both.
 TONE_CXR_RMS = 0.03
 TONE_CHANGE = 0.01
-TONE_POWERS = (0.5, 2.0)  # what is sought between
+TONE_POWERS = (0.8, 1.25)  # what would take a stronger one is no matter of tone
 
 CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
 
@@ -132,7 +134,8 @@ def scanner_power(
         tone: of the scanner; known.
 
     Returns:
-        The power, within TONE_POWERS; None for an X-ray that is not this scanner's.
+        The power, within TONE_POWERS; None for an X-ray that is not this scanner's, or where no such power gives that
+        mean.
     """
     cxr, soft_tissue = _shown(cxr_net, placement), _shown(soft_tissue_net, placement)
     distance = tone_quantiles(cxr, len(tone.cxr)) - np.array(tone.cxr)
@@ -140,11 +143,16 @@ def scanner_power(
         return None
     if float(np.median(tone_of(cxr - soft_tissue, placement.size, BONES_WINDOW_PX))) < TONE_CHANGE:
         return None
+
+    def mean(power: float) -> float:
+        return float(np.mean(soft_tissue ** np.float32(power), dtype=np.float64))
+
     low, high = TONE_POWERS
-    while high - low > 1e-4:  # a larger power is a darker image
+    if not mean(high) <= tone.soft_tissue_mean <= mean(low):  # a larger power is a darker image
+        return None
+    while high - low > 1e-4:
         middle = (low + high) / 2
-        brighter = float(np.mean(soft_tissue ** np.float32(middle), dtype=np.float64)) > tone.soft_tissue_mean
-        low, high = (middle, high) if brighter else (low, middle)
+        low, high = (middle, high) if mean(middle) > tone.soft_tissue_mean else (low, middle)
     return round((low + high) / 2, 4)
 
 

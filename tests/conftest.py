@@ -63,12 +63,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toned_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same networks, and the tone of a scanner: of `chest`, whose soft tissue has a mean of 0.4."""
+    """The same networks, and the tone of a scanner: of `chest`, whose soft tissue has a mean of 0.45."""
     folder = tmp_path_factory.mktemp("toned") / "tiny"
     shutil.copytree(tiny_bundle, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     seen = seen_by_networks(chest(*SHAPE), Preprocessing(SIZE_PX))
-    manifest["tone"] = {"cxr": tone_quantiles(seen, 25).tolist(), "soft_tissue_mean": 0.4}
+    manifest["tone"] = {"cxr": tone_quantiles(seen, 25).tolist(), "soft_tissue_mean": 0.45}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
 

@@ -44,6 +44,16 @@ def test_a_power_gives_a_result_its_scanners_mean_and_leaves_black_and_white():
     assert from_network(soft_net * 0 + 1, placement, power).min() == 1
 
 
+@pytest.mark.parametrize("off", [-0.15, 0.15])
+def test_a_mean_far_off_is_no_matter_of_tone(off):
+    cxr = (0.1 + 0.8 * chest(64, 48)).astype(np.float32)
+    (cxr_net, placement), (soft_net, _) = padded(cxr), padded(cxr - 0.05)
+    own = float((cxr - 0.05).mean())
+    quantiles = tuple(tone_quantiles(cxr, 25))
+    assert scanner_power(cxr_net, soft_net, placement, ScannerTone(quantiles, own)) == pytest.approx(1, abs=1e-3)
+    assert scanner_power(cxr_net, soft_net, placement, ScannerTone(quantiles, own + off)) is None
+
+
 @pytest.mark.parametrize(("off", "expected"), [(TONE_CXR_RMS - 0.002, True), (TONE_CXR_RMS + 0.002, False)])
 def test_an_x_ray_is_its_scanners_by_its_grey_levels(off, expected):
     cxr = (0.1 + 0.8 * chest(64, 48)).astype(np.float32)
