@@ -108,14 +108,14 @@ def judge(
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
         from_source = subtract_local_bone(cxr, cxr_net, predicted, placement)
-        shown = in_own_tone(cxr_net, predicted, placement, manifest)
+        shown = as_infer_shows(cxr_net, predicted, placement, manifest)
         for detail, written in (("network", shown), ("source", from_source)):
             found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))
     return found
 
 
-def in_own_tone(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
-    """What `infer --detail network` makes of the networks' picture, [H, W] in [0, 1], by the bundle's defaults."""
+def as_infer_shows(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
+    """What `infer --detail network` makes of the networks' picture, [H, W] in [0, 1], tone included where known."""
     power = scanner_power(cxr_net, predicted, placement, manifest.tone) if manifest.tone.cxr else None
     return from_network(predicted, placement, power)
 

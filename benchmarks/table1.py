@@ -27,7 +27,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import both_stages, in_own_tone
+from benchmarks.quality import as_infer_shows, both_stages
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.engine import load
@@ -154,7 +154,7 @@ def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Pred
         cxr_net, placement = cxr * 2 - 1, place(*cxr.shape, cxr.shape[0])
         results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
         return {
-            name: (in_own_tone(cxr_net, image, placement, manifest), taken)
+            name: (as_infer_shows(cxr_net, image, placement, manifest), taken)
             for name, (image, taken) in zip((STAGE_1, BOTH), results, strict=True)
         }
 

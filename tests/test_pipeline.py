@@ -780,7 +780,7 @@ def test_an_x_ray_of_the_models_scanner_gets_its_tone(run, toned, tmp_path):
     cv2.imwrite(str(tmp_path / "in" / "b.png"), pixels(tmp_path / "in" / "a.png") // 2)  # another scanner's
     dicom(tmp_path / "in" / "c.dcm")
     settings = {"bundle": toned, "enhance": False, "overwrite": True}
-    plain, found = run(**settings, scanner_tone=False), None
+    plain = run(**settings, scanner_tone=False)
     own = {name: pixels(tmp_path / "out" / name).astype(float) / 255 for name in ("a.png", "b.png")}
     assert {entry.tone_power for entry in plain.values()} == {None}
     for asked in (None, True):  # the default of a bundle that knows it
