@@ -55,7 +55,9 @@ class Augmentation:
         geometry: scale of rotation, zoom, shear and elastic deformation; 1 is the recipe of the demo model, 0 none.
         foreign: share of the real samples made to look like another scanner's (tone-matched target).
         swap_bones: share of the real samples whose bone layer comes from another pair or a phantom.
-        blur_noise: share of the samples with changed sharpness or added noise in the X-ray.
+        blur_noise: share of the samples with changed sharpness or added noise.
+        phantoms: share of the phantoms warped, and toned anew as often as `foreign` says. The others stay as drawn but
+            for the flip: each is another patient under another exposure already, and warping smooths its grain.
         flip, rotation, zoom, elastic: which parts of the geometry there are; zoom is also shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
     """
@@ -64,6 +66,7 @@ class Augmentation:
     foreign: float = 0.5
     swap_bones: float = 0.35
     blur_noise: float = 0.3
+    phantoms: float = 0.3
     flip: bool = True
     rotation: bool = True
     zoom: bool = True
@@ -197,14 +200,21 @@ class Batches:
         if rng.random() < self.real_share:
             cxr, soft_tissue = self._real(rng, size, crop)
         else:
-            stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
-            cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
-            if rng.random() < self.augmentation.foreign:
-                curve = tone_curve(rng)
-                cxr, soft_tissue = curve(cxr), curve(soft_tissue)
+            cxr, soft_tissue = self._phantom(rng, size, crop)
         if rng.random() < self.augmentation.blur_noise:
             cxr, soft_tissue = degrade(rng, cxr, soft_tissue)
         return np.clip(np.stack([cxr, soft_tissue]), 0.0, 1.0)
+
+    def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
+        stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
+        augmentation = self.augmentation
+        if rng.random() >= augmentation.phantoms:
+            augmentation = replace(augmentation, foreign=0.0, rotation=False, zoom=False, elastic=False)
+        cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, augmentation)
+        if rng.random() < augmentation.foreign:
+            curve = tone_curve(rng)
+            return curve(cxr), curve(soft_tissue)
+        return cxr, soft_tissue
 
     def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
         pair = self.real[rng.integers(len(self.real))]
@@ -297,7 +307,7 @@ def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
 
 
 def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[Image, Image]:
-    """Another detector: both images softer or sharper alike, and noise in the X-ray alone."""
+    """Another detector: both images softer, sharper or noisier alike. Noise is no bone: it stays, as in phantoms."""
     kind = rng.integers(3)
     if kind == 0:
         sigma = rng.uniform(0.3, 0.9)
@@ -308,5 +318,6 @@ def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[I
             image + amount * (image - cv2.GaussianBlur(image, (0, 0), 1.5)) for image in (cxr, soft_tissue)
         )
     else:
-        cxr = cxr + rng.normal(0.0, rng.uniform(0.002, 0.012), cxr.shape).astype(np.float32)
+        noise = rng.normal(0.0, rng.uniform(0.002, 0.012), cxr.shape).astype(np.float32)
+        cxr, soft_tissue = cxr + noise, soft_tissue + noise
     return cxr, soft_tissue

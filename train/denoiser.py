@@ -1,7 +1,7 @@
 """Stage 1: train the denoiser. One loop, readable from top to bottom.
 
 Training follows the paper: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, conditioned on the clean X-ray,
-mean squared error on what the network predicts (`Schedule.objective`: eps as in the paper, v or x0).
+squared error of what the network predicts (`Schedule.objective`): eps as in the paper, v, or x0 relative to its bone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from train.validation import Validation
 # a sampler of a handful of steps asks for little else.
 NOISY_SHARE = 0.8
 
+# Mean square of an image's bone, in the networks' [-1, 1]: of a typical image, and of one with hardly any, whose weight
+# would otherwise grow without bound.
+BONE_ENERGY, LITTLE_BONE_ENERGY = 0.02, 0.004
+
 
 def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tensor:
     """`count` diffusion times, [B] int64 in [0, T): uniform for eps (the paper), else weighted to the noisy end."""
@@ -42,6 +46,18 @@ def target(schedule: Schedule, x_0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -
     return {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[schedule.objective]
 
 
+def bone_weights(schedule: Schedule, pair: Tensor) -> Tensor:
+    """Weight of each sample's squared error, [B], from [B, 2, H, W] in [-1, 1]: X-ray and truth.
+
+    What counts is the share of the bone left in (BSR), so x0's error is taken relative to the energy of the sample's
+    bone; else images of strong bone alone say what is learned. The errors of eps and v are not the picture's: all 1.
+    """
+    if schedule.objective != "x0":
+        return torch.ones(len(pair), device=pair.device)
+    energy = torch.mean((pair[:, 0] - pair[:, 1]) ** 2, dim=(1, 2))
+    return BONE_ENERGY / (energy + LITTLE_BONE_ENERGY)
+
+
 class Diffusion:
     """Makes training samples of a schedule, on a device."""
 
@@ -50,22 +66,30 @@ class Diffusion:
         self.schedule = schedule
         self.root_a, self.root_s = (torch.from_numpy(np.sqrt(x)).float().to(device) for x in (table, 1.0 - table))
 
-    def noised(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, cxr, t, and what the network should predict, from [B, 2, H, W]: X-ray and truth in [-1, 1]."""
+    def noised(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x_t, cxr, t, what the network should predict, and the weight of its error.
+
+        Args:
+            pair: [B, 2, H, W], X-ray and truth in [-1, 1].
+            rng: draws the noise and the times.
+        """
         cxr, x_0 = pair[:, 0:1], pair[:, 1:2]
         eps = torch.from_numpy(rng.standard_normal(x_0.shape, dtype=np.float32)).to(pair.device)
         t = draw_times(rng, self.schedule, len(pair)).to(pair.device)
         a, s = self.root_a[t].view(-1, 1, 1, 1), self.root_s[t].view(-1, 1, 1, 1)
-        return a * x_0 + s * eps, cxr, t, target(self.schedule, x_0, eps, a, s)
+        return a * x_0 + s * eps, cxr, t, target(self.schedule, x_0, eps, a, s), bone_weights(self.schedule, pair)
 
 
-def denoiser_losses(trainee: Trainee, x_t: Tensor, cxr: Tensor, t: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-    """Mean squared error of a batch, as a sum over its pieces."""
+def denoiser_losses(
+    trainee: Trainee, x_t: Tensor, cxr: Tensor, t: Tensor, wanted: Tensor, weights: Tensor
+) -> Iterator[Tensor]:
+    """Mean over the batch of each sample's weighted mean squared error, as a sum over the batch's pieces."""
     options = trainee.options
-    for noisy, condition, times, goal in pieces(options.accumulate, x_t, cxr, t, wanted):
+    for noisy, condition, times, goal, weight in pieces(options.accumulate, x_t, cxr, t, wanted, weights):
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=options.bf16):
             out = trainee.model(noisy, condition, times)
-        yield torch.mean((out.float() - goal) ** 2) * (len(noisy) / len(x_t))
+        squared = torch.mean((out.float() - goal) ** 2, dim=(1, 2, 3))
+        yield torch.sum(weight * squared) / len(x_t)
 
 
 def train_denoiser(

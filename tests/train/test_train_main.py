@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from benchmarks.table1 import app as table1
 from bsdiff_rt.cli import app as product
-from bsdiff_rt.config import Schedule
+from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.networks.unet import Denoiser
 from export.__main__ import app as exporter
 from train.__main__ import HELD_OUT_PHANTOM_SEED, app
-from train.denoiser import draw_times, target
-from train.loop import load_checkpoint
+from train.denoiser import bone_weights, denoiser_losses, draw_times, target
+from train.loop import Trainee, TrainOptions, load_checkpoint
 
 
 def run(command_line, *arguments):
@@ -93,6 +94,29 @@ def test_times_are_uniform_for_eps_and_lean_to_the_noisy_end_otherwise():
     # 80 % drawn from there, and a tenth of the rest.
     assert float((leaning >= 900).double().mean()) == pytest.approx(0.82, abs=0.015)
     assert int(leaning.max()) == 999
+
+
+def test_an_x0_error_counts_relative_to_the_bone_there_is():
+    """0.02 / (energy + 0.004): the same share of the bone left in weighs alike, but for images of hardly any bone."""
+    pair = torch.zeros(3, 2, 4, 4)
+    pair[1, 0], pair[2, 1] = 0.2, 0.4  # mean squares 0, 0.04 and 0.16
+    expected = torch.tensor([0.02 / 0.004, 0.02 / 0.044, 0.02 / 0.164])
+    torch.testing.assert_close(bone_weights(Schedule(objective="x0"), pair), expected)
+    for objective in ("eps", "v"):
+        torch.testing.assert_close(bone_weights(Schedule(objective=objective), pair), torch.ones(3))
+
+
+def test_the_loss_weighs_each_sample_and_pieces_add_up_to_it():
+    trainee = Trainee(Denoiser(PRESETS["tiny"].denoiser), TrainOptions(bf16=False))
+    rng = torch.Generator().manual_seed(0)
+    x_t, cxr, wanted = (torch.randn(3, 1, 16, 16, generator=rng) for _ in range(3))
+    t, weights = torch.tensor([0, 500, 999]), torch.tensor([0.5, 2.0, 0.0])
+    (loss,) = denoiser_losses(trainee, x_t, cxr, t, wanted, weights)
+    # A network just made predicts 0: each sample's error is its goal's mean square.
+    expected = (weights * torch.mean(wanted**2, dim=(1, 2, 3))).sum() / 3
+    torch.testing.assert_close(loss, expected)
+    halves = Trainee(trainee.network, TrainOptions(bf16=False, accumulate=2))
+    torch.testing.assert_close(sum(denoiser_losses(halves, x_t, cxr, t, wanted, weights)), expected)
 
 
 def test_your_own_pairs_to_the_papers_tables(tiny_bundle, tmp_path):
