@@ -191,7 +191,7 @@ def _kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
     unit = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: getattr(event, unit), reverse=True)
     if cuda:
-        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        events = [event for event in events if event.device_type == torch.profiler.DeviceType.CUDA]
     total = sum(getattr(event, unit) for event in events) or 1.0
     return [
         {"name": e.key, "calls": e.count, "ms": getattr(e, unit) / 1e3, "share": getattr(e, unit) / total}

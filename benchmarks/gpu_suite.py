@@ -78,6 +78,7 @@ def supervise(part: Part) -> dict[str, Any]:
     child.join(part.left())
     ended = not child.is_alive()
     if not ended:
+        assert child.pid is not None  # it was started
         try:
             os.killpg(child.pid, signal.SIGKILL)  # the session run_part opened: the part and what it started
         except ProcessLookupError:  # it had not come that far

@@ -9,13 +9,15 @@ from unittest import mock
 import torch
 
 from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import SamplerName
 from bsdiff_rt.engine import load
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampler import CapturedSampler
 from bsdiff_rt.schedule import Table, sampler_table
 
-TRIALS = (("ddim", 2, 5), ("ddim", 50, 1), ("ddpm", 50, 1))  # sampler, steps, images
+# Sampler, steps, images.
+TRIALS: tuple[tuple[SamplerName, int, int], ...] = (("ddim", 2, 5), ("ddim", 50, 1), ("ddpm", 50, 1))
 
 
 def share_outside(runner: Runner, table: Table, images: int) -> float:
@@ -43,7 +45,7 @@ def main() -> None:
     bundle = open_bundle("demo")
     with load(bundle, "onnxruntime", torch.device("cpu")) as runner:
         for name, steps, images in TRIALS:
-            table = sampler_table(bundle.manifest.schedule, name, steps)  # type: ignore[arg-type]
+            table = sampler_table(bundle.manifest.schedule, name, steps)
             print(f"{name} {steps} steps: {share_outside(runner, table, images):.2%} outside the network")
 
 

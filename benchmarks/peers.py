@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from unittest import mock
 
 import numpy as np
@@ -61,7 +61,7 @@ class PublishedDenoiser(nn.Module):
 class PublishedEnhancer(nn.Module):
     """The published autoencoder; decodes the mean, without the published noise."""
 
-    def __init__(self, network: nn.Module, residual: bool) -> None:
+    def __init__(self, network: Any, residual: bool) -> None:
         super().__init__()
         self.network, self.residual = network, residual
 
@@ -134,10 +134,10 @@ def compiled(model: Model, device: torch.device, _: Candidate) -> Candidate:
     """The published networks under torch.compile with autotuning, in the plain loop (it captures graphs itself)."""
 
     def load() -> Runner:
-        networks = published_networks(model)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        compiled_networks = [torch.compile(n.to(device, dtype).eval(), mode="max-autotune") for n in networks]
-        runner = PublishedRunner(*compiled_networks, model.size, device)
+        networks = (network.to(device, dtype).eval() for network in published_networks(model))
+        denoiser, enhancer = (cast(nn.Module, torch.compile(n, mode="max-autotune")) for n in networks)
+        runner = PublishedRunner(denoiser, enhancer, model.size, device)
         runner.precision = "fp16" if device.type == "cuda" else "fp32"
         return runner
 
@@ -247,8 +247,8 @@ def openvino(model: Model, device: torch.device, _: Candidate) -> Candidate:
         raise EngineError(f"it is measured on the CPU, not on {device}")
     if model.bundle is None:
         raise EngineError("needs a bundle on disk: `python -m export random paper -o DIR`, then --bundle DIR")
-    graphs = [model.bundle.file(f"{stage}.onnx") for stage in ("denoiser", "enhancer")]
-    return loaded(OPENVINO, lambda: OpenVinoRunner(*graphs, model.size), device)
+    denoiser, enhancer = (model.bundle.file(f"{stage}.onnx") for stage in ("denoiser", "enhancer"))
+    return loaded(OPENVINO, lambda: OpenVinoRunner(denoiser, enhancer, model.size), device)
 
 
 PEERS: dict[str, Callable[[Model, torch.device, Candidate], Candidate]] = {

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import torch
 import typer
@@ -25,7 +24,7 @@ from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
-from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, resize, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
@@ -84,10 +83,10 @@ def main(
                     rows.append(row | {"stage2": stage2, "detail": detail} | figures)
                     print(line(rows[-1]), flush=True)
     if output:
-        head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
+        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
-        head |= {"scanner_tone": bool(manifest.tone.cxr)}
-        output.write_text(json.dumps(head | {"size_px": size, "rows": rows}, indent=1) + "\n")
+        head |= {"scanner_tone": bool(manifest.tone.cxr), "size_px": size, "rows": rows}
+        output.write_text(json.dumps(head, indent=1) + "\n")
 
 
 def load_pairs(folder: Path) -> list[Pair]:
@@ -138,10 +137,8 @@ def both_stages(
 
 
 def _at(image: Image, size: int) -> Image:
-    """A square image at `size` px a side."""
-    if size in (0, image.shape[0]):
-        return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    """A square image at `size` px a side; 0: at its own."""
+    return resize(image, (size, size)) if size else image
 
 
 def line(row: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.discover import is_input, stem_of
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.intensity import place, resize
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
@@ -320,9 +321,8 @@ def _read(path: Path) -> Radiograph:
 
 def _data_uri(image: Image, size: int) -> str:
     """8-bit PNG, as the pixels alone: nothing of the file's name or header travels with them."""
-    scale = min(1.0, size / max(image.shape))
-    rows, columns = (max(1, round(side * scale)) for side in image.shape)
-    small = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA) if scale < 1 else image
+    at = place(image.shape, min(size, max(image.shape)))
+    small = resize(image, (at.height, at.width))
     encoded = cv2.imencode(".png", np.rint(np.clip(small, 0, 1) * 255).astype(np.uint8))[1]
     return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()
 

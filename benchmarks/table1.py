@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.quality import as_infer_shows, both_stages
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import Preprocessing, ScannerTone
+from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
@@ -75,7 +75,7 @@ def main(
     bundle: Annotated[str, typer.Option(help="BS-Diff: a bundle's name or folder.")] = "demo",
     comparators: Annotated[Path | None, typer.Option(help="Folder of NAME.onnx; each is a row.")] = None,
     part: Annotated[str, typer.Option(help="Part of a prepared data set: train, val or test.")] = "test",
-    sampler: Annotated[str | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the bundle's")] = None,
     scanner_tone: Annotated[
         bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
@@ -105,10 +105,10 @@ def main(
     print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])
     print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
     if output:
-        head = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "sampler": asdict(settings)}
+        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
-        head |= {"runner": kind, "torch": torch.__version__, "images": len(cases), "seed": seed, "mirror": mirror}
-        head |= {"scanner_tone": bool(manifest.tone.cxr)}
+        head |= {"sampler": asdict(settings), "mirror": mirror, "scanner_tone": bool(manifest.tone.cxr)}
+        head |= {"runner": kind, "images": len(cases), "seed": seed}
         output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
@@ -142,7 +142,8 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
             pair = [read_result(file, DATASET_BITS) for file in (path, truth)]
         else:
             pair = read_together([path, truth])
-        cases.append(Case(patient, *((to_network(image, prep)[0] + 1) / 2 for image in pair)))
+        cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
+        cases.append(Case(patient, cxr, soft_tissue))
     return cases
 
 
@@ -151,7 +152,7 @@ def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Pred
 
     def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
         noise = ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
-        cxr_net, placement = cxr * 2 - 1, place(*cxr.shape, cxr.shape[0])
+        cxr_net, placement = cxr * 2 - 1, place(cxr.shape, cxr.shape[0])
         results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
         return {
             name: (as_infer_shows(cxr_net, image, placement, manifest), taken)

@@ -99,7 +99,7 @@ class Suppressor:
         shape = (max(batch, self.smallest), 1, *self._size)
         for _ in range(BATCHES_IN_FLIGHT):
             self._free.put(HostBatch(shape, self._cuda, self._release))
-        self._streams = [torch.cuda.Stream(runner.device) for _ in range(3)] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(runner.device) for _ in range(3)] if self._cuda else []
         self._lock = threading.Lock()
         self.busy_s = 0.0
 
@@ -212,7 +212,7 @@ class _DeviceClock(_Clock):
 
     def __init__(self) -> None:
         super().__init__()
-        self._began, self._ended, self._arrived = (torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[no-untyped-call]
+        self._began, self._ended, self._arrived = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
     def start(self) -> None:
         self._began.record()

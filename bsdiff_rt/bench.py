@@ -154,7 +154,7 @@ def measure(
     for batch in batches:
         with ExitStack() as stack:
             if plan.device.type == "cuda":  # a graph cannot be recorded on the default stream
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(plan.device)))  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(plan.device)))
             threads = stack.enter_context(ThreadPoolExecutor(NOISE_THREADS))
             rows, absent = _measure_batch(plan, candidates, batch, threads, stack)
         yield rows, absent

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.discover import UNCERTAINTY, is_input, stem_of
 from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.intensity import place, resize
 from bsdiff_rt.metrics import Quality, quality
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.radiograph import Radiograph
@@ -68,10 +68,9 @@ def evaluate(matches: list[Match], size: int = SIZE_PX) -> Iterator[tuple[str, Q
         if max(ratios) / min(ratios) > 1.02:
             shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (image.shape for image in images))
             raise SettingsError(f"{one.name}: X-ray, truth and prediction differ in aspect ratio ({shapes})")
-        rows, columns = images[0].shape
-        scale = size / max(rows, columns)
-        target = (max(1, round(columns * scale)), max(1, round(rows * scale)))
-        yield one.name, quality(*(_resize(image, target) for image in images))
+        placement = place(images[0].shape, size)
+        shape = placement.height, placement.width
+        yield one.name, quality(*(np.clip(resize(image, shape), 0, 1) for image in images))
 
 
 def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
@@ -133,11 +132,3 @@ def _read(path: Path) -> Radiograph:
         return read_dicom(path, derived=True) if is_dicom(path) else read_raster(path)
     except BsdiffError as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-def _resize(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    if image.shape[::-1] == size:
-        return image
-    shrinks = image.shape[1] > size[0]
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)

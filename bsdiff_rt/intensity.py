@@ -62,12 +62,27 @@ class Placement:
     size: int
 
 
-def place(rows: int, columns: int, size: int) -> Placement:
-    """The placement of a picture of `rows` x `columns` px in a square of `size` px: longer side filled, centred."""
-    longer = max(rows, columns)
+def place(shape: tuple[int, ...], size: int) -> Placement:
+    """The placement of a picture of `shape` (rows, columns) in a square of `size` px: longer side filled, centred."""
+    rows, columns = shape
+    longer = max(shape)
     height = max(1, round(rows * size / longer))
     width = max(1, round(columns * size / longer))
     return Placement(rows, columns, (size - height) // 2, (size - width) // 2, height, width, size)
+
+
+def resize(picture: NDArray[np.floating[Any]], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Resize [H, W] to `shape` (rows, columns), float32: area average on the way down, a copy where equal.
+
+    On the way up bicubic, which overshoots: clip the result where its range counts.
+    """
+    picture = np.ascontiguousarray(picture, dtype=np.float32)
+    if picture.shape == shape:
+        return picture.copy()
+    rows, columns = shape
+    shrinking = rows <= picture.shape[0] and columns <= picture.shape[1]
+    method = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(picture, (columns, rows), interpolation=method), dtype=np.float32)
 
 
 def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[np.float32], Placement]:
@@ -83,8 +98,8 @@ def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[n
     Returns:
         [size, size], float32, in [-1, 1], and where the picture lies in it.
     """
-    placement = place(cxr.shape[0], cxr.shape[1], prep.size)
-    picture = _resize(cxr, placement.height, placement.width)
+    placement = place(cxr.shape, prep.size)
+    picture = resize(cxr, (placement.height, placement.width))
     if prep.clahe_clip_limit > 0:
         picture = equalize(picture, prep.clahe_clip_limit, prep.clahe_tiles)
     bottom = prep.size - placement.height - placement.top
@@ -109,7 +124,7 @@ def from_network(image: NDArray[np.float32], placement: Placement, power: float 
     Returns:
         [H, W], float32, in [0, 1], with H, W the source's matrix.
     """
-    picture = _resize(_crop(image, placement), placement.rows, placement.columns)
+    picture = resize(_crop(image, placement), (placement.rows, placement.columns))
     picture = _unit((picture + np.float32(1)) / np.float32(2))
     return picture if power is None else picture ** np.float32(power)
 
@@ -181,9 +196,9 @@ def subtract_local_bone(
     # The networks' range is twice as wide as [0, 1].
     shown, soft_tissue = (_crop(image, placement) / np.float32(2) for image in (cxr_net, soft_tissue_net))
     bone = shown - soft_tissue
-    share = np.clip(_resize(bone_share(shown, bone), *cxr.shape), 0, 1)
-    detail = cxr - _resize(_resize(cxr, placement.height, placement.width), *cxr.shape)
-    return _unit(cxr - _resize(bone - tone_of(bone, placement.size, RIBS_WINDOW_PX), *cxr.shape) - share * detail)
+    share = np.clip(resize(bone_share(shown, bone), cxr.shape), 0, 1)
+    detail = cxr - resize(resize(cxr, (placement.height, placement.width)), cxr.shape)
+    return _unit(cxr - resize(bone - tone_of(bone, placement.size, RIBS_WINDOW_PX), cxr.shape) - share * detail)
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -226,7 +241,7 @@ def tone_of(bone: NDArray[np.float32], side: int, window_px: int) -> NDArray[np.
     """
     height, width = bone.shape
     scale = min(TONE_PX / side, 1.0)
-    small = _resize(bone, max(1, round(height * scale)), max(1, round(width * scale)))
+    small = resize(bone, (max(1, round(height * scale)), max(1, round(width * scale))))
     reach = max(1, round(window_px * side * scale / TONE_PX) // 2)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(small, reach, mode="symmetric"), (2 * reach + 1,) * 2)
     values = windows.reshape(*small.shape, -1)
@@ -234,7 +249,7 @@ def tone_of(bone: NDArray[np.float32], side: int, window_px: int) -> NDArray[np.
     envelope = np.ascontiguousarray(np.partition(values, rank, axis=-1)[..., rank])
     sigma = window_px / 6 * side * scale / TONE_PX
     smooth = cv2.GaussianBlur(envelope, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    return _resize(np.asarray(smooth, dtype=np.float32), height, width)
+    return resize(np.asarray(smooth, dtype=np.float32), (height, width))
 
 
 def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:
@@ -321,13 +336,3 @@ def _crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float
     """The picture's part of the square, [height, width]."""
     bottom, right = placement.top + placement.height, placement.left + placement.width
     return square[placement.top : bottom, placement.left : right]
-
-
-def _resize(picture: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
-    """Resize [H, W] to [rows, columns]: area average on the way down, bicubic on the way up, a copy where equal."""
-    picture = np.ascontiguousarray(picture, dtype=np.float32)
-    if picture.shape == (rows, columns):
-        return picture.copy()
-    shrinking = rows <= picture.shape[0] and columns <= picture.shape[1]
-    method = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(picture, (columns, rows), interpolation=method), dtype=np.float32)

@@ -198,7 +198,7 @@ class _Gate:
 
     def _recorded(self, cxr: torch.Tensor, table: Table, plain: torch.Tensor) -> Check:
         """The engine's step recorded and replayed, against the engine itself."""
-        side = torch.cuda.Stream(cxr.device)  # type: ignore[no-untyped-call]  # the default stream cannot be recorded
+        side = torch.cuda.Stream(cxr.device)  # the default stream cannot be recorded
         side.wait_stream(torch.cuda.current_stream(cxr.device))
         with torch.cuda.stream(side), CapturedSampler(self._candidate) as sampler:
             x_0 = sampler.sample(cxr, table, lambda k: self._draw(k, len(cxr)))

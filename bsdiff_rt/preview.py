@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.intensity import place, resize
 from bsdiff_rt.radiograph import write_atomically
 
 FILE_NAME = "preview.png"
@@ -59,10 +60,8 @@ class Preview:
 
 def _thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """`image` in the middle of a black square of SIDE_PX, aspect ratio kept."""
-    scale = SIDE_PX / max(image.shape)
-    rows, columns = (max(1, round(side * scale)) for side in image.shape)
-    small = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    at = place(image.shape, SIDE_PX)
     square = np.zeros((SIDE_PX, SIDE_PX), np.float32)
-    top, left = (SIDE_PX - rows) // 2, (SIDE_PX - columns) // 2
-    square[top : top + rows, left : left + columns] = np.clip(small, 0, 1)
+    small = resize(image, (at.height, at.width))
+    square[at.top : at.top + at.height, at.left : at.left + at.width] = np.clip(small, 0, 1)
     return square

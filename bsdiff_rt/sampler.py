@@ -249,11 +249,11 @@ class _Graph(_Recording):
 
     def __init__(self, runner: Runner, cxr: torch.Tensor, table: Table) -> None:
         super().__init__(runner, cxr, table)
-        self._copies = torch.cuda.Stream(cxr.device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(cxr.device)
         # Slot k mod R has been read by step k.
-        self._used = [torch.cuda.Event() for _ in range(RING_SLOTS)]  # type: ignore[no-untyped-call]
+        self._used = [torch.cuda.Event() for _ in range(RING_SLOTS)]
         self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(cxr.device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(cxr.device)
         side.wait_stream(torch.cuda.current_stream(cxr.device))
         try:
             with torch.cuda.stream(side):

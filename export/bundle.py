@@ -124,15 +124,15 @@ def check_agreement(reference: Runner, candidate: Runner, train_steps: int) -> d
         shape = (batch, 1, reference.image_size, reference.image_size)
         cxr = torch.rand(shape, generator=generator) * 2 - 1
         x_t = torch.randn(shape, generator=generator)
-        outputs = [torch.empty(shape) for _ in range(2)]
+        expected, actual = torch.empty(shape), torch.empty(shape)
         for time in (0, train_steps // 2, train_steps - 1):
             t = torch.full((batch,), float(time))
-            for runner, out in zip((reference, candidate), outputs, strict=True):
-                runner.denoise(x_t, cxr, t, out)
-            worst["denoiser"] = max(worst["denoiser"], _difference(*outputs, f"denoiser at t = {time}"))
-        for runner, out in zip((reference, candidate), outputs, strict=True):
-            runner.enhance(cxr, out)
-        worst["enhancer"] = max(worst["enhancer"], _difference(*outputs, "enhancer"))
+            reference.denoise(x_t, cxr, t, expected)
+            candidate.denoise(x_t, cxr, t, actual)
+            worst["denoiser"] = max(worst["denoiser"], _difference(expected, actual, f"denoiser at t = {time}"))
+        reference.enhance(cxr, expected)
+        candidate.enhance(cxr, actual)
+        worst["enhancer"] = max(worst["enhancer"], _difference(expected, actual, "enhancer"))
     return worst
 
 

@@ -72,7 +72,8 @@ def share_weights(model: onnx.ModelProto, weights: Path) -> None:
     Raises:
         BundleError: an initialiser that is no weight of the file.
     """
-    by_bytes, by_transpose = {}, {}
+    by_bytes: dict[bytes, tuple[int, list[int]]] = {}
+    by_transpose: dict[bytes, tuple[str, int, list[int]]] = {}
     for name, dtype, shape, offset, data in tensors_of(weights):
         by_bytes.setdefault(data, (offset, shape))
         if len(shape) == 2:

@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -136,7 +136,7 @@ def _chosen(content: Any, weights: WeightsName) -> dict[str, Any]:
     return dict(zip(entries, values, strict=True))  # torch_ema keeps a list, in the order of model.parameters()
 
 
-def _is_network(content: Any) -> bool:
+def _is_network(content: Any) -> TypeGuard[Note]:
     """Whether a note is that of a torch.nn.Module."""
     return isinstance(content, Note) and isinstance(content.state, dict) and "_modules" in content.state
 

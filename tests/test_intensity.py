@@ -17,6 +17,7 @@ from bsdiff_rt.intensity import (
     equalize,
     from_network,
     place,
+    resize,
     scanner_power,
     subtract_local_bone,
     to_network,
@@ -98,7 +99,7 @@ def test_a_picture_of_the_networks_size_comes_back_unchanged(rows, columns):
     ],
 )
 def test_placement_keeps_the_aspect_and_centres(rows, columns, expected):
-    placement = place(rows, columns, 256)
+    placement = place((rows, columns), 256)
     assert (placement.top, placement.left, placement.height, placement.width) == expected
     assert (placement.rows, placement.columns, placement.size) == (rows, columns, 256)
 
@@ -147,7 +148,7 @@ def test_the_border_is_the_repeated_edge():
 
 
 def test_results_outside_the_range_are_clipped():
-    placement = place(64, 64, 32)
+    placement = place((64, 64), 32)
     assert from_network(np.full((32, 32), 1.5, np.float32), placement).max() == 1
     assert from_network(np.full((32, 32), -1.5, np.float32), placement).min() == 0
 
@@ -261,3 +262,12 @@ def test_the_window_scales_with_the_square(side):
 @pytest.mark.parametrize("shape", [(1, 256), (256, 1), (3, 200), (256, 200)])
 def test_tone_of_a_narrow_picture(shape):
     np.testing.assert_allclose(tone_of(np.full(shape, 0.3, np.float32), 256, RIBS_WINDOW_PX), 0.3, atol=1e-6)
+
+
+def test_resizing_averages_areas_on_the_way_down_and_overshoots_on_the_way_up():
+    checks = (np.indices((8, 8)).sum(0) % 2).astype(np.float32)
+    np.testing.assert_allclose(resize(checks, (4, 4)), 0.5)
+    same = resize(checks, (8, 8))
+    np.testing.assert_array_equal(same, checks)
+    assert not np.shares_memory(same, checks)
+    assert resize(checks, (21, 21)).min() < 0  # bicubic

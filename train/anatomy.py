@@ -90,10 +90,10 @@ class Canvas:
             right = weight * x
             total += np.bincount(index + step, weight - right, n * n)
             total += np.bincount(index + (step + 1), right, n * n)
-        total = total.reshape(n, n)
-        total[[0, -1, -2]] = 0  # what lies outside was gathered on the rim
-        total[:, [0, -1, -2]] = 0
-        return total.astype(np.float32)
+        picture = total.reshape(n, n).astype(np.float32)
+        picture[[0, -1, -2]] = 0  # what lies outside was gathered on the rim
+        picture[:, [0, -1, -2]] = 0
+        return picture
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.intensity import resize
+
 logger = logging.getLogger(__name__)
 
 Image = NDArray[np.float32]
@@ -34,8 +36,7 @@ class Row:
     def __post_init__(self) -> None:
         """Keep only what is shown: a data set of thousands would not fit into memory."""
         for role in ("cxr", "soft_tissue"):
-            small = cv2.resize(getattr(self, role), (CELL_PX, CELL_PX), interpolation=cv2.INTER_AREA)
-            object.__setattr__(self, role, small)
+            object.__setattr__(self, role, resize(getattr(self, role), (CELL_PX, CELL_PX)))
 
 
 def contact_sheet(rows: list[Row]) -> bytes:

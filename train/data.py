@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import BONES_WINDOW_PX, tone_of
+from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, tone_of
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
@@ -84,7 +85,7 @@ class Augmentation:
         if unknown := sorted(chosen - AUGMENTATION_SETS["demo"]):
             known = ", ".join((*AUGMENTATION_SETS, *sorted(AUGMENTATION_SETS["demo"])))
             raise SettingsError(f"augmentation {unknown[0]!r} is not known; choose from {known}")
-        off = {kind.replace("-", "_"): 0 for kind in AUGMENTATION_SETS["demo"] - chosen}
+        off: dict[str, Any] = {kind.replace("-", "_"): 0 for kind in AUGMENTATION_SETS["demo"] - chosen}
         return replace(cls(), **off)
 
 
@@ -116,10 +117,7 @@ def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
     """Read one pair and bring it to `size` x `size` (area averaging)."""
-    cxr, soft_tissue = (
-        cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-        for image in read_together([cxr_path, soft_tissue_path])
-    )
+    cxr, soft_tissue = (resize(image, (size, size)) for image in read_together([cxr_path, soft_tissue_path]))
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue))
 
 
@@ -142,9 +140,8 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
         cxr, soft_tissue = (
             read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
         )
-        if size is not None and size != cxr.shape[0]:
-            method = cv2.INTER_AREA if size < cxr.shape[0] else cv2.INTER_CUBIC
-            cxr, soft_tissue = (cv2.resize(image, (size, size), interpolation=method) for image in (cxr, soft_tissue))
+        if size is not None:
+            cxr, soft_tissue = (np.clip(resize(image, (size, size)), 0, 1) for image in (cxr, soft_tissue))
         pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue)))
     return pairs
 
@@ -282,15 +279,9 @@ def warp(
     reduction = source / size / zoom
     blur = 0.45 * np.sqrt(max(reduction**2 - 1.0, 0.0))
     maps = map_x.astype(np.float32), map_y.astype(np.float32)
-    return [
-        cv2.remap(
-            cv2.GaussianBlur(image, (0, 0), blur) if blur > 0.2 else image,
-            *maps,
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        for image in images
-    ]
+    soft = [_blurred(image, blur) if blur > 0.2 else image for image in images]
+    warped = [cv2.remap(image, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for image in soft]
+    return [np.asarray(image, dtype=np.float32) for image in warped]
 
 
 def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
@@ -311,13 +302,15 @@ def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[I
     kind = rng.integers(3)
     if kind == 0:
         sigma = rng.uniform(0.3, 0.9)
-        cxr, soft_tissue = cv2.GaussianBlur(cxr, (0, 0), sigma), cv2.GaussianBlur(soft_tissue, (0, 0), sigma)
+        cxr, soft_tissue = _blurred(cxr, sigma), _blurred(soft_tissue, sigma)
     elif kind == 1:
         amount = rng.uniform(0.2, 0.8)
-        cxr, soft_tissue = (
-            image + amount * (image - cv2.GaussianBlur(image, (0, 0), 1.5)) for image in (cxr, soft_tissue)
-        )
+        cxr, soft_tissue = (image + np.float32(amount) * (image - _blurred(image, 1.5)) for image in (cxr, soft_tissue))
     else:
         noise = rng.normal(0.0, rng.uniform(0.002, 0.012), cxr.shape).astype(np.float32)
         cxr, soft_tissue = cxr + noise, soft_tissue + noise
     return cxr, soft_tissue
+
+
+def _blurred(image: Image, sigma: float) -> Image:
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), dtype=np.float32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from monai.networks.nets import PatchDiscriminator
+from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor
 
 CHANNELS, LAYERS, LEARNING_RATE = 64, 3, 5e-4  # the paper's

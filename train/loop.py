@@ -97,7 +97,7 @@ class Trainee:
         device = self.accelerator.device
         # Tensor cores want channels last; on a CPU the gradients of ResNet-BS are slower in it (docs/experiments.md).
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.network = network.to(device, memory_format=layout)
+        self.network = network.to(device).to(memory_format=layout)  # type: ignore[call-overload]  # torch has it
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
         self.options = options
         self.optimizer = torch.optim.AdamW(
@@ -138,7 +138,8 @@ class Trainee:
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            averaged, current = list(self.averaged.parameters()), list(self.network.parameters())
+            averaged: list[torch.Tensor] = list(self.averaged.parameters())
+            current: list[torch.Tensor] = list(self.network.parameters())
             torch._foreach_lerp_(averaged, current, 1.0 - decay)
             for kept, buffer in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 kept.copy_(buffer)  # statistics of batch norms are averages already
@@ -229,8 +230,8 @@ class Run:
         if trainee.step % trainee.options.save_every and trainee.step != trainee.options.steps:
             return
         accelerator = trainee.accelerator
-        means = torch.tensor([value / self._steps for value in self._sums.values()], device=accelerator.device)
-        means = dict(zip(self._sums, accelerator.reduce(means, "mean").tolist(), strict=True))
+        own = torch.tensor([value / self._steps for value in self._sums.values()], device=accelerator.device)
+        means = dict(zip(self._sums, accelerator.reduce(own, "mean").tolist(), strict=True))
         verdict = torch.zeros(1, device=accelerator.device)
         if accelerator.is_main_process:
             self._save(self.path, extra())  # first: an interrupted validation costs no training

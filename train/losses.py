@@ -81,8 +81,8 @@ def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
         min(side >> scale, side // max(1, scale**2)) >= MS_SSIM_KERNEL_PX for scale in range(len(MS_SSIM_WEIGHTS))
     )
     weights = [weight / sum(MS_SSIM_WEIGHTS[:scales]) for weight in MS_SSIM_WEIGHTS[:scales]]
-    unit = [(image.float().clamp(-1, 1) + 1) / 2 for image in (predicted, soft_tissue)]
-    return 1.0 - compute_ms_ssim(*unit, spatial_dims=2, kernel_size=MS_SSIM_KERNEL_PX, weights=weights).mean()
+    x, y = ((image.float().clamp(-1, 1) + 1) / 2 for image in (predicted, soft_tissue))
+    return 1.0 - compute_ms_ssim(x, y, spatial_dims=2, kernel_size=MS_SSIM_KERNEL_PX, weights=weights).mean()
 
 
 def optimise(trainee: Trainee, loss: HybridLoss, x: Tensor, soft_tissue: Tensor) -> dict[str, float]:

@@ -31,13 +31,13 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import to_network
+from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.radiograph import write_atomically
 from bsdiff_rt.raster import read_raster, read_together, write_png
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS
 from train.pairing import Match, Unmatched, pair_files
-from train.registration import MIN_CORRELATION, Image, apply, register, resize, unregistered
+from train.registration import MIN_CORRELATION, Image, apply, register, unregistered
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def _exclusions(matches: list[Match], exclude: dict[str, str]) -> dict[str, str]
     Raises:
         SettingsError: a line that names no pair: a slip of the pen would put a bad pair into the training.
     """
-    reasons = {}
+    reasons: dict[str, str] = {}
     for line, reason in exclude.items():
         meant = [one.name for one in matches if line in _called(one)]
         if not meant:
@@ -303,7 +303,7 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
     if max(ratios) / min(ratios) > ASPECT_TOLERANCE:
         shapes = " and ".join(f"{image.shape[0]} x {image.shape[1]} px" for image in (cxr, soft_tissue))
         raise InputRefused(f"X-ray and soft tissue differ in aspect ratio: {shapes}")
-    return cxr, resize(soft_tissue, cxr.shape)
+    return cxr, np.clip(resize(soft_tissue, cxr.shape), 0, 1)
 
 
 def _at_size(image: Image, options: PrepareOptions) -> Image:

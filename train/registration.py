@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed
-from bsdiff_rt.intensity import place
+from bsdiff_rt.intensity import place, resize
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -71,8 +71,7 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
     try:
         for scale in COARSE_SCALES:
             size = tuple(max(1, round(side * scale)) for side in fixed.shape)
-            coarse = [_smooth(resize(image, size)) for image in (fixed, moving)]
-            warp = _ecc(*coarse, warp, scale)
+            warp = _ecc(_smooth(resize(fixed, size)), _smooth(resize(moving, size)), warp, scale)
         warp = _ecc(edges(fixed), edges(moving), warp, 1.0)
     except cv2.error:
         raise InputFailed("X-ray and soft tissue cannot be registered: the estimate does not converge") from None
@@ -116,23 +115,16 @@ def edges(image: Image) -> Image:
     return steep
 
 
-def resize(image: Image, shape: tuple[int, ...]) -> Image:
-    """[H, W] float32 at another `shape`, in [0, 1]: area average on the way down, bicubic on the way up."""
-    if image.shape == shape:
-        return image
-    method = cv2.INTER_AREA if shape[0] <= image.shape[0] else cv2.INTER_CUBIC
-    return np.asarray(np.clip(cv2.resize(image, shape[::-1], interpolation=method), 0, 1), dtype=np.float32)
-
-
 def _ecc(fixed: Image, moving: Image, warp: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     """`warp`, in px at scale 1, improved on images at `scale`."""
     # OpenCV maps pixel centres, which lie at (i + 1/2) * scale - 1/2 of the other scale.
     to_scale = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2], [0, 0, 1]])
     square = np.vstack([warp, [0.0, 0.0, 1.0]])
     start = (to_scale @ square @ np.linalg.inv(to_scale))[:2].astype(np.float32)
-    _, found = cv2.findTransformECC(fixed, moving, start, cv2.MOTION_EUCLIDEAN, _STOP, None, _ECC_WINDOW_PX)
+    everywhere = np.full(fixed.shape, 255, np.uint8)
+    _, found = cv2.findTransformECC(fixed, moving, start, cv2.MOTION_EUCLIDEAN, _STOP, everywhere, _ECC_WINDOW_PX)
     improved = np.linalg.inv(to_scale) @ np.vstack([found, [0.0, 0.0, 1.0]]) @ to_scale
-    return improved[:2].astype(np.float32)
+    return np.asarray(improved[:2], dtype=np.float32)
 
 
 def _correlation(fixed: Image, moving: Image, warp: NDArray[np.float32]) -> float:
@@ -145,7 +137,7 @@ def _correlation(fixed: Image, moving: Image, warp: NDArray[np.float32]) -> floa
 
 
 def _reduced(image: Image) -> Image:
-    placement = place(*image.shape, REGISTRATION_PX)
+    placement = place(image.shape, REGISTRATION_PX)
     return resize(image, (placement.height, placement.width))
 
 

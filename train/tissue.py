@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from bsdiff_rt.intensity import resize
 from train.anatomy import MARGIN, MM, Array, Build, Canvas, cage_half_width, curve
 
 
@@ -18,10 +21,10 @@ def octaves(pixels: int, rng: np.random.Generator, first: int, last: int, slope:
     total = rng.standard_normal((first, first), dtype=np.float32)
     cells = first * 2
     while cells <= min(last, pixels):
-        total = cv2.resize(total, (cells, cells), interpolation=cv2.INTER_CUBIC)
+        total = resize(total, (cells, cells))
         total += rng.standard_normal((cells, cells), dtype=np.float32) * np.float32((first / cells) ** slope)
         cells *= 2
-    return cv2.resize(total, (pixels, pixels), interpolation=cv2.INTER_CUBIC)
+    return resize(total, (pixels, pixels))
 
 
 def chord(q: Array) -> Array:
@@ -29,14 +32,14 @@ def chord(q: Array) -> Array:
     return np.sqrt(np.maximum(1.0 - q, 0.0))
 
 
-def by_row(y: Array, knots: ArrayLike, values: ArrayLike) -> Array:
+def by_row(y: Array, knots: Sequence[float], values: Sequence[float] | NDArray[np.float64]) -> Array:
     """Values [n, 1] interpolated at the rows y [n, 1] of a canvas."""
     return no_corners(np.interp(y, knots, values).astype(np.float32))
 
 
 def no_corners(value: Array) -> Array:
     """Values [n, 1] along a canvas with the corners of an interpolation rounded."""
-    return cv2.GaussianBlur(value, (1, 2 * (len(value) // 40) + 1), 0.01 * len(value))
+    return np.asarray(cv2.GaussianBlur(value, (1, 2 * (len(value) // 40) + 1), 0.01 * len(value)), dtype=np.float32)
 
 
 Box = tuple[slice, slice]  # rows, columns
@@ -171,7 +174,7 @@ def vessels_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
             pen = max(1, round(wide))
             layer = np.zeros((n, n), np.uint8)
             cv2.polylines(layer, paths, False, 255, pen, cv2.LINE_AA, 4)
-            total = cv2.scaleAdd(layer.astype(np.float32), width * MM * share * min(1.0, wide / pen) / 255, total)
+            cv2.scaleAdd(layer.astype(np.float32), width * MM * share * min(1.0, wide / pen) / 255, total, total)
     return total
 
 
@@ -199,7 +202,9 @@ def smooth_tubes_mm(pixels: int, build: Build, rng: np.random.Generator) -> tupl
             )
             flesh.tube(fold, rng.uniform(0.02, 0.06) * (0.3 + swell), rng.uniform(6, 24) * swell)
     size = (pixels, pixels)
-    return tuple(cv2.resize(c.render(), size, interpolation=cv2.INTER_LINEAR) for c in (air, flesh))
+    drawn = (cv2.resize(one.render(), size, interpolation=cv2.INTER_LINEAR) for one in (air, flesh))
+    air_mm, flesh_mm = (np.asarray(one, dtype=np.float32) for one in drawn)
+    return air_mm, flesh_mm
 
 
 def solids(build: Build, rng: np.random.Generator) -> list[Solid]:

@@ -59,7 +59,8 @@ class Validation:
         return self._judge(lambda cxr: apply(network, cxr), picture)
 
     def _judge(self, predict: Predict, picture: Path) -> dict[str, float]:
-        rows, figures = [], {}
+        rows: list[Image] = []
+        figures: dict[str, float] = {}
         for group, pairs in self.groups.items():
             predicted = [predict(pair.cxr) for pair in pairs]
             known = [(pair.cxr, pair.soft_tissue) for pair in pairs]
@@ -81,7 +82,7 @@ def apply(network: nn.Module, image: Image) -> Image:
     """An image through a network of one input, on the network's device: [S, S] float32 in [0, 1] to the same."""
     x = torch.from_numpy(image * 2 - 1)[None, None].to(device_of(network))
     made: Tensor = network(x).clamp(-1, 1)
-    return (made[0, 0].cpu().numpy() + 1) / 2
+    return (made[0, 0].cpu().numpy() + np.float32(1)) / np.float32(2)
 
 
 def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
@@ -94,8 +95,7 @@ def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: Sample
 
     table = sampler_table(schedule, sampler.name, sampler.steps)
     x_0 = sample(runner, torch.from_numpy(2 * cxr - 1)[None, None].to(runner.device), table, draw)
-    predicted: Image = (x_0[0, 0].cpu().numpy() + 1) / 2
-    return predicted
+    return (x_0[0, 0].cpu().numpy() + np.float32(1)) / np.float32(2)
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -104,7 +104,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def _from_source(cxr: Image, predicted: Image) -> Image:
-    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(*cxr.shape, cxr.shape[0]))
+    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(cxr.shape, cxr.shape[0]))
 
 
 def _foreign(pair: Pair) -> tuple[Image, Image]:

@@ -97,7 +97,7 @@ class OnnxRuntimeRunner(Runner):
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """The current stream of a CUDA device, or a new one where that is the default stream, which has no handle."""
     current = torch.cuda.current_stream(device)
-    return current if current.cuda_stream else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return current if current.cuda_stream else torch.cuda.Stream(device)
 
 
 def _provider(device: torch.device, stream: torch.cuda.Stream | None, tf32: bool) -> tuple[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ class TensorRTRunner(Runner):
     ) -> None:
         super().__init__(device=device, precision=precision, batch_range=batch_range, image_size=image_size)
         with torch.cuda.device(self.device):
-            self._own_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._own_stream = torch.cuda.Stream(self.device)
             self._runtime = made("runtime", lambda: trt.Runtime(LOGGER))  # must outlive its engines
             engines = {name: _load(self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
             scratch_bytes = max(engine.device_memory_size_v2 for engine in engines.values())

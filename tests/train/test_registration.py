@@ -15,7 +15,6 @@ from train.registration import (
     displacement,
     edges,
     register,
-    resize,
     unregistered,
 )
 
@@ -144,10 +143,3 @@ def test_edges_are_where_grey_changes():
     found = edges(step)
     assert found[:, :10].max() < 1e-6
     assert found[16].argmax() in (15, 16)
-
-
-def test_resizing_keeps_the_range_and_averages_areas():
-    checks = (np.indices((8, 8)).sum(0) % 2).astype(np.float32)
-    np.testing.assert_allclose(resize(checks, (4, 4)), 0.5)
-    assert resize(checks, (8, 8)) is checks
-    assert resize(checks, (21, 21)).min() == 0  # bicubic overshoots

@@ -21,7 +21,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        return x + RESIDUAL_SCALE * self.change(x)
+        change: Tensor = self.change(x)
+        return x + RESIDUAL_SCALE * change
 
 
 class ResNetBS(nn.Module):
