@@ -28,7 +28,7 @@ from bsdiff_rt.intensity import Placement, from_network, resize, scanner_power, 
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
-from bsdiff_rt.raster import read_together
+from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
@@ -90,10 +90,8 @@ def main(
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """X-ray and truth of every NAME_cxr / NAME_soft_tissue pair in a folder, [H, W] float32 in [0, 1]."""
-    sources = sorted(folder.glob("*_cxr.png"))
-    truths = [path.with_name(path.name.replace("_cxr.", "_soft_tissue.")) for path in sources]
-    read = (read_together([cxr, truth]) for cxr, truth in zip(sources, truths, strict=True))
+    """X-ray and truth of every pair in a folder (`find_pairs`), [H, W] float32 in [0, 1]."""
+    read = (read_together(paths) for _, *paths in find_pairs(folder))
     return [(cxr, truth) for cxr, truth in read]
 
 

@@ -37,7 +37,7 @@ from bsdiff_rt.intensity import place, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
-from bsdiff_rt.raster import read_together
+from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
@@ -119,29 +119,25 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
 
     Raises:
         SettingsError: no pair there, one without its soft tissue, or a damaged record.
+        InputRefused, InputFailed: a file that cannot be read.
     """
     record = folder / DATASET_FILE
-    if record.is_file():
+    prepared = record.is_file()
+    if prepared:
         try:
             found = [entry for entry in json.loads(record.read_text())["pairs"] if entry["part"] == part]
         except (ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{record}: not the record of a data set ({type(error).__name__})") from None
-        files = [(entry["patient"], folder / part / f"{entry['name']}_cxr.png") for entry in found]
+        if not found:
+            raise SettingsError(f"{folder}: no pairs in {part}")
+        stems = [(entry["patient"], folder / part / entry["name"]) for entry in found]
+        files = [(patient, Path(f"{stem}_cxr.png"), Path(f"{stem}_soft_tissue.png")) for patient, stem in stems]
         prep = replace(prep, clahe_clip_limit=0.0)
     else:
-        part = "the folder"
-        files = [(path.name, path) for path in sorted(folder.glob("*_cxr.png"))]
-    if not files:
-        raise SettingsError(f"{folder}: no pairs in {part}")
+        files = find_pairs(folder)
     cases = []
-    for patient, path in files:
-        truth = path.with_name(path.name.replace("_cxr.png", "_soft_tissue.png"))
-        if not truth.is_file():
-            raise SettingsError(f"{truth}: no such file; every NAME_cxr.png needs its NAME_soft_tissue.png")
-        if record.is_file():
-            pair = [read_result(file, DATASET_BITS) for file in (path, truth)]
-        else:
-            pair = read_together([path, truth])
+    for patient, *paths in files:
+        pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
         cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
         cases.append(Case(patient, cxr, soft_tissue))
     return cases

@@ -12,6 +12,7 @@ rotating it would show the networks a sideways chest.
 
 from __future__ import annotations
 
+import glob
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.errors import InputFailed, InputRefused
+from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.radiograph import Radiograph, check_picture, pixel_digest, to_stored, write_atomically
 
 _Grey = NDArray[np.uint8] | NDArray[np.uint16]
@@ -68,6 +69,24 @@ def read_raster(path: Path) -> Radiograph:
     cxr = grey.astype(np.float32) / np.float32(2**bits_stored - 1)
     check_picture(cxr)
     return Radiograph(cxr, bits_stored, pixel_digest(grey))
+
+
+def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
+    """Name, X-ray and soft-tissue files of every NAME_cxr.* / NAME_soft_tissue.* pair in `folder`, sorted by name.
+
+    Raises:
+        SettingsError: no pair there, or an X-ray without its soft-tissue image.
+    """
+    pairs = []
+    for cxr in sorted(folder.glob("*_cxr.*")):
+        name = cxr.stem.removesuffix("_cxr")
+        partners = list(folder.glob(f"{glob.escape(name)}_soft_tissue.*"))
+        if len(partners) != 1:
+            raise SettingsError(f"{cxr}: expected one file {name}_soft_tissue.*, found {len(partners)}")
+        pairs.append((name, cxr, partners[0]))
+    if not pairs:
+        raise SettingsError(f"{folder}: no pairs NAME_cxr.png / NAME_soft_tissue.png found")
+    return pairs
 
 
 def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:

@@ -9,7 +9,7 @@ import numpy as np
 from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.intensity import seen_by_networks, tone_quantiles
-from bsdiff_rt.raster import read_together
+from bsdiff_rt.raster import find_pairs, read_together
 
 QUANTILES = 25
 
@@ -28,15 +28,12 @@ def scanner_tone(folder: Path, prep: Preprocessing) -> ScannerTone:
             know.
         InputRefused, InputFailed: a file that cannot be read.
     """
-    found = sorted(folder.glob("*_cxr.png"))
+    found = find_pairs(folder)
     if len(found) < 2:
-        raise SettingsError(f"--tone {folder}: {len(found)} NAME_cxr.png; it takes two or more to see what they share")
+        raise SettingsError(f"--tone {folder}: one pair; it takes two or more to see what they share")
     quantiles, means = [], []
-    for path in found:
-        truth = path.with_name(path.name.replace("_cxr.png", "_soft_tissue.png"))
-        if not truth.is_file():
-            raise SettingsError(f"{truth}: no such file; every NAME_cxr.png needs its NAME_soft_tissue.png")
-        cxr, soft_tissue = (seen_by_networks(image, prep) for image in read_together([path, truth]))
+    for _, *paths in found:
+        cxr, soft_tissue = (seen_by_networks(image, prep) for image in read_together(paths))
         quantiles.append(tone_quantiles(cxr, QUANTILES))
         means.append((cxr.mean(dtype=np.float64), soft_tissue.mean(dtype=np.float64)))
     soft_tissue_means = np.array([mean for _, mean in means])

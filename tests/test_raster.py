@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from synthetic import chest
 
-from bsdiff_rt.errors import InputFailed, InputRefused
+from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.radiograph import to_stored, write_atomically
-from bsdiff_rt.raster import read_raster, write_png
+from bsdiff_rt.raster import find_pairs, read_raster, write_png
 
 GREY_8 = np.rint(chest(96, 80) * 255).astype(np.uint8)
 GREY_16 = np.rint(chest(96, 80) * 65535).astype(np.uint16)
@@ -276,3 +276,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         write_png(tmp_path / "none" / "a.png", chest(), 8)
+
+
+def test_pairs_are_found_by_name(tmp_path):
+    for name in ("b_cxr.png", "b_soft_tissue.tif", "a [2]_cxr.jpg", "a [2]_soft_tissue.png", "c.png"):
+        (tmp_path / name).touch()
+    assert find_pairs(tmp_path) == [
+        ("a [2]", tmp_path / "a [2]_cxr.jpg", tmp_path / "a [2]_soft_tissue.png"),
+        ("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.tif"),
+    ]
+
+
+def test_pairs_missing_or_incomplete_are_said_so(tmp_path):
+    with pytest.raises(SettingsError, match="no pairs NAME_cxr"):
+        find_pairs(tmp_path)
+    cv2.imwrite(str(tmp_path / "a_cxr.png"), np.eye(64, dtype=np.uint8))
+    with pytest.raises(SettingsError, match="expected one file a_soft_tissue"):
+        find_pairs(tmp_path)

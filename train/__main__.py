@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.raster import find_pairs
 from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
-from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, find_pairs, load_dataset, load_pair
+from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, load_dataset, load_pair
 from train.denoiser import dry_run_denoiser, train_denoiser
 from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
 from train.loop import TrainOptions, load_checkpoint, mixed_precision

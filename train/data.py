@@ -13,7 +13,6 @@ Two kinds of target, told apart by how the X-ray looks:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,24 +94,6 @@ AUGMENTATION_SETS: dict[str, frozenset[str]] = {
     "paper": frozenset({"flip", "rotation", "contrast"}),
     "none": frozenset(),
 }
-
-
-def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
-    """Name, X-ray and soft-tissue files of every NAME_cxr.* / NAME_soft_tissue.* pair in `folder`, sorted by name.
-
-    Raises:
-        SettingsError: no pair there, or an X-ray without its soft-tissue image.
-    """
-    pairs = []
-    for cxr in sorted(folder.glob("*_cxr.*")):
-        name = re.sub(r"_cxr$", "", cxr.stem)
-        partners = list(folder.glob(f"{name}_soft_tissue.*"))
-        if len(partners) != 1:
-            raise SettingsError(f"{cxr}: expected one file {name}_soft_tissue.*, found {len(partners)}")
-        pairs.append((name, cxr, partners[0]))
-    if not pairs:
-        raise SettingsError(f"{folder}: no pairs NAME_cxr.png / NAME_soft_tissue.png found")
-    return pairs
 
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:

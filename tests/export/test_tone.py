@@ -39,15 +39,15 @@ def test_what_pairs_share(tmp_path):
 
 def test_pairs_that_share_no_tone_are_refused(tmp_path):
     folder = tmp_path / "pairs"
-    with pytest.raises(SettingsError, match=r"--tone .*pairs: 0 NAME_cxr.png; it takes two or more"):
+    with pytest.raises(SettingsError, match=r"pairs: no pairs NAME_cxr\.png"):
         scanner_tone(folder, PREP)
     cxr = with_mean(chest(64, 64), 0.4)
     write(folder, "a", cxr, cxr * 0.8)
-    with pytest.raises(SettingsError, match=r": 1 NAME_cxr\.png;"):
+    with pytest.raises(SettingsError, match=r"--tone .*pairs: one pair; it takes two or more"):
         scanner_tone(folder, PREP)
     write(folder, "b", cxr * 0.9, cxr * 0.9 * 0.8)
     with pytest.raises(SettingsError, match=r"vary by 0.0160, those of .* by 0.0040; this scanner does not equalise"):
         scanner_tone(folder, PREP)
     (folder / "b_soft_tissue.png").unlink()
-    with pytest.raises(SettingsError, match=r"b_soft_tissue.png: no such file; every NAME_cxr.png needs"):
+    with pytest.raises(SettingsError, match=r"b_cxr\.png: expected one file b_soft_tissue"):
         scanner_tone(folder, PREP)

@@ -14,7 +14,6 @@ from train.data import (
     Batches,
     Pair,
     degrade,
-    find_pairs,
     load_dataset,
     load_pair,
     match_tone,
@@ -38,25 +37,15 @@ def pool():
     return np.rint(np.stack([[p.cxr, p.soft_tissue] for p in made]) * 255).astype(np.uint8)
 
 
-def test_pairs_are_found_by_name_and_read_on_one_grey_scale(tmp_path):
+def test_a_pair_is_read_on_one_grey_scale(tmp_path):
     """The truth's largest value needs 15 bits, the X-ray's 16: read alone they would be scaled apart."""
     cxr = np.full((64, 64), 40000, np.uint16)
     cxr[:32] = 60000
     cv2.imwrite(str(tmp_path / "b_cxr.png"), cxr)
     cv2.imwrite(str(tmp_path / "b_soft_tissue.png"), cxr // 2)
-    (entry,) = find_pairs(tmp_path)
-    assert entry[0] == "b"
-    loaded = load_pair(*entry, size=64)
+    loaded = load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
     np.testing.assert_allclose(loaded.soft_tissue * 2, loaded.cxr, atol=1e-4)
     assert loaded.cxr.max() == pytest.approx(60000 / 65535, abs=1e-4)
-
-
-def test_pairs_missing_or_incomplete_are_said_so(tmp_path):
-    with pytest.raises(SettingsError, match="no pairs NAME_cxr"):
-        find_pairs(tmp_path)
-    cv2.imwrite(str(tmp_path / "a_cxr.png"), np.eye(64, dtype=np.uint8))
-    with pytest.raises(SettingsError, match="expected one file a_soft_tissue"):
-        find_pairs(tmp_path)
 
 
 def test_tone_matching_removes_a_change_of_tone_and_keeps_bone(pair):
