@@ -44,9 +44,14 @@ def tests(part: Part) -> None:
     if absent:
         raise Skipped(f"the tests need {', '.join(absent)}, not installed here")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
-    first = ["tests/test_captured_sampler.py", "tests/test_batching.py"]
+    # Other files are not even imported: they need packages that a bare GPU machine may lack.
+    first = [ROOT / "tests" / name for name in ("test_captured_sampler.py", "test_batching.py")]
+    marked = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
+    files = [*first, *(path for path in marked if path not in first)]
     with (part.options.output / "tests.log").open("w") as log:
-        done = subprocess.run([*command, *first, "tests"], cwd=ROOT, stdout=log, stderr=log, check=False)
+        done = subprocess.run(
+            [*command, "--continue-on-collection-errors", *files], cwd=ROOT, stdout=log, stderr=log, check=False
+        )
     lines = (part.options.output / "tests.log").read_text().splitlines()
     part.save(tail=lines[-30:])
     part.note(lines[-1] if lines else "no output")

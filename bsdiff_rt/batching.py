@@ -252,12 +252,6 @@ def auto_batch(runner: Runner) -> int:
     return batch
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether a backend failed for want of memory; each says so in its own words."""
-    words = ("out of memory", "failed to allocate memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
-
-
 def suppress(
     runner: Runner, cxr: NDArray[np.float32], table: Table, noise: list[ImageNoise], *, enhance: bool
 ) -> NDArray[np.float32]:
@@ -328,22 +322,27 @@ class NoiseAhead:
         self._waiting = deque([0, *(k + 1 for k, S in enumerate(table.S) if S != 0.0)])
         self._made: deque[tuple[int, Future[torch.Tensor]]] = deque()
         self._given: torch.Tensor | None = None
+        self._given_on: torch.cuda.Stream | None = None
         for _ in range(min(NOISE_AHEAD, len(self._waiting))):
             self._make(torch.empty(len(streams), 1, *size, pin_memory=pin), None)
 
     def __call__(self, number: int) -> torch.Tensor:
-        """Draw `number`, [B, 1, H, W]; valid until the next call, also for copies the current stream does later.
+        """Draw `number`, [B, 1, H, W]; valid until the next call, also for copies ordered on the current stream.
+
+        The next call may come from another one: x_T is copied by the stream that computes, z by one that only copies.
 
         Raises:
             ValueError: not the next draw of the table.
         """
         if self._given is not None and self._waiting:
-            # The device may still be copying it: its memory is filled again once the copies ordered so far are done.
-            self._make(self._given, torch.cuda.current_stream().record_event() if self._pin else None)
+            # The device may still be copying it: its memory is filled again once the copies ordered so far, on the
+            # stream it was handed out to, are done.
+            self._make(self._given, self._given_on.record_event() if self._given_on else None)
         expected, draw = self._made.popleft() if self._made else (None, None)
         if draw is None or expected != number:
             raise ValueError(f"draw {number} was asked for; the next one of this table is {expected}")
         self._given = draw.result()
+        self._given_on = torch.cuda.current_stream() if self._pin else None
         return self._given
 
     def _make(self, memory: torch.Tensor, copied: torch.cuda.Event | None) -> None:

@@ -15,8 +15,9 @@ import copy
 import hashlib
 import io
 import logging
+import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +63,9 @@ _DROPPED = _tags(
     NumberOfFrames FrameIncrementPointer PixelDataProviderURL ICCProfile IconImageSequence HistogramSequence
     DigitalSignaturesSequence MACParametersSequence EncryptedAttributesSequence DataSetTrailingPadding
     SourceImageSequence DerivationDescription DerivationCodeSequence SeriesDescriptionCodeSequence
-    InstanceCreatorUID ReferencedPerformedProcedureStepSequence
+    InstanceCreatorUID ReferencedPerformedProcedureStepSequence SeriesDate SeriesTime SOPInstanceStatus
+    SOPAuthorizationDateTime SOPAuthorizationComment AuthorizationEquipmentCertificationNumber RetrieveAETitle
+    InstanceAvailability
     """
 )
 _DROPPED_GROUPS = (0x0000, 0x0002, 0x7FE0, *range(0x5000, 0x5100, 2), *range(0x6000, 0x6100, 2))  # curves, overlays
@@ -75,6 +78,18 @@ _PIXEL_COORDINATES = _tags(
     CollimatorShape CollimatorLeftVerticalEdge CollimatorRightVerticalEdge CollimatorUpperHorizontalEdge
     CollimatorLowerHorizontalEdge CenterOfCircularCollimator RadiusOfCircularCollimator VerticesOfThePolygonalCollimator
     """
+)
+# Type 2 (required, empty where unknown) in every image of these classes.
+_TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
 )
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 
@@ -104,7 +119,7 @@ class Derivation:
             device.
         settings_digest: identifies the resolved settings; part of the new UIDs.
         software_version: of this package.
-        created: local date and time; None for now.
+        created: date and time, local unless aware; None for now.
     """
 
     description: str
@@ -193,18 +208,26 @@ def _is_copied(tag: BaseTag, as_source: bool, resized: bool) -> bool:
 
 def _describe_object(derived: Dataset, source: Dataset, derivation: Derivation) -> None:
     """Identity, provenance and warnings (PS3.3 C.7.3.1, C.7.6.1, C.12.1)."""
-    created = derivation.created or datetime.now()
+    created = (derivation.created or datetime.now()).astimezone(_timezone(source))
     date, time = created.strftime("%Y%m%d"), created.strftime("%H%M%S")
     made_by = (derivation.bundle_sha256, derivation.settings_digest, derivation.software_version, derived.SOPClassUID)
 
     derived.SOPInstanceUID = derived_uid("instance", source.SOPInstanceUID, *made_by)
-    derived.SeriesInstanceUID = derived_uid("series", str(source.get("SeriesInstanceUID", "")), *made_by)
+    derived.SeriesInstanceUID = derived_uid(
+        "series", source.StudyInstanceUID, str(source.get("SeriesInstanceUID") or ""), *made_by
+    )
     # Four digits away from the scanner's own numbers; the same for all images of the new series.
     derived.SeriesNumber = 9000 + int(derived.SeriesInstanceUID.rsplit(".", 1)[1]) % 1000
     derived.SeriesDescription = _series_description(derived)
-    derived.InstanceNumber = derived.get("InstanceNumber")  # type 2: empty where unknown
-    derived.InstanceCreationDate = derived.SeriesDate = derived.ContentDate = date
-    derived.InstanceCreationTime = derived.SeriesTime = derived.ContentTime = time
+    derived.InstanceNumber = _integer(derived, "InstanceNumber")
+    for keyword in _TYPE_2:
+        if keyword not in derived:
+            setattr(derived, keyword, None)
+    if not derived.get("Modality"):  # the reader takes such files of these two classes alone
+        derived.Modality = "CR" if source.SOPClassUID == ComputedRadiographyImageStorage else "DX"
+    # No Series Date and Time: it is one for all images of a series, which are written one after another.
+    derived.InstanceCreationDate = derived.ContentDate = date
+    derived.InstanceCreationTime = derived.ContentTime = time
 
     # Value 3 is empty in DX objects (C.8.11.3.1.1) and harmless elsewhere.
     derived.ImageType = ["DERIVED", "SECONDARY", "", BONE_SUPPRESSED]
@@ -232,9 +255,27 @@ def _describe_object(derived: Dataset, source: Dataset, derivation: Derivation) 
 
 def _series_description(derived: Dataset) -> str:
     """The source's description, cut to leave room for what must be read: LO, at most 64 characters."""
-    before = str(derived.get("SeriesDescription") or "").strip()
+    description = derived.get("SeriesDescription") or ""
+    before = (description if isinstance(description, str) else " ".join(map(str, description))).strip()
     room = _LO_CHARACTERS - len(SERIES_SUFFIX) - 2
     return f"{before[:room].rstrip()}, {SERIES_SUFFIX}" if before else SERIES_SUFFIX
+
+
+def _integer(derived: Dataset, keyword: str) -> int | None:
+    """An integer string; None, which is written empty, where there is none or it is no number."""
+    try:
+        return int(derived[keyword].value)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _timezone(source: Dataset) -> timezone | None:
+    """What the dates and times of the whole object count from (C.12.1.1.8); None, the local one, where not said."""
+    found = re.fullmatch(r"([+-])(\d\d)(\d\d)", str(source.get("TimezoneOffsetFromUTC") or "").strip())
+    if not found:
+        return None
+    offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
+    return timezone(-offset if found[1] == "-" else offset)
 
 
 def _source_reference(source: Dataset) -> Dataset:
@@ -253,7 +294,7 @@ def _equipment(derivation: Derivation, created: datetime) -> Dataset:
     item.ManufacturerModelName = _ascii(derivation.bundle_name, _LO_CHARACTERS)
     item.SoftwareVersions = _ascii(derivation.software_version, _LO_CHARACTERS)
     item.DeviceUID = derived_uid("device", derivation.bundle_sha256)
-    item.ContributionDateTime = created.strftime("%Y%m%d%H%M%S")
+    item.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
     item.ContributionDescription = _ascii(
         f"Bone suppression; not for diagnostic use; bundle SHA-256 {derivation.bundle_sha256}", _ST_CHARACTERS
     )
@@ -285,9 +326,9 @@ def _describe_pixels(
         derived.RescaleSlope, derived.RescaleIntercept, derived.RescaleType = "1", "0", "US"
     if "PixelIntensityRelationshipSign" in derived or derived.SOPClassUID == DigitalXRayImageStorageForPresentation:
         derived.PixelIntensityRelationshipSign = -1  # higher values: less X-ray intensity
-    # Lossy stays lossy (C.7.6.1.1.5), also where the source did not say it.
+    # Lossy stays lossy (C.7.6.1.1.5), whatever the source says of itself.
     lossy = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
-    if "LossyImageCompression" not in derived and source.file_meta.get("TransferSyntaxUID") in lossy:
+    if source.file_meta.get("TransferSyntaxUID") in lossy:
         derived.LossyImageCompression = "01"
     factors = (int(source.Rows) / rows, int(source.Columns) / columns)
     if factors != (1, 1):

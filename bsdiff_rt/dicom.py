@@ -47,6 +47,8 @@ def _words(terms: str) -> frozenset[str]:
     return frozenset(terms.split())
 
 
+# Ratio of the sides of a pixel up to which it is taken for square.
+SQUARE_WITHIN = 1.02
 BONE_SUPPRESSED = "BONE_SUPPRESSED"  # value 4 of Image Type in what derived.py writes
 
 SOP_CLASSES = (
@@ -76,6 +78,13 @@ _OTHER_VIEW_CODES = _words(
 _OTHER_BODY_PARTS = _words(
     "ABDOMEN ANKLE ARM BREAST CALCANEUS CSPINE CERVICALSPINE ELBOW EXTREMITY FEMUR FINGER FOOT FOREARM HAND HEAD HIP "
     "HUMERUS JAW KNEE LEG LSPINE LUMBARSPINE MANDIBLE NECK PATELLA PELVIS SHOULDER SKULL THUMB TOE WRIST"
+)
+# Anatomic Region Sequence (0008,2218), required in DX: the same regions in SNOMED CT and as SNOMED-RT id (CID 4031).
+_OTHER_REGIONS = _words(
+    "113345001 818981001 70258002 76752008 122494005 16953009 71341001 56459004 14975008 85562004 69536005 24136001 "
+    "72696002 122496007 45048000 12921003 816092008 16982005 89546000 74670003 "
+    "T-D4000 T-15750 T-04000 T-11501 T-15430 T-12710 T-D9700 T-D8500 T-D8700 T-D1100 T-15710 T-D9200 T-11503 T-D1600 "
+    "T-D6000 T-15410 T-11100 T-15460"
 )
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2")
 
@@ -162,7 +171,9 @@ def quiet_pydicom() -> Iterator[None]:
 
 
 _reading = threading.local()
-logging.getLogger("pydicom").addFilter(lambda record: not getattr(_reading, "active", False))
+# A logger's filter does not see what its children log: each has its own.
+for _name in ("pydicom", *(name for name in logging.root.manager.loggerDict if name.startswith("pydicom."))):
+    logging.getLogger(_name).addFilter(lambda record: not getattr(_reading, "active", False))
 
 
 def _not_dicom(path: Path) -> BsdiffError:
@@ -226,6 +237,13 @@ def _check_pixel_module(dataset: Dataset) -> None:
         raise InputRefused(f"{stored} bits stored in {allocated}; 8 to 16 in 8 or 16 are processed")
     if not stored - 1 <= _high_bit(dataset) < allocated:
         raise InputFailed(f"{stored} bits stored up to bit {_high_bit(dataset)} do not fit into {allocated} bits")
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+        sides: Any = dataset.get(keyword)
+        if sides is None or isinstance(sides, str) or len(sides) != 2:
+            continue
+        down, across = (float(side) for side in sides)
+        if min(down, across) > 0 and max(down, across) / min(down, across) > SQUARE_WITHIN:
+            raise InputRefused(f"its pixels are not square ({keyword} {down:g} by {across:g}); resample it first")
 
 
 def _check_view(dataset: Dataset) -> None:
@@ -242,6 +260,9 @@ def _check_view(dataset: Dataset) -> None:
     part = _term(dataset, "BodyPartExamined")
     if part in _OTHER_BODY_PARTS:
         raise InputRefused(f"not a chest (Body Part Examined {part}); --force processes it all the same")
+    for item in dataset.get("AnatomicRegionSequence") or ():
+        if _term(item, "CodeValue") in _OTHER_REGIONS:
+            raise InputRefused("not a chest (Anatomic Region Sequence); --force processes it all the same")
 
 
 def _stored_values(dataset: Dataset) -> NDArray[np.int32]:

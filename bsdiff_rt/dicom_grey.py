@@ -84,7 +84,9 @@ def _modality(
 ) -> tuple[NDArray[np.float32], tuple[float, float]]:
     """Modality LUT or rescale; returns the values, [H, W], float32, and the range that `full` becomes."""
     if dataset.get("ModalityLUTSequence"):
-        table, first, bits = _lookup_table(dataset.ModalityLUTSequence[0], dataset)
+        table, first, bits = _lookup_table(
+            dataset.ModalityLUTSequence[0], dataset, signed=int(dataset.PixelRepresentation) == 1
+        )
         looked_up = table[np.clip(stored - first, 0, len(table) - 1)]
         return looked_up.astype(np.float32), (0.0, float(2**bits - 1))
     slope = _number(dataset, "RescaleSlope", 1.0)
@@ -96,7 +98,7 @@ def _modality(
 def _voi(values: NDArray[np.float32], full: tuple[float, float], dataset: Dataset) -> NDArray[np.float32]:
     """The first VOI LUT, else the first window, else the full range; [H, W], float32, in [0, 1]."""
     if dataset.get("VOILUTSequence"):
-        table, first, bits = _lookup_table(dataset.VOILUTSequence[0], dataset)
+        table, first, bits = _lookup_table(dataset.VOILUTSequence[0], dataset, signed=_rescaled_below_zero(dataset))
         index = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
         return table[index].astype(np.float32) / np.float32(2**bits - 1)
     center, width = _number(dataset, "WindowCenter", None), _number(dataset, "WindowWidth", None)
@@ -115,18 +117,31 @@ def _voi(values: NDArray[np.float32], full: tuple[float, float], dataset: Datase
     return _ramp(values, center - 0.5 - (width - 1) / 2, max(width - 1, 1e-6))
 
 
+def _rescaled_below_zero(dataset: Dataset) -> bool:
+    """Whether Bits Stored, Pixel Representation and the modality transformation allow negative values."""
+    if dataset.get("ModalityLUTSequence"):
+        return False
+    bits = int(dataset.BitsStored)
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if int(dataset.PixelRepresentation) == 1 else (0, 2**bits - 1)
+    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
+    return bool(min(slope * end + intercept for end in ends) < 0)
+
+
 def _ramp(values: NDArray[np.float32], low: float, width: float) -> NDArray[np.float32]:
     """0 up to `low`, 1 from `low + width` on, a straight line between."""
     return np.asarray(np.clip((values - np.float32(low)) / np.float32(width), 0, 1), dtype=np.float32)
 
 
-def _lookup_table(item: Dataset, dataset: Dataset) -> tuple[NDArray[np.int64], int, int]:
-    """Table, first stored value mapped and bits per entry of a LUT item (PS3.3 C.11.1.1, C.11.2.1.1).
+def _lookup_table(item: Dataset, dataset: Dataset, *, signed: bool) -> tuple[NDArray[np.int64], int, int]:
+    """Table, first value mapped and bits per entry of a LUT item (PS3.3 C.11.1.1, C.11.2.1.1).
+
+    `signed`: whether the values looked up may be negative, which is what decides how the first one mapped is meant. The
+    header's VR of the descriptor may be another.
 
     Raises:
         InputFailed: fewer entries than the descriptor says.
     """
-    count, first, bits = (int(value) for value in item.LUTDescriptor)
+    count, first, bits = (int(value) & 0xFFFF for value in item.LUTDescriptor)
     count = count or 65536
     data: Any = item.LUTData
     if isinstance(data, bytes):
@@ -140,7 +155,6 @@ def _lookup_table(item: Dataset, dataset: Dataset) -> tuple[NDArray[np.int64], i
         raise InputFailed("a lookup table is damaged: it has fewer entries than it says")
     # Some writers declare fewer bits than the entries have.
     bits = max(bits, int(table.max()).bit_length())
-    signed = int(dataset.PixelRepresentation) == 1 or _number(dataset, "RescaleIntercept", 0.0) < 0
     return table, first - 65536 if signed and first > 32767 else first, bits
 
 

@@ -79,12 +79,15 @@ def find_tasks(
 
 
 def is_input(file: Path) -> bool:
-    """Whether a file found in a folder is one to process: by its suffix, or DICOM by content; never a hidden one."""
+    """Whether a file found in a folder is one to process: by its suffix, or DICOM by content; never a hidden one.
+
+    One whose content cannot be read is worth a word: it may be DICOM.
+    """
     if file.name.startswith(".") or file.name.upper() == "DICOMDIR":
         return False
     if not os.path.isfile(file):  # a pipe would be waited for; a link that leads nowhere is worth a word
         return file.is_symlink() and _has_suffix(file)
-    return _has_suffix(file) or is_dicom(file)
+    return _has_suffix(file) or is_dicom(file) or not os.access(file, os.R_OK)
 
 
 def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | None, str | None]]:
@@ -100,6 +103,8 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
             for folder, folders, names in os.walk(given, onerror=closed.append):
                 here = Path(folder)
                 folders[:] = sorted(n for n in folders if not n.startswith(".") and _real(here / n) != excluded)
+                for link in (n for n in folders if (here / n).is_symlink()):
+                    logger.warning("%s: a link to a folder, which is not followed; name it to do it", here / link)
                 if here != Path(given) and (found := results_in(here)):
                     logger.info("%s: results of an earlier run are left out; name the folder to do them", here)
                     results |= {here / PREVIEW}
@@ -115,8 +120,9 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
 
 
 def uncertainty_path(folder: Path, output: Path | str) -> Path:
-    """Where the deviation of a result's samples goes."""
-    return folder / UNCERTAINTY / Path(output).with_suffix(".png")
+    """Where the deviation of a result's samples goes: x.png beside that of x.dcm, x.dcm.png."""
+    path = Path(output)
+    return folder / UNCERTAINTY / (path if path.suffix == ".png" else f"{path}.png")
 
 
 def _real(path: Path) -> str:

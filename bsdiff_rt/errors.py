@@ -16,6 +16,12 @@ def one_line(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:_SHOWN_CHARACTERS]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a backend failed for want of memory; each says so in its own words, few with a type of their own."""
+    words = ("out of memory", "alloc_failed", "not enough memory", "failed to allocate memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 class BsdiffError(Exception):
     """Base class; `exit_code` is what the command line returns when this error ends a command."""
 

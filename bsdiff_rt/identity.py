@@ -11,6 +11,7 @@ not an attacker; against those a folder that others own or may write to is refus
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -172,13 +173,20 @@ def identify(device: torch.device) -> dict[str, Any]:
         capability = f"{torch.backends.cpu.get_cpu_capability()} {features}"
         return fields | {"device": name, "compute_capability": capability, "multiprocessors": 0, "driver": "none"}
     properties = torch.cuda.get_device_properties(device)
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12080 is 12.8; torch.cuda has no public way to ask
+    driver = _driver()
     return fields | {
         "device": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}",
     }
+
+
+def _driver() -> int:
+    """Newest CUDA version the driver serves, 12080 for 12.8, from the driver itself: torch has no public way to ask."""
+    version = ctypes.c_int()
+    ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _processor() -> tuple[str, str]:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt import __version__
-from bsdiff_rt.batching import Suppressor, auto_batch, out_of_memory, without_mirror
+from bsdiff_rt.batching import Suppressor, auto_batch, without_mirror
 from bsdiff_rt.bundle import file_sha256, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.derived import Derivation, write_derived
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import choose, load_chosen
-from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line
+from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.noise import ImageNoise
@@ -152,8 +152,12 @@ class Inference:
                             writing.popleft().result()
                     for write in writing:
                         write.result()
-            finally:  # after the writers: leaving their `with` waits for what they were given
-                ledger.save(suppressor.busy_s)
+            except BaseException:
+                with suppress(SettingsError):  # what ended the run is worth more words
+                    ledger.save(suppressor.busy_s)
+                raise
+            # After the writers: leaving their `with` has waited for what they were given.
+            ledger.save(suppressor.busy_s)
         if self.settings.preview:
             self._write_preview()
         return self.report
@@ -285,7 +289,11 @@ class Inference:
                 logger.warning("%s is not in the preview: %s", entry.input, error)
                 continue
             preview.add(radiograph.cxr, result, deviation)
-        written = preview.write(self.settings.output)
+        try:
+            written = preview.write(self.settings.output)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the results are complete", PREVIEW, error.strerror)
+            return
         logger.info("preview: %s; %d left out", written or "nothing was written", max(0, len(shown) - ROWS))
 
     def _placement(self, ready: Ready) -> Placement:

@@ -39,6 +39,10 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*")
 _BIGTIFF_SIGNATURES = (b"II+\x00", b"MM\x00+")
 _ORIENTATION = 274
+# OpenCV prints what its decoders find; the one line of an InputFailed says it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+_UPRIGHT = (0, 1)  # 0 is not defined: some writers leave it where they know nothing
 _TIFF_INTEGERS = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # field type: struct code, bytes
 
 
@@ -258,9 +262,11 @@ def _check_tiff(content: bytes) -> None:
         raise InputRefused("a TIFF with a colour palette; save it as 8- or 16-bit grey")
     if photometric not in (1, 2, 6):
         raise InputRefused("a TIFF that is neither grey nor RGB")
+    if photometric == 1 and tags.get(277, [1])[0] != 1:
+        raise InputRefused("a grey TIFF with further channels; save it without its alpha channel")
     if tags.get(277, [1])[0] > 1 and tags.get(284, [1])[0] != 1:
         raise InputRefused("a TIFF with its channels in separate planes; save it as grey")
-    if tags.get(_ORIENTATION, [1])[0] != 1:
+    if tags.get(_ORIENTATION, [1])[0] not in _UPRIGHT:
         _refuse_orientation()
     offsets, counts = (tags.get(273) or tags.get(324), tags.get(279) or tags.get(325))
     if not offsets or not counts or len(offsets) != len(counts):
@@ -300,7 +306,7 @@ def _refuse_turned(exif: bytes) -> None:
         tags, _ = _tiff_directory(exif)
     except struct.error:
         return
-    if tags.get(_ORIENTATION, [1])[:1] != [1]:
+    if tags.get(_ORIENTATION, [1])[0] not in _UPRIGHT:
         _refuse_orientation()
 
 

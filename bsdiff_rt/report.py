@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bsdiff_rt import __version__
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.radiograph import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -122,11 +123,18 @@ class Ledger:
             self.report.files.append(entry)
             self._on_file(entry)
             if time.monotonic() - self._saved > SAVE_EVERY_S:
-                self.save()
+                try:
+                    self.save()
+                except SettingsError as error:  # there may be room again when the run ends
+                    logger.warning("%s", error)
                 self._saved = time.monotonic()
 
     def save(self, busy_s: float = 0.0) -> None:
-        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end."""
+        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end.
+
+        Raises:
+            SettingsError: it cannot be written.
+        """
         with self._lock:
             self.report.networks_busy = busy_s / max(time.monotonic() - self._started, 1e-9)
             self._save()
@@ -142,7 +150,10 @@ class Ledger:
             for entry in self._before.values()
             if entry.input not in inputs and entry.output not in outputs
         ]
-        replace(self.report, files=[*self.report.files, *waiting]).write(self._folder)
+        try:
+            replace(self.report, files=[*self.report.files, *waiting]).write(self._folder)
+        except OSError as error:
+            raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
 
 
 def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:

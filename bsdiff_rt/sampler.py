@@ -30,7 +30,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from bsdiff_rt.errors import EngineError, SettingsError, one_line
+from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table
 
@@ -253,25 +253,30 @@ class _Graph(_Recording):
         # Slot k mod R has been read by step k.
         self._used = [torch.cuda.Event() for _ in range(RING_SLOTS)]
         self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(cxr.device)
-        side.wait_stream(torch.cuda.current_stream(cxr.device))
+        side, current = torch.cuda.Stream(cxr.device), torch.cuda.current_stream(cxr.device)
+        side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
                 self.buffers.cxr.zero_()
                 for _ in range(WARM_UP_STEPS):
                     self.buffers.index.zero_()
                     step(runner, self.buffers)
+            # cuBLAS keeps one workspace per stream, and the graph its address. Cleared before, it is made anew in the
+            # graph's own memory; cleared after, nobody else computes in it (torch/_inductor/cudagraph_trees.py).
+            torch._C._cuda_clearCublasWorkspaces()
             # Other threads go on allocating pinned memory meanwhile: only this thread's calls are checked.
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 step(runner, self.buffers)
-        except torch.OutOfMemoryError:
-            raise  # the caller may try a smaller batch
+            torch._C._cuda_clearCublasWorkspaces()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # torch leaves the side stream current when a recording breaks off
+            if out_of_memory(error):
+                raise  # the caller may try a smaller batch
             raise EngineError(
                 f"the step of runner {runner.name} cannot be recorded in a CUDA graph: {one_line(error)}; "
                 "use another --runner, and please report it"
             ) from error
-        torch.cuda.current_stream(cxr.device).wait_stream(side)
+        current.wait_stream(side)
 
     def send(self, k: int, draw: Draw) -> None:
         """As above, on the copy stream, once step k - R has read the slot; the step waits for it."""

@@ -18,7 +18,6 @@ from bsdiff_rt.batching import (
     NoiseAhead,
     Suppressor,
     auto_batch,
-    out_of_memory,
     suppress,
 )
 from bsdiff_rt.config import Schedule
@@ -127,21 +126,6 @@ def test_too_few_images_are_filled_up():
             host = suppressor.submit(images(3), STREAMS[:3])
             assert [np.array_equal(host.take(place), expected[place, 0]) for place in range(3)] == [True] * 3
     assert runner.batches[1:] == [4] * 2 * BATCHES_IN_FLIGHT
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("Failed to allocate memory for requested buffer of size 3"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("shape mismatch"), False),
-    ],
-)
-def test_out_of_memory(error, expected):
-    assert out_of_memory(error) is expected
 
 
 def test_auto_batch_on_the_cpu_is_the_smallest():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from helpers import randomise
-from test_sampler import SCHEDULES, ToyRunner, draws, images
+from toy import SCHEDULES, SIZE, ToyRunner, draws, images
 
 from bsdiff_rt import sampler as module
+from bsdiff_rt.batching import NOISE_AHEAD, NoiseAhead
 from bsdiff_rt.config import PRESETS, SAMPLERS, SamplerName
 from bsdiff_rt.errors import EngineError, SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -23,6 +25,7 @@ from bsdiff_rt.sampler import RING_SLOTS, WARM_UP_STEPS, CapturedSampler, sample
 from bsdiff_rt.schedule import Table, sampler_table
 
 SCHEDULE = SCHEDULES[0]
+RECORDING = ["side waits for main", "clear", "record", "clear", "main waits for side"]
 
 
 def table(name: SamplerName, steps: int) -> Table:
@@ -93,6 +96,7 @@ class FakeCuda:
         self.names = iter(["copies", "side"] * 9)
         self.current = "main"
         self.fail: BaseException | None = None
+        self.waited_for: list[str] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         cuda = self
@@ -117,6 +121,9 @@ class FakeCuda:
 
             def record(self) -> None:
                 self.of = cuda.current
+
+            def synchronize(self) -> None:
+                cuda.waited_for.append(self.of)
 
         class Graph:
             def replay(self) -> None:
@@ -156,6 +163,8 @@ class FakeCuda:
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "graph", graph)
         patch.setattr(torch.cuda, "current_stream", current_stream)
+        patch.setattr(torch.cuda, "set_stream", lambda value: setattr(cuda, "current", value.name))
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cuda.log.append("clear"), raising=False)
         patch.setattr(torch.cuda, "synchronize", lambda _: cuda.log.append("synchronize"))
         patch.setattr(module, "_Recording", module._Graph)  # although the images lie on the CPU
 
@@ -172,7 +181,7 @@ def test_records_after_warming_up_on_a_side_stream_and_replays(cuda: FakeCuda) -
     expected = sample(ToyRunner(SCHEDULE), cxr, table("ddim", 3), draws(len(cxr)))
     with CapturedSampler(runner) as captured:
         assert torch.equal(captured.sample(cxr, table("ddim", 3), draws(len(cxr))), expected)
-        assert cuda.log == ["side waits for main", "record", "main waits for side", *["replay on main"] * 3]
+        assert cuda.log == [*RECORDING, *["replay on main"] * 3]
         assert len(runner.asked) == WARM_UP_STEPS + 3
         cuda.log.clear()
         assert torch.equal(captured.sample(cxr, table("ddim", 3), draws(len(cxr))), expected)
@@ -190,19 +199,35 @@ def test_noise_is_sent_on_its_own_stream_and_never_overtakes(cuda: FakeCuda) -> 
     first = ["copies waits for event of nothing", sent, "replay on main"]  # the slot was never used
     later = ["copies waits for event of main", sent, "replay on main"]
     last = ["replay on main"]  # adds no noise
-    assert cuda.log[3:] == first * RING_SLOTS + later * (steps - RING_SLOTS - 1) + last
+    assert cuda.log[len(RECORDING) :] == first * RING_SLOTS + later * (steps - RING_SLOTS - 1) + last
+
+
+def test_noise_made_ahead_waits_for_the_stream_that_copies_it(cuda: FakeCuda) -> None:
+    """x_T is copied by the computing stream, z by the other: their memory is filled again after those copies only."""
+    cxr, steps = images(1), NOISE_AHEAD + 4
+    with ThreadPoolExecutor(1) as threads:
+        noise = NoiseAhead([ImageNoise(0, b"")], SIZE, table("ddpm", steps), threads, pin=False)
+        noise._pin = True  # the memory was allocated before: there is none to pin
+        CapturedSampler(ToyRunner(SCHEDULE)).sample(cxr, table("ddpm", steps), noise)
+    assert cuda.waited_for == ["main", "copies", "copies", "copies"]
 
 
 def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
     cuda.fail = RuntimeError("operation not permitted when stream is capturing\nmore")
     with pytest.raises(EngineError, match=r"runner toy cannot be recorded in a CUDA graph: RuntimeError: op"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
+    assert cuda.current == "main"
 
 
-def test_no_memory_for_a_recording_is_told_as_such(cuda: FakeCuda) -> None:
-    cuda.fail = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Failed to allocate memory for a buffer")],
+)
+def test_no_memory_for_a_recording_is_told_as_such(cuda: FakeCuda, error: RuntimeError) -> None:
+    cuda.fail = error
+    with pytest.raises(type(error), match="memory"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
+    assert cuda.current == "main"
 
 
 @pytest.mark.gpu

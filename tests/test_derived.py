@@ -96,8 +96,9 @@ def test_identity_and_provenance(tmp_path, make, sop):
     assert derived.InstanceNumber == 1
     assert derived.SyntheticData == "YES"
     assert derived.DerivationDescription == DERIVATION.description
-    for keyword in ("SeriesDate", "InstanceCreationDate", "ContentDate"):
+    for keyword in ("InstanceCreationDate", "ContentDate"):
         assert derived[keyword].value == "20260504"
+    assert "SeriesDate" not in derived  # one for all images of the series, or none
     assert derived.ContentTime == "030201"
 
     (reference,) = derived.SourceImageSequence
@@ -205,9 +206,10 @@ def test_the_source_is_not_changed(tmp_path):
 def test_nothing_absent_is_made_up(tmp_path):
     absent = ("PatientName", "PatientID", "AccessionNumber", "SeriesDescription", "InstanceNumber", "SeriesInstanceUID")
     derived = derive(tmp_path, dataset(stored(PICTURE, 12), **dict.fromkeys(absent)))
-    for keyword in ("PatientName", "PatientID", "AccessionNumber", "PixelSpacing", "LossyImageCompression"):
+    for keyword in ("PixelSpacing", "LossyImageCompression"):
         assert keyword not in derived, keyword
-    assert derived.InstanceNumber is None  # type 2: present and empty
+    for keyword in ("PatientName", "PatientID", "AccessionNumber", "StudyID", "InstanceNumber"):  # type 2
+        assert derived[keyword].is_empty, keyword
     assert derived.SeriesDescription == SERIES_SUFFIX
 
 
@@ -219,12 +221,12 @@ def test_equipment_is_added_to_what_contributed_before(tmp_path):
 
 
 def test_spacing(tmp_path):
-    spacings = {"PixelSpacing": ["0.15", "0.14"], "ImagerPixelSpacing": ["0.2", "0.2"]}
+    spacings = {"PixelSpacing": ["0.15", "0.148"], "ImagerPixelSpacing": ["0.2", "0.2"]}
     source = dataset(stored(PICTURE, 12), **spacings)
     same = derive(tmp_path, source)
-    assert (same.PixelSpacing, same.ImagerPixelSpacing) == ([0.15, 0.14], [0.2, 0.2])
+    assert (same.PixelSpacing, same.ImagerPixelSpacing) == ([0.15, 0.148], [0.2, 0.2])
     half = derive(tmp_path, source, soft=chest(24, 20))
-    assert half.PixelSpacing == pytest.approx([0.3, 0.42])
+    assert half.PixelSpacing == pytest.approx([0.3, 0.444])
     assert half.ImagerPixelSpacing == pytest.approx([0.4, 0.6])
     assert "NominalScannedPixelSpacing" not in half
     zero = derive(tmp_path, dataset(stored(PICTURE, 12), PixelSpacing=["0", "0"]), soft=chest(24, 20))
@@ -239,6 +241,7 @@ def test_spacing(tmp_path):
         (JPEGLosslessSV1, "00", "00"),
         (JPEGBaseline8Bit, None, "01"),
         (JPEGBaseline8Bit, "01", "01"),
+        (JPEGBaseline8Bit, "00", "01"),
     ],
 )
 def test_lossy_stays_lossy(tmp_path, syntax, flag, expected):
@@ -327,3 +330,44 @@ def test_computed_radiography_stays_it(tmp_path):
     derived = derive(tmp_path, dataset(stored(PICTURE, 12)))
     assert derived.SOPClassUID == ComputedRadiographyImageStorage
     assert "PresentationIntentType" not in derived
+
+
+def test_x_rays_without_a_series_share_none_across_studies(tmp_path):
+    first, second = (
+        derive(tmp_path, dataset(stored(PICTURE, 12), SeriesInstanceUID=None, StudyInstanceUID=study))
+        for study in ("1.2.3.1", "1.2.3.2")
+    )
+    assert first.SeriesInstanceUID != second.SeriesInstanceUID
+
+
+@pytest.mark.parametrize(("offset", "date", "time"), [("+0900", "20260504", "120201"), ("-0330", "20260503", "233201")])
+def test_times_count_from_where_the_source_says(tmp_path, offset, date, time):
+    created = datetime.datetime(2026, 5, 4, 3, 2, 1, tzinfo=datetime.UTC)
+    derivation = Derivation(**{**vars(DERIVATION), "created": created})
+    derived = derive(tmp_path, dataset(stored(PICTURE, 12), TimezoneOffsetFromUTC=offset), derivation=derivation)
+    assert (derived.InstanceCreationDate, derived.InstanceCreationTime) == (date, time)
+    assert derived.ContributingEquipmentSequence[0].ContributionDateTime == f"{date}{time}{offset}"
+
+
+@pytest.mark.parametrize(("make", "modality"), [(dataset, "CR"), (dx_dataset, "DX")])
+def test_a_modality_the_class_implies(tmp_path, make, modality):
+    assert derive(tmp_path, make(stored(PICTURE, 12), Modality=None)).Modality == modality
+
+
+def test_what_only_the_source_is_or_has(tmp_path):
+    derived = derive(tmp_path, dataset(stored(PICTURE, 12), SOPInstanceStatus="AO", RetrieveAETitle="ARCHIVE"))
+    assert "SOPInstanceStatus" not in derived
+    assert "RetrieveAETitle" not in derived
+
+
+def test_a_number_that_is_none_and_a_description_of_two_values(tmp_path):
+    header = dataset(stored(PICTURE, 12), SeriesDescription=["Thorax", "pa"])
+    header.InstanceNumber = 77
+    path = save(tmp_path / "SECRET.dcm", header)
+    path.write_bytes(path.read_bytes().replace(b"IS\x02\x0077", b"IS\x02\x001A"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_derived(tmp_path / "o.dcm", read_dicom(path), SOFT, DERIVATION)
+        derived = dcmread(tmp_path / "o.dcm")
+        assert derived.InstanceNumber is None
+    assert derived.SeriesDescription == f"Thorax pa, {SERIES_SUFFIX}"

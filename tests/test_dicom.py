@@ -37,7 +37,7 @@ from synthetic import (
     stored,
 )
 
-from bsdiff_rt.dicom import is_dicom, read_dicom
+from bsdiff_rt.dicom import is_dicom, quiet_pydicom, read_dicom
 from bsdiff_rt.errors import InputFailed, InputRefused
 
 PICTURE = chest(48, 60)
@@ -234,6 +234,26 @@ def test_voi_lut_of_signed_pixels_starts_below_zero(tmp_path):
     np.testing.assert_allclose(read(tmp_path, header).cxr, table[values + 2048] / 4095, atol=1e-6)
 
 
+def test_a_long_lut_of_signed_pixels(tmp_path):
+    """More entries than a signed number can say: pydicom reads the descriptor of signed pixels as SS."""
+    values = stored(PICTURE, 16, signed=True)
+    table = np.rint(65535 * (np.arange(40000) / 39999) ** 2).astype(np.int64)
+    header = dataset(values, 16, signed=True, VOILUTSequence=[lookup_table("voi", table, -20000, 16)])
+    expected = table[np.clip(values + 20000, 0, 39999)] / 65535
+    np.testing.assert_allclose(read(tmp_path, header, ImplicitVRLittleEndian).cxr, expected, atol=1e-6)
+
+
+def test_a_lut_of_what_the_rescale_made_positive(tmp_path):
+    values = stored(PICTURE, 16, signed=True)
+    table = np.arange(0, 40000)
+    item = lookup_table("voi", table, 0, 16)
+    item.LUTDescriptor = [20000, 40000, 16]  # of values from 0 to 65535: 40000 is no negative number
+    item.LUTData = list(range(20000))
+    header = dataset(values, 16, signed=True, RescaleSlope="1", RescaleIntercept="32768", VOILUTSequence=[item])
+    expected = np.clip(values + 32768 - 40000, 0, 19999) / 65535
+    np.testing.assert_allclose(read(tmp_path, header).cxr, expected, atol=1e-6)
+
+
 def test_8_bit_lut_entries_in_bytes(tmp_path):
     table = (np.arange(256)[::-1] ** 2 // 255).astype(np.int64)
     item = lookup_table("voi", table, 0, 8)
@@ -365,6 +385,10 @@ REFUSED = {
     "32 bits": (lambda: dataset(VALUES, 12, BitsAllocated=32), "in 32"),
     "thumbnail": (lambda: dataset(VALUES[:20].copy()), "20 x 60 px"),
     "empty": (lambda: dataset(VALUES * 0 + 7), "same grey"),
+    "squashed": (
+        lambda: dx_dataset(VALUES, ImagerPixelSpacing=["0.15", "0.3"]),
+        "not square",
+    ),
     "window beside": (lambda: dataset(VALUES, WindowCenter=60000, WindowWidth=10), "same grey"),
 }
 NOT_FRONTAL = {
@@ -373,6 +397,7 @@ NOT_FRONTAL = {
     "code": (lambda: dataset(VALUES, ViewCodeSequence=[code("399173006", "SCT", "SECRET")]), "View Code"),
     "old code": (lambda: dataset(VALUES, ViewCodeSequence=[code("R-10236", "SRT", "left lateral")]), "View Code"),
     "orientation": (lambda: dataset(VALUES, ViewPosition=None, PatientOrientation=["P", "F"]), "Orientation"),
+    "foot": (lambda: dx_dataset(VALUES, AnatomicRegionSequence=[code("T-D9700", "SRT", "SECRET")]), "Anatomic Region"),
     "hand": (lambda: dataset(VALUES, BodyPartExamined="HAND"), "Body Part Examined HAND"),
 }
 
@@ -525,3 +550,10 @@ def test_not_dicom_and_unreadable(tmp_path):
 def test_pydicoms_own_logging_works_outside(caplog):
     logging.getLogger("pydicom").warning("heard")
     assert "heard" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pydicom", "pydicom.pixels.decoders.base", "pydicom.pixels.utils"])
+def test_nothing_pydicom_logs_while_reading_is_shown(caplog, name):
+    with quiet_pydicom():
+        logging.getLogger(name).error("SECRET")
+    assert not caplog.records

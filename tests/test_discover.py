@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import dicom, png
 
-from bsdiff_rt.discover import find_tasks
+from bsdiff_rt.discover import find_tasks, uncertainty_path
 
 OUT = Path("/nowhere/out")
 
@@ -216,6 +216,25 @@ def test_a_folder_that_cannot_be_searched_is_said(folder, monkeypatch):
         ("a.png", None),
         ("locked", "cannot be searched: Permission denied"),
     ]
+
+
+def test_a_file_of_any_name_that_cannot_be_read_is_an_input(folder, monkeypatch):
+    put(folder / "IM0001")
+    assert results(folder) == {}
+    monkeypatch.setattr(os, "access", lambda file, _: Path(file).name != "IM0001")
+    assert results(folder) == {str(folder / "IM0001"): "IM0001.png"}
+
+
+def test_a_link_to_a_folder_is_said(folder, caplog):
+    put(folder.parent / "study" / "a.png")
+    (folder / "linked").symlink_to(folder.parent / "study")
+    assert results(folder) == {}
+    assert "linked: a link to a folder, which is not followed" in caplog.text
+
+
+def test_the_deviation_maps_of_a_dicom_and_a_png_of_one_name(folder):
+    assert uncertainty_path(OUT, "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
+    assert uncertainty_path(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
 
 
 def test_links(folder):

@@ -438,7 +438,12 @@ def gpu(monkeypatch) -> SimpleNamespace:
     """A machine with one GPU, as far as torch says; its fields may be changed."""
     found = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
+
+    def driver(name: str) -> SimpleNamespace:
+        assert name in ("libcuda.so.1", "nvcuda.dll")
+        return SimpleNamespace(cuDriverGetVersion=lambda pointer: setattr(pointer._obj, "value", 13010))
+
+    monkeypatch.setattr(identity.ctypes, "CDLL", driver)
     return found
 
 

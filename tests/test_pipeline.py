@@ -366,6 +366,17 @@ def test_the_preview_shows_pictures_on_one_scale(run, toy, monkeypatch, tmp_path
     assert soft_tissue[:, 32:288].mean() == pytest.approx(cxr[:, 32:288].mean(), abs=0.01)
 
 
+def test_a_preview_that_cannot_be_written_is_said(run, toy, monkeypatch, tmp_path, caplog):
+    png(tmp_path / "in" / "a.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline.Preview, "write", full)
+    assert [entry.status for entry in run(preview=True).files] == ["ok"]
+    assert "preview.png cannot be written (No space left on device); the results are complete" in caplog.text
+
+
 def test_a_result_is_not_replaced_by_the_preview(run, toy, tmp_path):
     png(tmp_path / "in" / "preview.png")
     assert run(preview=True)["preview.png"].status == "refused"

@@ -162,6 +162,7 @@ REFUSED = {
     "white is zero": (tiff(GREY_16, t262=0), "white-is-zero"),
     "palette TIFF": (tiff(GREY_8, t262=3), "palette"),
     "mask TIFF": (tiff(GREY_8, t262=4), "neither grey nor RGB"),
+    "grey with alpha TIFF": (tiff(np.dstack([GREY_16, GREY_16]), t262=1), "further channels"),
     "planes": (tiff(COLOUR, t262=2, t284=2), "separate planes"),
     "BigTIFF": (b"II+\0" + b"\0" * 20, "BigTIFF"),
     "empty picture": (encode(".png", np.full((64, 64), 7, np.uint8)), "same grey"),
@@ -293,3 +294,18 @@ def test_pairs_missing_or_incomplete_are_said_so(tmp_path):
     cv2.imwrite(str(tmp_path / "a_cxr.png"), np.eye(64, dtype=np.uint8))
     with pytest.raises(SettingsError, match="expected one file a_soft_tissue"):
         find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [0, 1])
+def test_upright_or_not_said(tmp_path, orientation):
+    np.testing.assert_array_equal(
+        read_raster(put(tmp_path, tiff(GREY_8, t274=orientation))).cxr, GREY_8 / np.float32(255)
+    )
+
+
+def test_opencv_keeps_quiet(tmp_path, capfd):
+    lzw = bytearray(encode(".tiff", GREY_16))
+    lzw[8:600] = b"\xff" * 592
+    with pytest.raises(InputFailed, match="decoded"):
+        read_raster(put(tmp_path, bytes(lzw)))
+    assert capfd.readouterr() == ("", "")

@@ -12,6 +12,7 @@ import socket
 import pytest
 
 from bsdiff_rt import __version__, report
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_before, package_versions
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
@@ -191,3 +192,16 @@ def test_package_versions_are_those_installed():
     assert {"torch", "numpy", "pydicom"} <= set(found)
     assert "tensorrt" not in found or found["tensorrt"]
     assert all(found.values())
+
+
+def test_a_report_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_atomically", full)
+    monkeypatch.setattr(report, "SAVE_EVERY_S", -1)
+    ledger = Ledger(make(), tmp_path, ORDER, {}, lambda _: None)
+    ledger.add(DONE)
+    assert f"--output {tmp_path}: report.json cannot be written (No space left on device)" in caplog.text
+    with pytest.raises(SettingsError, match=r"report\.json cannot be written"):
+        ledger.save()

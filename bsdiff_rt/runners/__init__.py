@@ -54,6 +54,10 @@ def unavailable(name: RunnerName, device: torch.device) -> str | None:
 
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 return "the onnxruntime installed has no CUDA provider; install onnxruntime-gpu in its place"
+            # It has no CUDA libraries of its own: it finds those that torch has loaded.
+            theirs, ours = (str(version).split(".")[0] for version in (onnxruntime.cuda_version, torch.version.cuda))
+            if theirs != ours:
+                return f"the onnxruntime installed is built for CUDA {theirs}, torch for {ours}; install a matching one"
     if name == "tensorrt":
         if device.type != "cuda":
             return f"it runs on NVIDIA GPUs, not on {device}"

@@ -1,6 +1,6 @@
 """Runner `aoti`: both networks exported with torch.export and compiled ahead of time by AOTInductor.
 
-The engine needs nothing but torch to run. Building it needs a C++ compiler.
+The engine needs nothing but torch to run. Building it needs a C++ compiler, for a GPU also the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class AotiRunner(Runner):
         image_size: int,
     ) -> None:
         super().__init__(device=device, precision=precision, batch_range=batch_range, image_size=image_size)
+        self._ooms = _ooms(self.device)
         self._denoiser: Any = _load(folder / DENOISER, self.device)
         self._enhancer: Any = _load(folder / ENHANCER, self.device)
 
@@ -58,19 +59,28 @@ class AotiRunner(Runner):
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
         """Stage 1; see `Runner.denoise`."""
         self.check(x_t, cxr, out, t=t)  # the compiled code checks neither size nor batch: it would read past the end
-        with self._on_device():
-            out.copy_(self._denoiser(x_t, cxr, t))
+        self._run(self._denoiser, (x_t, cxr, t), out)
 
     @torch.no_grad()
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Stage 2; see `Runner.enhance`."""
         self.check(x, out)
-        with self._on_device():
-            out.copy_(self._enhancer(x))
+        self._run(self._enhancer, (x,), out)
 
     def close(self) -> None:
         """Release both packages and their weights."""
         self._denoiser = self._enhancer = None
+
+    def _run(self, package: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        with self._on_device():
+            try:
+                out.copy_(package(*inputs))
+            except RuntimeError as error:
+                # Its text is a source line of the package's; the allocator's count tells what kind of failure it was.
+                before, self._ooms = self._ooms, _ooms(self.device)
+                if self._ooms > before:
+                    raise torch.OutOfMemoryError(f"out of memory in an aoti engine ({one_line(error)})") from error
+                raise
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """The package runs on the current stream of the current device, wherever its buffers are.
@@ -78,6 +88,11 @@ class AotiRunner(Runner):
         torch's model_container_runner_cuda.cpp asks getCurrentCUDAStream(), without a device index, for each run.
         """
         return nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device)
+
+
+def _ooms(device: torch.device) -> int:
+    """How often torch's allocator has found no memory on a device."""
+    return 0 if device.type == "cpu" else int(torch.cuda.memory_stats(device).get("num_ooms", 0))
 
 
 def versions() -> dict[str, str]:
@@ -101,13 +116,13 @@ def build(
         The options used, for the engine's manifest.
 
     Raises:
-        EngineError: a precision the device lacks, no C++ compiler, or torch cannot compile a network.
+        EngineError: a precision the device lacks, no C++ compiler or CUDA toolkit, or torch cannot compile a network.
     """
     if options.precision == "fp16" and device.type == "cpu":
         raise EngineError(
             "an aoti engine in fp16 for the CPU: processors convolve in fp32 and bf16; use --precision bf16 or fp32"
         )
-    _check_compiler()
+    _check_compiler(device)
     denoiser, enhancer = load_networks(bundle)
     size = bundle.manifest.preprocessing.size
     # Tensor cores read half precision channels-last; in fp32 and on the CPU the compiler decides by itself.
@@ -149,9 +164,10 @@ def _float32_island(module: nn.Module, dtype_out: torch.dtype) -> None:
     module.register_forward_hook(lambda _, __, out: out.to(dtype_out))
 
 
-def _check_compiler() -> None:
+def _check_compiler(device: torch.device) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils.cpp_extension import CUDA_HOME
 
     try:
         get_cpp_compiler()
@@ -160,6 +176,12 @@ def _check_compiler() -> None:
             f"building an aoti engine needs a C++ compiler, and none was found ({one_line(error)}); "
             "install one (Debian, Ubuntu: apt install g++) or name it in the environment variable CXX"
         ) from error
+    # The wrapper around the kernels includes the toolkit's headers; torch's wheels bring its libraries alone.
+    if device.type == "cuda" and not (CUDA_HOME and Path(CUDA_HOME, "include", "cuda_runtime_api.h").is_file()):
+        raise EngineError(
+            f"building an aoti engine for a GPU needs the headers of the CUDA toolkit, found none in {CUDA_HOME}; "
+            f"install the toolkit of CUDA {torch.version.cuda} and name its folder in the variable CUDA_HOME"
+        )
 
 
 def _compile(
