@@ -21,7 +21,7 @@ from bsdiff_rt.bench import Plan
 from bsdiff_rt.bench_model import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest, file_sha256
 from bsdiff_rt.config import Preprocessing, ScannerTone
-from bsdiff_rt.runners import resolve_device
+from bsdiff_rt.runners import load_runner, resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 
@@ -158,11 +158,20 @@ def backend(runner: str, bundle: Bundle) -> tuple[Callable[..., Any], Callable[.
 
 
 def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]]:
-    """Eager in fp32, on CUDA also with TF32 matrix products, and the engines that were built."""
-    found, absent = [baseline(model, part.device)], []
+    """Eager in fp32, on CUDA also with TF32 matrix products and ONNX Runtime on graphs, and the engines built."""
+    found: list[Candidate] = [baseline(model, part.device)]
+    absent: list[Missing] = []
     if part.device.type == "cuda":
         tf32 = loaded("eager tf32", lambda: Tf32Runner(*model.networks(), model.size, part.device), part.device)
         found.append(tf32)
+    if part.device.type == "cuda" and model.bundle is not None and "denoiser.onnx" in model.bundle.manifest.files:
+        for precision in ("fp32", "fp16"):
+            name = f"onnxruntime {precision}"
+            try:
+                load = partial(load_runner, model.bundle, "onnxruntime", part.device, precision)
+                found.append(loaded(name, load, part.device))
+            except Exception as error:  # as below
+                absent.append(missing(name, "onnxruntime", precision, None, error))
     built, not_built = (part.other("engines").get(key, {}) for key in ("built", "not_built"))
     for runner, precision in ENGINES:
         name = f"{runner} {precision}"

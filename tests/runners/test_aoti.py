@@ -173,6 +173,31 @@ def test_without_a_compiler(tmp_path):
         try_to_build(tmp_path)
 
 
+@pytest.mark.parametrize("home", [None, "/no/such/toolkit"])
+def test_without_the_cuda_toolkit(tmp_path, monkeypatch, home):
+    """torch's wheels bring CUDA's libraries, not the headers that the package's wrapper includes."""
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+    options = EngineOptions("aoti", "fp16", (1, 3))
+    with pytest.raises(EngineError, match=rf"headers of the CUDA toolkit, found none in {home}; install .* CUDA_HOME"):
+        aoti.build(open_bundle("demo"), options, torch.device("cuda", 0), tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize(("ooms", "error"), [([3, 4], torch.OutOfMemoryError), ([3, 3], RuntimeError)])
+def test_no_memory_is_told_as_such_although_the_package_hides_it(tiny_engine, monkeypatch, ooms, error):
+    counts = iter(ooms)
+    monkeypatch.setattr(aoti, "_ooms", lambda _: next(counts))
+    with opened(tiny_engine) as runner:
+
+        def fail(*_):
+            raise RuntimeError("aoti_torch_empty_strided(...) API call failed at model.h, line 12")
+
+        runner._denoiser = fail
+        x_t, cxr, out = images(3, 1)
+        with pytest.raises(RuntimeError, match="API call failed") as caught:
+            runner.denoise(x_t, cxr, torch.zeros(1), out)
+    assert type(caught.value) is error
+
+
 def test_a_compiler_that_fails(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("C++ compile error\n  line 1")

@@ -74,7 +74,11 @@ def test_packages_that_are_missing(monkeypatch):
 def test_onnxruntime_on_a_gpu_needs_its_provider(monkeypatch):
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr("onnxruntime.cuda_version", "13.0")
+    monkeypatch.setattr("torch.version.cuda", "13.2")
     assert unavailable("onnxruntime", GPU) is None
+    monkeypatch.setattr("torch.version.cuda", "12.8")  # its libraries are those that torch loads
+    assert unavailable("onnxruntime", GPU).startswith("the onnxruntime installed is built for CUDA 13, torch for 12")
     providers.pop(0)
     assert unavailable("onnxruntime", GPU).endswith("has no CUDA provider; install onnxruntime-gpu in its place")
     assert unavailable("onnxruntime", CPU) is None

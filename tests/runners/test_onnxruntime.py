@@ -14,6 +14,8 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
+from bsdiff_rt.sampler import CapturedSampler, sample
+from bsdiff_rt.schedule import sampler_table
 
 SIZE = 64
 CPU = torch.device("cpu")
@@ -337,3 +339,26 @@ def test_cuda_equals_eager(tiny_bundle, runners, precision, tolerance):
                     runners[0].enhance(cxr, expected)
                 assert np.isfinite(result.numpy()).all()
                 assert (result - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_recorded_it_equals_the_plain_loop_bit_for_bit_on_a_gpu(tiny_bundle, precision):
+    paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
+    table = sampler_table(open_bundle(tiny_bundle).manifest.schedule, "ddim", 20)
+    device = torch.device("cuda", 0)
+    cxr, other = images(1, 2)[0].to(device), images(1, 3)[0].to(device)
+
+    def draw(number):
+        return images(1, 2, seed=number)[0].pin_memory()
+
+    with (
+        torch.cuda.stream(torch.cuda.Stream(device)),
+        OnnxRuntimeRunner(*paths, SIZE, device=device, precision=precision) as runner,
+        CapturedSampler(runner) as captured,
+    ):
+        expected = sample(runner, cxr, table, draw)
+        for _ in range(3):
+            assert torch.equal(captured.sample(cxr, table, draw), expected)
+            # Another batch on the same session between the replays: the recording keeps its memory.
+            runner.denoise(other, other, torch.zeros(3, device=device), torch.empty_like(other))
