@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
+from bsdiff_rt.errors import BsdiffError
 from bsdiff_rt.intensity import Placement, from_network, resize, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
@@ -148,5 +150,14 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def run() -> None:
+    """Entry point: our errors become one line and their exit code."""
+    try:
+        app()
+    except BsdiffError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
 if __name__ == "__main__":
-    app()
+    run()

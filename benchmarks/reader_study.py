@@ -27,11 +27,9 @@ import typer
 from numpy.typing import NDArray
 
 from bsdiff_rt.dicom import is_dicom, read_dicom
-from bsdiff_rt.discover import is_input, stem_of
 from bsdiff_rt.errors import BsdiffError, SettingsError
-from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.evaluate import by_name, read_result
 from bsdiff_rt.intensity import place, resize
-from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
 
@@ -82,21 +80,24 @@ def build_study(cxr: Path, methods: dict[str, Path], seed: int, size: int) -> tu
         SettingsError: no X-ray, or a method without a result for one of them (means would not be of the same images).
         InputRefused, InputFailed: a file that cannot be read.
     """
-    xrays = _by_name(cxr, "_cxr")
-    results = {name: _by_name(folder, "") for name, folder in methods.items()}
+    xrays = by_name(cxr, "_cxr")
+    if not xrays:
+        raise SettingsError(f"{cxr}: no image there")
+    results = {name: by_name(folder, "_soft_tissue") for name, folder in methods.items()}
     for name, files in results.items():
         if missing := sorted(xrays.keys() - files.keys()):
             raise SettingsError(f"{methods[name]}: no result for {missing[0]} ({len(missing)} of {len(xrays)} missing)")
     rng = np.random.default_rng(seed)
     pairs = list(itertools.product(xrays, methods))
-    codes = rng.choice(36**4, len(pairs), replace=False)
+    codes = rng.choice(26**4, len(pairs), replace=False)
     order = rng.permutation(len(pairs))
     images: list[str] = []
     items, behind = [], {}
     place: dict[str, int] = {}
     for number in order:
         name, method = pairs[number]
-        code = np.base_repr(int(codes[number]), 36).rjust(4, "0")
+        # Letters alone: a spreadsheet takes 1E05 for a number.
+        code = "".join(chr(ord("A") + int(codes[number]) // 26**place_of % 26) for place_of in range(4))
         source = _read(xrays[name])
         if name not in place:
             place[name] = len(images)
@@ -293,23 +294,6 @@ def _named_folder(text: str) -> tuple[str, Path]:
     if not (name and equals and folder):
         raise SettingsError(f"--method {text}: give it as NAME=FOLDER")
     return name, Path(folder)
-
-
-def _by_name(folder: Path, role: str) -> dict[str, Path]:
-    """Images of a folder by stem without role; where some are labelled with `role`, only those."""
-    if not folder.is_dir():
-        raise SettingsError(f"{folder}: no such folder")
-    files = [path for path in sorted(folder.rglob("*")) if is_input(path) and path.name != PREVIEW]
-    labelled = [path for path in files if role and stem_of(path).endswith(role)]
-    named: dict[str, Path] = {}
-    for path in labelled or files:
-        name = _ROLES.sub("", stem_of(path))
-        if name in named:
-            raise SettingsError(f"{path} and {named[name]} have the same stem; keep one of them")
-        named[name] = path
-    if not named:
-        raise SettingsError(f"{folder}: no image there")
-    return named
 
 
 def _read(path: Path) -> Radiograph:

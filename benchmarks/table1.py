@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ from benchmarks.quality import as_infer_shows, both_stages
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone
 from bsdiff_rt.engine import load
-from bsdiff_rt.errors import SettingsError, one_line
+from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import place, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
@@ -233,5 +234,14 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         print(f"{'  paper':24}" + "".join(f"{paper.get(key, '-'):>26}" for key, _ in COLUMNS))
 
 
+def run() -> None:
+    """Entry point: our errors become one line and their exit code."""
+    try:
+        app()
+    except BsdiffError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
 if __name__ == "__main__":
-    app()
+    run()

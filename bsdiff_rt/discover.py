@@ -11,11 +11,11 @@ from typing import Literal
 
 from bsdiff_rt.dicom import is_dicom
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
+from bsdiff_rt.raster import RASTER_SUFFIXES
 from bsdiff_rt.report import results_in
 
 logger = logging.getLogger(__name__)
 
-RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the samples' standard deviations
 

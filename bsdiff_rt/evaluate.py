@@ -43,8 +43,8 @@ def match(predicted: Path, soft_tissue: Path, cxr: Path) -> list[Match]:
     """
     if predicted.is_file() and soft_tissue.is_file() and cxr.is_file():
         return [Match(_name(predicted), predicted, soft_tissue, cxr)]
-    predictions = _by_name(predicted, "")
-    truths, sources = _by_name(soft_tissue, "_soft_tissue"), _by_name(cxr, "_cxr")
+    predictions = by_name(predicted, "")
+    truths, sources = by_name(soft_tissue, "_soft_tissue"), by_name(cxr, "_cxr")
     for name, file in predictions.items():
         if name not in truths:
             raise SettingsError(f"{file}: no soft-tissue image named {name} in {soft_tissue}")
@@ -89,7 +89,14 @@ def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
     return _scaled(_read(path), bits_stored)
 
 
-def _by_name(path: Path, role: str) -> dict[str, Path]:
+def by_name(path: Path, role: str) -> dict[str, Path]:
+    """Images of a folder by stem without role, or a file alone; where some are labelled with `role`, only those.
+
+    Previews and maps of deviations are no results.
+
+    Raises:
+        SettingsError: no such file or folder, or two of one name.
+    """
     if not path.exists():
         raise SettingsError(f"{path}: no such file or folder")
     if path.is_file():
@@ -101,7 +108,7 @@ def _by_name(path: Path, role: str) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for file in files:
         if _name(file) in named:
-            raise SettingsError(f"{file} and {named[_name(file)]} have the same stem; evaluate them apart")
+            raise SettingsError(f"{file} and {named[_name(file)]} have the same stem; keep them apart")
         named[_name(file)] = file
     return named
 

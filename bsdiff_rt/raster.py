@@ -12,7 +12,6 @@ rotating it would show the networks a sideways chest.
 
 from __future__ import annotations
 
-import glob
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*")
 _BIGTIFF_SIGNATURES = (b"II+\x00", b"MM\x00+")
 _ORIENTATION = 274
+RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 # OpenCV prints what its decoders find; the one line of an InputFailed says it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -76,15 +76,16 @@ def read_raster(path: Path) -> Radiograph:
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
-    """Name, X-ray and soft-tissue files of every NAME_cxr.* / NAME_soft_tissue.* pair in `folder`, sorted by name.
+    """Name and files of every pair of images NAME_cxr.* and NAME_soft_tissue.* in `folder`, sorted by name.
 
     Raises:
         SettingsError: no pair there, or an X-ray without its soft-tissue image.
     """
     pairs = []
-    for cxr in sorted(folder.glob("*_cxr.*")):
+    images = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in RASTER_SUFFIXES]
+    for cxr in (path for path in images if path.stem.endswith("_cxr")):
         name = cxr.stem.removesuffix("_cxr")
-        partners = list(folder.glob(f"{glob.escape(name)}_soft_tissue.*"))
+        partners = [path for path in images if path.stem == f"{name}_soft_tissue"]
         if len(partners) != 1:
             raise SettingsError(f"{cxr}: expected one file {name}_soft_tissue.*, found {len(partners)}")
         pairs.append((name, cxr, partners[0]))

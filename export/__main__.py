@@ -21,7 +21,7 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser
 from export.bundle import BundleOptions, write_bundle
-from export.checkpoint import averaged_weights
+from export.checkpoint import averaged_weights, weights_digest
 from export.published import WeightsName, published_weights
 from export.tone import scanner_tone
 
@@ -111,6 +111,13 @@ def export_checkpoints(
     second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
     if first["preset"] != second["preset"]:
         raise SettingsError(f"{checkpoints}: denoiser is {first['preset']}, enhancer is {second['preset']}")
+    if first["size"] != second["size"]:
+        raise SettingsError(f"{checkpoints}: denoiser is for {first['size']} px, enhancer for {second['size']} px")
+    if enhance and second["stage_one"] not in (None, weights_digest(state)):
+        raise SettingsError(
+            f"{checkpoints}: the enhancer learned from another stage 1 than this denoiser; train the enhancer anew, or "
+            "leave it off with --no-enhance"
+        )
     if first["preset"] not in PRESETS:
         raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
     if not first["schedule"]:

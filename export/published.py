@@ -26,7 +26,7 @@ WeightsName = Literal["model", "ema", "raw"]
 # The names that the checkpoints of these networks contain; that they stay names is what makes `monai.` harmless.
 _KNOWN = re.compile(
     r"(generative|monai|einops|torch\.nn)\.[\w.]+"
-    r"|collections\.OrderedDict|(builtins|__builtin__)\.set"
+    r"|collections\.(OrderedDict|Counter|defaultdict)|(builtins|__builtin__)\.set"
     r"|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w+Storage"
     r"|torch\.(device|Size|bool|b?float\d+|u?int\d+)"
     r"|numpy(\._?core\.multiarray\.scalar|\.dtype)|_codecs\.encode"  # a loss kept as a NumPy number

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import seen_by_networks, tone_quantiles
 from bsdiff_rt.raster import find_pairs, read_together
 
 QUANTILES = 25
+DATASET_FILE, DATASET_BITS = "dataset.json", 16  # what `python -m train prepare` writes
 
 
 def scanner_tone(folder: Path, prep: Preprocessing) -> ScannerTone:
@@ -29,11 +32,15 @@ def scanner_tone(folder: Path, prep: Preprocessing) -> ScannerTone:
         InputRefused, InputFailed: a file that cannot be read.
     """
     found = find_pairs(folder)
+    prepared = (folder.parent / DATASET_FILE).is_file()
+    if prepared:  # equalised already
+        prep = replace(prep, clahe_clip_limit=0.0)
     if len(found) < 2:
         raise SettingsError(f"--tone {folder}: one pair; it takes two or more to see what they share")
     quantiles, means = [], []
     for _, *paths in found:
-        cxr, soft_tissue = (seen_by_networks(image, prep) for image in read_together(paths))
+        images = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
+        cxr, soft_tissue = (seen_by_networks(image, prep) for image in images)
         quantiles.append(tone_quantiles(cxr, QUANTILES))
         means.append((cxr.mean(dtype=np.float64), soft_tissue.mean(dtype=np.float64)))
     soft_tissue_means = np.array([mean for _, mean in means])

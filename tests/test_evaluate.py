@@ -131,7 +131,7 @@ def test_what_cannot_be_matched(three, tmp_path, gone, message):
 
 def test_two_files_of_one_stem(three, place):
     place("out/sub/p1.png", PREDICTED)
-    with pytest.raises(SettingsError, match="have the same stem; evaluate them apart"):
+    with pytest.raises(SettingsError, match="have the same stem; keep them apart"):
         match(*three)
 
 

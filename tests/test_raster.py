@@ -280,7 +280,7 @@ def test_a_missing_folder_is_an_os_error(tmp_path):
 
 
 def test_pairs_are_found_by_name(tmp_path):
-    for name in ("b_cxr.png", "b_soft_tissue.tif", "a [2]_cxr.jpg", "a [2]_soft_tissue.png", "c.png"):
+    for name in ("b_cxr.png", "b_soft_tissue.tif", "a [2]_cxr.jpg", "a [2]_soft_tissue.png", "a [2]_cxr.dcm", "c.png"):
         (tmp_path / name).touch()
     assert find_pairs(tmp_path) == [
         ("a [2]", tmp_path / "a [2]_cxr.jpg", tmp_path / "a [2]_soft_tissue.png"),

@@ -12,9 +12,10 @@ Two kinds of target, told apart by how the X-ray looks:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ class Batches:
             self.real_share = 1.0
         self.augmentation = augmentation
         self.seed = seed
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything a sample depends on but its step."""
+        rest = (self.seed, self.real_share, asdict(self.augmentation), self.phantoms.shape, len(self.real))
+        digest = hashlib.sha256(repr(rest).encode())
+        digest.update(np.ascontiguousarray(self.phantoms).data)
+        for pair in self.real:
+            for image in (pair.cxr, pair.soft_tissue, pair.tone_matched):
+                digest.update(np.ascontiguousarray(image).data)
+        return digest.hexdigest()
 
     def batch(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
         """`count` augmented samples for `step`: [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bsdiff_rt.config import Preset, SamplerSettings, Schedule
-from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from train.data import Batches
@@ -57,22 +57,26 @@ def stage_one_outputs(
 ) -> NDArray[np.float16]:
     """Stage 1 outputs and truths of `count` augmented samples, [N, 2, S, S] float16 in [-1, 1]; cached in `folder`.
 
-    The cache is known by stage 1's weights, the sampler and the first sample, which changes with the data and the seed.
-    What is missing of it is made: an interrupted run goes on, and several processes share the work.
+    The cache is known by stage 1's weights, the sampler and what the samples are made of. What is missing of it is
+    made: an interrupted run goes on, and several processes share the work.
     """
-    first = batches.batch(0, 1, size, size)
-    key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count)).encode() + first.tobytes()).hexdigest()
+    key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.is_main_process and not path.exists():
         logger.info("running stage 1 on %d samples, %s in %d steps", count, sampler.name, sampler.steps)
-        np.lib.format.open_memmap(path, "w+", np.float16, (count, 2, size, size))[:] = np.nan  # NaN: not made yet
+        partial = path.with_suffix(".partial")
+        empty = np.lib.format.open_memmap(partial, "w+", np.float16, (count, 2, size, size))
+        empty[:] = np.nan  # not made yet
+        empty.flush()
+        os.replace(partial, path)
     accelerator.wait_for_everyone()
     outputs = np.lib.format.open_memmap(path, "r+")
-    missing = np.flatnonzero(np.isnan(outputs[:, 1, -1, -1]))
     network = stage.network.to(accelerator.device)
-    for i in missing[accelerator.process_index :: accelerator.num_processes]:
-        cxr, soft_tissue = batches.batch(int(i), 1, size, size)[0]
+    for i in range(accelerator.process_index, count, accelerator.num_processes):
+        if not np.isnan(outputs[i, 1, -1, -1]):
+            continue
+        cxr, soft_tissue = batches.batch(i, 1, size, size)[0]
         outputs[i, 0] = few_step(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
         outputs[i, 1] = soft_tissue
     outputs.flush()
@@ -111,8 +115,6 @@ def train_enhancer(
     trainee = Trainee(Enhancer(stage.preset.enhancer), options)
     loss = hybrid_loss(weights, vgg, trainee.accelerator)
     run = Run(folder, "enhancer", trainee, "psnr", preset=stage.preset.name, stage_one=stage.sha256, size=size)
-    if run.restored.get("stage_one", stage.sha256) != stage.sha256:
-        raise SettingsError(f"{run.path} was trained on another stage 1; move it away to train anew")
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:

@@ -40,7 +40,7 @@ class TrainOptions:
         steps: optimiser steps in all.
         learning_rate: peak of a linear warm-up over `warmup` steps and a cosine decay to a hundredth.
         weight_decay: AdamW's.
-        ema: decay of the averaged weights; the average starts young and reaches this decay after 1 / (1 - ema) steps.
+        ema: decay of the averaged weights; the average starts young and reaches this decay after 9 / (1 - ema) steps.
         images: batch size in whole images, per process; a batch of crops holds as many pixels.
         crops: crop sides as shares of the image's, one after another over equal parts of the run; several in one part
             are alternated. Crops show more patients per step; whole images, last, what the network will be given.
@@ -50,7 +50,8 @@ class TrainOptions:
         drops: shares of the run, in [0, 1], after each of which the learning rate is a tenth; given any, they replace
             the cosine decay.
         clip: largest norm of the gradient; 0 leaves it as it is.
-        accumulate: pieces a batch is computed in, one after another: less memory, the same gradient.
+        accumulate: pieces a batch is computed in, one after another: less memory, the same gradient but for the
+            adversarial term, whose batch norm sees the pieces.
         patience: checkpoints without a better figure after which training stops and the best one is kept; 0 never.
     """
 
@@ -72,6 +73,8 @@ class TrainOptions:
     def crop(self, step: int, size: int) -> tuple[int, int]:
         """Number of crops and their side in px for `step`, from images of side `size`."""
         part = self.crops[min(step * len(self.crops) // self.steps, len(self.crops) - 1)]
+        if size % CROP_MULTIPLE_PX:
+            raise SettingsError(f"--size {size}: give a multiple of {CROP_MULTIPLE_PX} px, which the networks halve")
         side = max(CROP_MULTIPLE_PX, round(part[step % len(part)] * size / CROP_MULTIPLE_PX) * CROP_MULTIPLE_PX)
         return max(1, round(self.images * size**2 / side**2)), side
 
@@ -192,6 +195,12 @@ class Run:
         self.restored: dict[str, Any] = {}
         if self.path.exists():
             self.restored = trainee.restore(self.path)
+            for what, asked in header.items():
+                had = self.restored.get(what, asked)
+                if had != asked:
+                    raise SettingsError(
+                        f"{self.path}: trained with {what} {had}, not {asked}; give the same, or another folder"
+                    )
             stopping = self.restored.get("stopping", {})
             self.best, self.checks = stopping.get("best", self.best), stopping.get("checks", 0)
             self.finished = stopping.get("finished", False)
@@ -234,7 +243,8 @@ class Run:
         means = dict(zip(self._sums, accelerator.reduce(own, "mean").tolist(), strict=True))
         verdict = torch.zeros(1, device=accelerator.device)
         if accelerator.is_main_process:
-            self._save(self.path, extra())  # first: an interrupted validation costs no training
+            if not trainee.options.patience:  # else the verdict goes with it: see `_judge`
+                self._save(self.path, extra())  # first: an interrupted validation costs no training
             quality = validate(self.folder / f"{self.name}_samples.png")
             verdict += self._judge(quality, extra())
             pace = (time.monotonic() - self._started) / self._steps
@@ -291,7 +301,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise SettingsError(f"{path}: no such checkpoint; train first")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make it raise anything
+        raise SettingsError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or "averaged" not in state:
         raise SettingsError(f"{path}: not a checkpoint written by `python -m train`")
     return state

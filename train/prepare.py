@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CONTACT_SHEET = "contact_sheet.png"
 ASPECT_TOLERANCE = 1.02  # ratio of aspect ratios up to which two pictures show the same field
+# Mean of a soft-tissue image over that of its X-ray: outside, one of them was probably scaled by another depth.
+SAME_SCALE = (0.5, 1.4)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class PrepareOptions:
         split: shares of train, val and test.
         seed: of the split.
         cxr_suffix, soft_tissue_suffix: ends of stems that say the role.
-        patient_pattern: regular expression whose first group, in an X-ray's stem, says the patient where no PatientID
-            does; without it each stem counts as a patient.
+        patient_pattern: regular expression whose first group, in an X-ray's stem or its path, says the patient; see
+            `patient_of` for what does without it.
     """
 
     size: int = 256
@@ -163,20 +165,24 @@ def prepare(
 
 
 def patient_of(one: Match, pattern: re.Pattern[str] | None) -> str:
-    """Who a pair is of: PatientID, else what `pattern` finds in the X-ray's stem, else the stem.
+    """Who a pair is of: what `pattern` finds in the X-ray's name, where given; else PatientID, study, folder, or stem.
+
+    The folder is that of the X-ray below the one named by the user: archives often keep one for each patient.
 
     Raises:
-        InputRefused: the pattern does not fit the stem.
+        InputRefused: the pattern fits neither the stem nor the path.
     """
-    known = one.cxr.patient or one.soft_tissue.patient
-    if known:
+    if pattern is not None:
+        found = pattern.search(one.cxr.stem) or pattern.search(one.cxr.key)
+        if found is None or not found.group(1):
+            raise InputRefused("--patient-pattern does not fit its name, so it cannot be put into one part safely")
+        return f"pattern {found.group(1)}"
+    if known := one.cxr.patient or one.soft_tissue.patient:
         return f"PatientID {known}"
-    if pattern is None:
-        return f"stem {one.cxr.stem}"
-    found = pattern.search(one.cxr.stem)
-    if found is None or not found.group(1):
-        raise InputRefused("--patient-pattern does not fit its name, so it cannot be put into one part safely")
-    return f"pattern {found.group(1)}"
+    if study := one.cxr.study or one.soft_tissue.study:
+        return f"study {study}"
+    folder = one.cxr.key.rpartition("/")[0]
+    return f"folder {folder}" if folder else f"stem {one.cxr.stem}"
 
 
 def divide(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
@@ -299,6 +305,12 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
             soft_tissue = read_dicom(soft_tissue_path).cxr
         else:
             soft_tissue = read_result(soft_tissue_path, source.bits_stored)
+    if not SAME_SCALE[0] < soft_tissue.mean() / cxr.mean() < SAME_SCALE[1]:
+        logger.warning(
+            "%s: its soft tissue is on average %.2f times as bright; are both on one grey scale? (docs/training.md)",
+            cxr_path.name,
+            soft_tissue.mean() / cxr.mean(),
+        )
     ratios = [image.shape[0] / image.shape[1] for image in (cxr, soft_tissue)]
     if max(ratios) / min(ratios) > ASPECT_TOLERANCE:
         shapes = " and ".join(f"{image.shape[0]} x {image.shape[1]} px" for image in (cxr, soft_tissue))
@@ -327,8 +339,12 @@ def _divide(
                 file = f"{entry.name}_{role}.png"
                 os.replace(work / file, work / entry.part / file)
     counts = Counter(part_of.values())
-    if unnamed := sum(who.startswith("stem ") for who in patients.values()):
-        logger.warning("%d pairs name no patient: each stem counts as one (--patient-pattern says better)", unnamed)
+    if unnamed := sum(who.startswith(("stem ", "folder ")) for who in patients.values()):
+        logger.warning(
+            "%d pairs name no patient: each folder counts as one, and each file that is in none "
+            "(--patient-pattern says better)",
+            unnamed,
+        )
     for part, share in zip(PARTS, options.split, strict=True):
         if share and not counts[part]:
             logger.warning("the %s part is empty: %d patients are too few for it", part, len(used))

@@ -121,7 +121,7 @@ def test_what_make_refuses(folders):
     twice = ("--method", f"a={folders / 'ours'}", "--method", f"a={folders / 'theirs'}")
     with pytest.raises(SettingsError, match="same name"):
         run("make", "--cxr", xrays, *twice, "-o", folders / "n.html")
-    with pytest.raises(SettingsError, match="no such folder"):
+    with pytest.raises(SettingsError, match="no such file or folder"):
         build_study(folders / "none", {}, 0, 64)
     (folders / "empty").mkdir()
     with pytest.raises(SettingsError, match="no image there"):
@@ -132,6 +132,14 @@ def test_what_make_refuses(folders):
     png(folders / "ours" / "sub" / "secretname0.png")
     with pytest.raises(SettingsError, match="have the same stem"):
         build_study(xrays, {"a": folders / "ours"}, 0, 64)
+
+
+def test_maps_of_deviations_and_the_xrays_beside_the_truth_are_no_results(folders):
+    png(folders / "ours" / "uncertainty" / "secretname0_soft_tissue.png")
+    png(folders / "ours" / "secretname0_cxr.png")
+    _, record = build_study(folders / "xrays", {"a": folders / "ours"}, 0, 64)
+    assert len(record["items"]) == 3
+    assert all(re.fullmatch("[A-Z]{4}", code) for code in record["items"])
 
 
 def test_a_damaged_xray_is_named(folders):

@@ -28,6 +28,8 @@ def save(folder, denoiser, enhancer=None):
         ({"preset": "demo"}, {}, "denoiser is demo, enhancer is tiny"),
         ({"preset": "giant"}, {"preset": "giant"}, "preset 'giant' is not one of"),
         ({"schedule": None}, {}, "no schedule in it"),
+        ({}, {"size": 32}, "denoiser is for 64 px, enhancer for 32 px"),
+        ({}, {"stage_one": "0" * 64}, "the enhancer learned from another stage 1 .* or leave it off with --no-enhance"),
     ],
 )
 def test_checkpoints_that_do_not_fit(tmp_path, denoiser, enhancer, message):

@@ -51,3 +51,15 @@ def test_pairs_that_share_no_tone_are_refused(tmp_path):
     (folder / "b_soft_tissue.png").unlink()
     with pytest.raises(SettingsError, match=r"b_cxr\.png: expected one file b_soft_tissue"):
         scanner_tone(folder, PREP)
+
+
+def test_a_prepared_data_set_is_equalised_already(tmp_path):
+    """And its files have 16 bits, whatever their largest value."""
+    cxrs = [with_mean(chest(64, 64, seed), mean) for seed, mean in enumerate((0.20, 0.22))]
+    for name, cxr in zip("ab", cxrs, strict=True):
+        write(tmp_path / "train", name, cxr, with_mean(cxr, 0.18))
+    (tmp_path / "dataset.json").touch()
+    tone = scanner_tone(tmp_path / "train", Preprocessing(64, clahe_clip_limit=2.0))
+    assert tone.soft_tissue_mean == pytest.approx(0.18, abs=1e-4)
+    expected = np.mean([tone_quantiles(cxr, QUANTILES) for cxr in cxrs], axis=0)
+    np.testing.assert_allclose(tone.cxr, expected, atol=1e-4)

@@ -167,8 +167,8 @@ def test_training_stops_when_the_figure_gets_no_better_and_keeps_the_best(tmp_pa
 def test_patience_is_counted_on_after_an_interruption(tmp_path):
     with pytest.raises(StopIteration):
         run_to_the_end(tmp_path, [3.0, 2.0], patience=2)
-    assert load_checkpoint(tmp_path / "x.pt")["step"] == 6
-    assert run_to_the_end(tmp_path, [2.0], patience=2) == [8]
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == 4  # the one whose verdict is known
+    assert run_to_the_end(tmp_path, [2.0], patience=2) == [6]
     assert load_checkpoint(tmp_path / "x.pt")["step"] == 2
 
 
@@ -185,3 +185,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights():
         trainee.update([trainee.model(torch.full((1, 1, 8, 8), 1e30)).square().mean()])
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.network.parameters(), strict=True))
     assert trainee.step == 0
+
+
+def test_other_settings_than_the_checkpoints_are_refused(tmp_path):
+    run_to_the_end(tmp_path, [1.0], steps=2)
+    with pytest.raises(SettingsError, match=r"x\.pt: trained with size 8, not 16; give the same, or another folder"):
+        Run(tmp_path, "x", make_trainee(), "psnr", size=16)
+
+
+def test_a_damaged_checkpoint_and_a_size_that_cannot_be_halved(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"PK cut off")
+    with pytest.raises(SettingsError, match=r"x\.pt: damaged, or no checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(SettingsError, match="--size 108: give a multiple of 16 px"):
+        TrainOptions(steps=10).crop(0, 108)

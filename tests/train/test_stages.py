@@ -102,7 +102,7 @@ def test_stage_2_refuses_to_go_on_with_another_stage_1(stage, tmp_path):
     outputs = np.zeros((1, 2, SIZE, SIZE), np.float16)
     train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights())
     other = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
-    with pytest.raises(SettingsError, match="another stage 1"):
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: trained with stage_one .*, not 0000"):
         train_enhancer(tmp_path, other, outputs, Judge(), OPTIONS, LossWeights())
 
 
@@ -127,7 +127,7 @@ def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, 
     assert not np.isnan(again).any()
 
 
-@pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count"])
+@pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation"])
 def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path, monkeypatch, change):
     monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr)
     stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
@@ -136,5 +136,11 @@ def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path
     sampler = SamplerSettings("ddim", 3) if change == "sampler" else TWO_STEPS
     if change == "seed":
         batches = Batches([], batches.phantoms, 0.0, Augmentation(), 1)
+    if change == "one phantom":  # not the one the first sample shows, perhaps
+        phantoms = batches.phantoms.copy()
+        phantoms[-1, 1, 0, 0] += 1
+        batches = Batches([], phantoms, 0.0, Augmentation(), 0)
+    if change == "augmentation":
+        batches = Batches([], batches.phantoms, 0.0, Augmentation(blur_noise=0.31), 0)
     stage_one_outputs(tmp_path, stage, batches, 2 if change == "count" else 1, SIZE, sampler)
     assert len(list(tmp_path.glob("*.npy"))) == 2
