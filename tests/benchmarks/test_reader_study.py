@@ -129,7 +129,7 @@ def test_what_make_refuses(folders):
     (folders / "theirs" / "secretname1.png").unlink()
     with pytest.raises(SettingsError, match=r"no result for secretname1 \(1 of 3 missing\)"):
         build_study(xrays, {"b": folders / "theirs"}, 0, 64)
-    png(folders / "ours" / "sub" / "secretname0.png")
+    png(folders / "ours" / "sub" / "secretname0_soft_tissue.png")
     with pytest.raises(SettingsError, match="have the same stem"):
         build_study(xrays, {"a": folders / "ours"}, 0, 64)
 

@@ -424,7 +424,7 @@ def test_a_folder_for_each_patient(drawn, tmp_path):
     for patient in ("P1", "P2", "P3", "P4"):
         for number in (1, 2):
             for role in ("cxr", "soft_tissue"):
-                write(tmp_path / role / patient / f"{number}.png", getattr(drawn[number], role))
+                write(tmp_path / role / patient / f"{number}.png", getattr(drawn[0], role))
     options = PrepareOptions(size=32, register=False, min_correlation=-1.0, split=(1.0, 1.0, 0.0))
     done = prepare(tmp_path / "cxr", tmp_path / "soft_tissue", tmp_path / "out", options, {})
     assert done.patients == {"train": 2, "val": 2, "test": 0}
