@@ -373,7 +373,7 @@ def test_a_preview_that_cannot_be_written_is_said(run, toy, monkeypatch, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline.Preview, "write", full)
-    assert [entry.status for entry in run(preview=True).files] == ["ok"]
+    assert statuses(run(preview=True)) == {"a.png": "ok"}
     assert "preview.png cannot be written (No space left on device); the results are complete" in caplog.text
 
 
