@@ -33,13 +33,14 @@ def export_random(
     preset: Annotated[str, typer.Argument(help=f"Network shape: {', '.join(PRESETS)}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
+    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
 ) -> None:
-    """Make a bundle with random weights, for timing."""
+    """Make a bundle with random weights, for timing; without stage 2 an image costs its denoiser steps alone."""
     if preset not in PRESETS:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
     torch.manual_seed(0)
     shape = PRESETS[preset]
-    options = BundleOptions(f"{preset}-random", SamplerSettings(), Preprocessing(size=size))
+    options = BundleOptions(f"{preset}-random", SamplerSettings(), Preprocessing(size=size), enhance=enhance)
     denoiser, enhancer = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
     for parameter in denoiser.parameters():
         if not parameter.any():  # zero at the start of training: the graph's agreement would compare zeros
@@ -136,7 +137,9 @@ def export_checkpoints(
         enhance=enhance,
         mirror=mirror,
         licence=licence,
-        training=provenance | {"denoiser_steps": first["step"], "enhancer_steps": second["step"]},
+        training=provenance
+        | {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
+        | ({"denoiser_start": first["start"]} if first["start"] else {}),
     )
     manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
     typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")

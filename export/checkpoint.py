@@ -12,7 +12,7 @@ from bsdiff_rt.errors import SettingsError
 
 
 def averaged_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A training checkpoint's header (preset, schedule, size, step, stage 1's digest) and its averaged (EMA) weights.
+    """A checkpoint's header (preset, schedule, size, step, start, stage 1's digest) and averaged (EMA) weights.
 
     Raises:
         SettingsError: no such file, or not a checkpoint. Nothing in it is executed.
@@ -22,7 +22,7 @@ def averaged_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         header = {key: state[key] for key in ("preset", "step", "size")}
-        header |= {key: state.get(key) for key in ("schedule", "stage_one")}
+        header |= {key: state.get(key) for key in ("schedule", "stage_one", "start")}
         return header, state["averaged"]
     except Exception as error:  # a pickle of anything else raises anything
         raise SettingsError(f"{path}: not a checkpoint of `python -m train` ({type(error).__name__})") from error

@@ -22,7 +22,7 @@ from train.comparators import COMPARATORS
 from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, load_dataset, load_pair
 from train.denoiser import dry_run_denoiser, train_denoiser
 from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
-from train.loop import TrainOptions, load_checkpoint, mixed_precision
+from train.loop import TrainOptions, crops_of, load_checkpoint, mixed_precision
 from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantoms import phantom, write_pairs
@@ -192,6 +192,12 @@ def denoiser(
     ] = None,
     schedule: Annotated[ScheduleName | None, typer.Option(help="Noise schedule.", show_default="the recipe's")] = None,
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
+    crop: Annotated[
+        int | None, typer.Option(min=16, help="Side of the crops trained on, px.", show_default="the recipe's, growing")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Bundle whose denoiser training starts from, `demo` or a folder.")
+    ] = None,
     steps: Steps = None,
     learning_rate: Rate = None,
     real_share: RealShare = None,
@@ -206,7 +212,8 @@ def denoiser(
     real, held_out = real_pairs(pairs, hold_out, dataset, size)
     fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}
     of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
-    options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed)
+    crops = None if crop is None else crops_of(crop, size)
+    options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed, crops=crops)
     diffusion = replace(chosen.schedule, **given(name=schedule, objective=objective))
     shape = preset_of(preset or chosen.preset)
     source = source_of(chosen, phantoms, real_share, augment)
@@ -216,7 +223,7 @@ def denoiser(
         return
     output.mkdir(parents=True, exist_ok=True)
     validation = Validation(groups_of(held_out, source.phantoms, size), diffusion, chosen.validation)
-    train_denoiser(output, shape, diffusion, batches, validation, options, size)
+    train_denoiser(output, shape, diffusion, batches, validation, options, size, start)
 
 
 @app.command()

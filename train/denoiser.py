@@ -21,6 +21,7 @@ from bsdiff_rt.schedule import alpha_bar
 from train.data import Batches
 from train.dry_run import Estimate, estimate
 from train.loop import Run, Trainee, TrainOptions, pieces
+from train.start import start_from
 from train.validation import Validation
 
 # Share of the training steps spent on the noisiest tenth of the diffusion when the objective can answer there (x0, v):
@@ -100,14 +101,18 @@ def train_denoiser(
     validation: Validation,
     options: TrainOptions,
     size: int,
+    start: str | None = None,
 ) -> Path:
-    """Train until `options.steps`, resuming from `folder`/denoiser.pt where there is one.
+    """Train until `options.steps`, resuming from `folder`/denoiser.pt where there is one, else from bundle `start`.
 
     Returns: the checkpoint's path. Also writes denoiser.csv (loss, quality), denoiser_samples.png, tensorboard/.
     """
     torch.manual_seed(options.seed)
-    trainee = Trainee(Denoiser(preset.denoiser), options)
-    run = Run(folder, "denoiser", trainee, "psnr", preset=preset.name, schedule=asdict(schedule), size=size)
+    network = Denoiser(preset.denoiser)
+    header = {"preset": preset.name, "schedule": asdict(schedule), "size": size}
+    header["start"] = None if start is None else start_from(network, schedule, start)
+    trainee = Trainee(network, options)
+    run = Run(folder, "denoiser", trainee, "psnr", **header)
     diffusion = Diffusion(schedule, trainee.accelerator.device)
 
     def make(step: int) -> NDArray[np.float32]:

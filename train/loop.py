@@ -88,6 +88,19 @@ class TrainOptions:
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
+def crops_of(side: int, size: int) -> tuple[tuple[float, ...], ...]:
+    """`TrainOptions.crops` of one side in px, all through the run, from images of side `size`.
+
+    Raises:
+        SettingsError: larger than the image, or not a side the networks take.
+    """
+    if side > size:
+        raise SettingsError(f"--crop {side} is more than --size {size}; choose at most that")
+    if side % CROP_MULTIPLE_PX:
+        raise SettingsError(f"--crop {side}: give a multiple of {CROP_MULTIPLE_PX} px, which the networks halve")
+    return ((side / size,),)
+
+
 class Trainee:
     """A network in training: weights, averaged weights, optimiser, number of steps done; saved and restored as one.
 

@@ -80,7 +80,8 @@ def test_the_training_datas_clahe_goes_into_the_bundle(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_random_weights_make_a_bundle(tmp_path):
-    command.export_random("tiny", tmp_path / "bundle", 64)
+    command.export_random("tiny", tmp_path / "bundle", 64, enhance=False)
     bundle = open_bundle(tmp_path / "bundle")
     assert json.loads(bundle.manifest.to_json())["name"] == "tiny-random"
+    assert not bundle.manifest.enhance
     assert 0 < bundle.manifest.agreement["denoiser"] < 1e-4

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
-from train.loop import Run, Trainee, TrainOptions, ahead, load_checkpoint, mixed_precision, pieces
+from train.loop import Run, Trainee, TrainOptions, ahead, crops_of, load_checkpoint, mixed_precision, pieces
 
 
 def make_trainee(**options):
@@ -65,6 +65,15 @@ def test_learning_rate_warms_up_and_decays_to_a_hundredth():
     assert options.rate(99) == pytest.approx(1e-3)
     assert options.rate(550) == pytest.approx(1e-3 * (0.01 + 0.99 * 0.5))
     assert options.rate(1000) == pytest.approx(1e-5)
+
+
+def test_crops_of_one_side_all_through_the_run():
+    options = TrainOptions(steps=100, crops=crops_of(96, 256), images=2)
+    assert {options.crop(step, 256) for step in (0, 50, 99)} == {(14, 96)}
+    with pytest.raises(SettingsError, match="--crop 272 is more than --size 256; choose at most that"):
+        crops_of(272, 256)
+    with pytest.raises(SettingsError, match="--crop 100: give a multiple of 16 px"):
+        crops_of(100, 256)
 
 
 def test_crops_follow_the_parts_of_the_run_at_equal_cost():

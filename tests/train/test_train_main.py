@@ -2,13 +2,16 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks.table1 import app as table1
+from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.cli import app as product
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
@@ -69,6 +72,19 @@ def test_a_trained_run_becomes_a_bundle_that_infers(trained, tmp_path):
     assert result.exit_code == 0, result.output
     assert sorted(p.suffix for p in (tmp_path / "out").glob("*_cxr.png")) == [".png"]
     assert (tmp_path / "out" / "dicom.dcm").is_file()
+
+
+def test_training_goes_on_from_a_bundle(trained, tiny_bundle, tmp_path):
+    start = ("--preset", "tiny", "--size", 64, "--start", tiny_bundle, "--crop", 32)
+    assert run(app, "denoiser", "-o", tmp_path, *start, *TINY, "--steps", 1).exit_code == 0
+    shutil.copy(trained / "enhancer.pt", tmp_path)
+    made = run(exporter, "checkpoints", tmp_path, "-o", tmp_path / "b", "--no-enhance")
+    assert made.exit_code == 0, made.output
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["training"]["denoiser_start"] == open_bundle(tiny_bundle).sha256
+    had, has = (load_file(folder / "denoiser.safetensors") for folder in (tiny_bundle, tmp_path / "b"))
+    moved = {name: (has[name] - had[name]).abs().max() for name in had}
+    assert 0 < max(moved.values()) < 1e-3  # one step of the warm-up
 
 
 def test_an_unknown_held_out_pair_is_refused(tmp_path):
