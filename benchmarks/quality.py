@@ -106,7 +106,7 @@ def judge(
     noise = ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
-        from_source = subtract_local_bone(cxr, cxr_net, predicted, placement)
+        from_source = subtract_local_bone(cxr, cxr_net, predicted, placement, manifest.preprocessing)
         shown = as_infer_shows(cxr_net, predicted, placement, manifest)
         for detail, written in (("network", shown), ("source", from_source)):
             found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))

@@ -85,13 +85,18 @@ _TYPE_2 = (
     "PatientID",
     "PatientBirthDate",
     "PatientSex",
+    "Manufacturer",
     "StudyDate",
     "StudyTime",
     "StudyID",
     "AccessionNumber",
     "ReferringPhysicianName",
 )
+_TYPE_2_CR = ("BodyPartExamined", "ViewPosition")  # PS3.3 C.8.1.1; of no other class kept here
+_TEXT_VRS = ("PN", "LO", "SH", "LT", "ST", "UC", "UT")  # in the Specific Character Set (PS3.5 6.1.2.3)
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+
+_LARGEST_OFFSET = timedelta(hours=14)  # PS3.5 6.2, DT: +1400
 
 # What a Secondary Capture image takes over: patient and trial (groups 0010 and 0012), and of the rest only this.
 _SC_COPIED = _tags(
@@ -194,10 +199,25 @@ def _header(source: Dataset, sop: Literal["same", "sc"], *, resized: bool) -> Da
         except Exception as error:  # a value that its VR does not allow; which one is not said
             logger.warning("element %s of the source is malformed (%s) and left out", tag, type(error).__name__)
             continue
+        if _undecoded(element):
+            if tag.group == 0x0010:  # an altered name or ID is another patient's
+                raise InputFailed(
+                    "the patient's data are not text of the declared Specific Character Set and cannot be copied "
+                    "unchanged; correct the header"
+                )
+            logger.warning("element %s of the source is not text of its character set and left out", tag)
+            continue
         derived.add(element)
     derived.remove_private_tags()
     derived.SOPClassUID = source.SOPClassUID if as_source else SecondaryCaptureImageStorage
     return derived
+
+
+def _undecoded(element: DataElement) -> bool:
+    """Whether a text, or one in a sequence, holds bytes that its character set has not: they were replaced."""
+    if element.VR == "SQ":
+        return any(_undecoded(inner) for item in element.value for inner in item)
+    return element.VR in _TEXT_VRS and "\ufffd" in str(element.value)
 
 
 def _is_copied(tag: BaseTag, as_source: bool, resized: bool) -> bool:
@@ -220,7 +240,8 @@ def _describe_object(derived: Dataset, source: Dataset, derivation: Derivation) 
     derived.SeriesNumber = 9000 + int(derived.SeriesInstanceUID.rsplit(".", 1)[1]) % 1000
     derived.SeriesDescription = _series_description(derived)
     derived.InstanceNumber = _integer(derived, "InstanceNumber")
-    for keyword in _TYPE_2:
+    required = _TYPE_2_CR if derived.SOPClassUID == ComputedRadiographyImageStorage else ()
+    for keyword in (*_TYPE_2, *required):
         if keyword not in derived:
             setattr(derived, keyword, None)
     if not derived.get("Modality"):  # the reader takes such files of these two classes alone
@@ -275,6 +296,8 @@ def _timezone(source: Dataset) -> timezone | None:
     if not found:
         return None
     offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
+    if offset > _LARGEST_OFFSET:
+        return None
     return timezone(-offset if found[1] == "-" else offset)
 
 

@@ -254,9 +254,15 @@ def _check_view(dataset: Dataset) -> None:
     for item in dataset.get("ViewCodeSequence") or ():
         if _term(item, "CodeValue") in _OTHER_VIEW_CODES:
             raise InputRefused("not a frontal view (View Code Sequence); --force processes it all the same")
-    # Rows that run towards the patient's front or back: seen from the side (PS3.3 C.7.6.1.1.1).
-    if view not in ("AP", "PA") and _terms(dataset, "PatientOrientation")[:1] in (["A"], ["P"]):
+    # Where rows and columns run to (PS3.3 C.7.6.1.1.1). Rows towards the patient's front or back: seen from the side.
+    rows, columns = (*_terms(dataset, "PatientOrientation"), "", "")[:2]
+    if view not in ("AP", "PA") and rows in ("A", "P"):
         raise InputRefused("not a frontal view (Patient Orientation); --force processes it all the same")
+    if rows[:1] in ("H", "F") or columns[:1] == "H":  # the networks know upright chests
+        raise InputRefused(
+            "the picture is turned or upside down (Patient Orientation); turn it first, or --force processes it all "
+            "the same"
+        )
     part = _term(dataset, "BodyPartExamined")
     if part in _OTHER_BODY_PARTS:
         raise InputRefused(f"not a chest (Body Part Examined {part}); --force processes it all the same")

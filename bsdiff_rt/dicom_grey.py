@@ -99,6 +99,9 @@ def _voi(values: NDArray[np.float32], full: tuple[float, float], dataset: Datase
     """The first VOI LUT, else the first window, else the full range; [H, W], float32, in [0, 1]."""
     if dataset.get("VOILUTSequence"):
         table, first, bits = _lookup_table(dataset.VOILUTSequence[0], dataset, signed=_rescaled_below_zero(dataset))
+        # Some writers declare 16 bits over entries of 12, which to the letter is black. One bit less may be meant.
+        used = max(8, int(table.max()).bit_length())
+        bits = used if used <= bits - 2 else bits
         index = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
         return table[index].astype(np.float32) / np.float32(2**bits - 1)
     center, width = _number(dataset, "WindowCenter", None), _number(dataset, "WindowWidth", None)
@@ -111,7 +114,7 @@ def _voi(values: NDArray[np.float32], full: tuple[float, float], dataset: Datase
     if function == "SIGMOID":  # C.11.2.1.3.1
         exponent = np.clip(-4 * (values - np.float32(center)) / np.float32(width), -80, 80)
         return np.asarray(1 / (1 + np.exp(exponent)), dtype=np.float32)
-    if function == "LINEAR_EXACT":  # C.11.2.1.3.2
+    if function == "LINEAR_EXACT" or width < 1:  # C.11.2.1.3.2; LINEAR has no width below 1
         return _ramp(values, center - width / 2, width)
     # C.11.2.1.2.1; a width of 1 is a threshold.
     return _ramp(values, center - 0.5 - (width - 1) / 2, max(width - 1, 1e-6))

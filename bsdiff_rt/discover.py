@@ -43,7 +43,7 @@ def find_tasks(
     Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
     what else lies there is not an input, and neither is what an earlier run wrote into a folder below one that is
     searched. A file named by the user always is one. The output folder is never searched, and no result replaces an
-    input.
+    input, or a file beside it.
 
     Args:
         inputs: files and folders.
@@ -56,6 +56,7 @@ def find_tasks(
     tasks: list[Task] = []
     taken: dict[Path, Path] = {}
     seen: set[str] = set()
+    results = results_in(output)
     for file, relative, refusal in found:
         if relative is None:
             tasks.append(Task(file, None, refusal))
@@ -70,12 +71,23 @@ def find_tasks(
             refusal = f"its result {target} would replace that of {taken[target]}; run it apart"
         elif source := sources.get(_real(output / target)):
             refusal = f"its result would replace the X-ray {source}; choose another --output"
+        elif beside := _beside(file, output, target, results):
+            refusal = f"its result would replace {beside}, which this program did not write; choose another --output"
         elif str(target) in reserved or target.parts[0] in reserved:
             refusal = f"its result {target} would replace the run's own; rename it"
         else:
             taken[target] = file
         tasks.append(Task(file, None if refusal else target, refusal))
     return tasks
+
+
+def _beside(file: Path, output: Path, target: Path, results: set[Path]) -> Path | None:
+    """The file beside an input that its result would replace, unless it is the result of an earlier run.
+
+    Elsewhere a result replaces what lies there: a run that was killed has written files its report does not name yet.
+    """
+    path = output / target
+    return path if path.exists() and target not in results and _real(path.parent) == _real(file.parent) else None
 
 
 def is_input(file: Path) -> bool:

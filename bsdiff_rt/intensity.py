@@ -176,28 +176,35 @@ def subtract_local_bone(
     cxr_net: NDArray[np.float32],
     soft_tissue_net: NDArray[np.float32],
     placement: Placement,
+    prep: Preprocessing,
 ) -> NDArray[np.float32]:
     """Subtract the networks' bone layer, without the change of tone in it, from the source (`--detail source`).
 
     bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)) - bone_share * detail, where detail
     is what of the source is too fine for the networks' matrix. The source's tone stays, and so does its sharpness but
     for the edges of bones. What the networks see only as a change of overall tone is left in, and so is the inside of
-    bones broader than two ribs (vertebrae).
+    bones broader than two ribs (vertebrae). Where the preprocessing equalises, both are taken back to the source's grey
+    levels first: equalised contrast is another at every place.
 
     Args:
         cxr: [H, W], float32, in [0, 1], the source.
         cxr_net: [size, size], float32, in [-1, 1], the networks' input made from it.
         soft_tissue_net: [size, size], float32, in [-1, 1], their output.
         placement: what `to_network` returned for this picture.
+        prep: the bundle's preprocessing, which made `cxr_net`.
 
     Returns:
         [H, W], float32, in [0, 1].
     """
     # The networks' range is twice as wide as [0, 1].
     shown, soft_tissue = (_crop(image, placement) / np.float32(2) for image in (cxr_net, soft_tissue_net))
+    small = resize(cxr, (placement.height, placement.width))
+    if prep.clahe_clip_limit > 0:
+        curves = EqualizingCurves.of(small, prep.clahe_clip_limit, prep.clahe_tiles)
+        shown, soft_tissue = (curves.undo(image + np.float32(0.5)) for image in (shown, soft_tissue))
     bone = shown - soft_tissue
     share = np.clip(resize(bone_share(shown, bone), cxr.shape), 0, 1)
-    detail = cxr - resize(resize(cxr, (placement.height, placement.width)), cxr.shape)
+    detail = cxr - resize(small, cxr.shape)
     return _unit(cxr - resize(bone - tone_of(bone, placement.size, RIBS_WINDOW_PX), cxr.shape) - share * detail)
 
 
@@ -268,30 +275,66 @@ def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDA
     Returns:
         [H, W], float32, in [0, 1].
     """
-    height, width = picture.shape
-    bottom, right = 0, 0
-    if height % tiles or width % tiles:  # OpenCV then pads both sides, a side that already fits by `tiles` px
-        bottom, right = tiles - height % tiles, tiles - width % tiles
-    padded = np.pad(_unit(picture), ((0, bottom), (0, right)), mode="reflect")
-    tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
-    tables = _tile_tables(padded, tiles, clip_limit)
+    return EqualizingCurves.of(picture, clip_limit, tiles).apply(picture)
 
-    top, bottom_tile, row_weight = _tile_neighbours(height, tile_height, tiles)
-    left, right_tile, column_weight = _tile_neighbours(width, tile_width, tiles)
-    position = _unit(picture) * np.float32(CLAHE_LEVELS - 1)
-    level = np.minimum(position.astype(np.int64), CLAHE_LEVELS - 2)
-    fraction = position - level.astype(np.float32)
 
-    def mapped(tile_row: NDArray[np.int64], tile_column: NDArray[np.int64]) -> NDArray[np.float32]:
-        row, column = tile_row[:, None], tile_column[None, :]
-        low: NDArray[np.float32] = tables[row, column, level]
-        high: NDArray[np.float32] = tables[row, column, level + 1]
-        return low + fraction * (high - low)
+UNDO_STEPS = 14  # of bisection: within 1 / 2**15 of the grey scale, finer than what the networks resolve
 
-    upper = mapped(top, left) * (1 - column_weight) + mapped(top, right_tile) * column_weight
-    lower = mapped(bottom_tile, left) * (1 - column_weight) + mapped(bottom_tile, right_tile) * column_weight
-    blended = upper * (1 - row_weight[:, None]) + lower * row_weight[:, None]
-    return _unit(blended)
+
+@dataclass(frozen=True)
+class EqualizingCurves:
+    """The monotone curves that equalise one picture, another at every pixel: what `equalize` applies, and its inverse.
+
+    Attributes:
+        tables: [tiles, tiles, CLAHE_LEVELS], float32, in [0, 1].
+        rows, columns: per line of pixels, the two tiles whose centres enclose it, and the weight of the second.
+    """
+
+    tables: NDArray[np.float32]
+    rows: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+    columns: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, picture: NDArray[np.float32], clip_limit: float, tiles: int) -> EqualizingCurves:
+        """The curves of a picture; arguments as of `equalize`."""
+        height, width = picture.shape
+        bottom, right = 0, 0
+        if height % tiles or width % tiles:  # OpenCV then pads both sides, a side that already fits by `tiles` px
+            bottom, right = tiles - height % tiles, tiles - width % tiles
+        padded = np.pad(_unit(picture), ((0, bottom), (0, right)), mode="reflect")
+        tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
+        return cls(
+            _tile_tables(padded, tiles, clip_limit),
+            _tile_neighbours(height, tile_height, tiles),
+            _tile_neighbours(width, tile_width, tiles),
+        )
+
+    def apply(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Grey levels [H, W] in [0, 1] of the picture's matrix, each through the curve of its place."""
+        top, bottom, row_weight = self.rows
+        left, right, column_weight = self.columns
+        position = _unit(picture) * np.float32(CLAHE_LEVELS - 1)
+        level = np.minimum(position.astype(np.int64), CLAHE_LEVELS - 2)
+        fraction = position - level.astype(np.float32)
+
+        def mapped(tile_row: NDArray[np.int64], tile_column: NDArray[np.int64]) -> NDArray[np.float32]:
+            row, column = tile_row[:, None], tile_column[None, :]
+            low: NDArray[np.float32] = self.tables[row, column, level]
+            high: NDArray[np.float32] = self.tables[row, column, level + 1]
+            return low + fraction * (high - low)
+
+        upper = mapped(top, left) * (1 - column_weight) + mapped(top, right) * column_weight
+        lower = mapped(bottom, left) * (1 - column_weight) + mapped(bottom, right) * column_weight
+        return _unit(upper * (1 - row_weight[:, None]) + lower * row_weight[:, None])
+
+    def undo(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The darkest grey levels, [H, W] in [0, 1], that `apply` makes into `picture`, by bisection."""
+        low, high = np.zeros(picture.shape, np.float32), np.ones(picture.shape, np.float32)
+        for _ in range(UNDO_STEPS):
+            middle = (low + high) / np.float32(2)
+            too_dark = self.apply(middle) < picture
+            low, high = np.where(too_dark, middle, low), np.where(too_dark, high, middle)
+        return (low + high) / np.float32(2)
 
 
 def _tile_tables(padded: NDArray[np.float32], tiles: int, clip_limit: float) -> NDArray[np.float32]:

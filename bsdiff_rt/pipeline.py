@@ -316,7 +316,8 @@ class Inference:
             own_tone = replace(self.bundle.manifest.preprocessing, clahe_clip_limit=0.0)
             cxr = from_network(to_network(cxr, own_tone)[0], placement)
         if self.settings.detail == "source":
-            return subtract_local_bone(cxr, ready.cxr_net, soft_tissue_net, placement)
+            preprocessing = self.bundle.manifest.preprocessing
+            return subtract_local_bone(cxr, ready.cxr_net, soft_tissue_net, placement, preprocessing)
         return from_network(soft_tissue_net, placement, power)
 
     def _derivation(self, power: float | None) -> Derivation:

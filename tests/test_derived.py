@@ -310,6 +310,47 @@ def test_a_malformed_element_is_left_out_and_said_without_its_value(tmp_path, ca
     assert not any(secret in heard for secret in SECRETS)
 
 
+def _in_another_character_set(tmp_path, **elements):
+    """Latin-1 bytes that the header calls UTF-8, as faulty gateways write them."""
+    path = save(tmp_path / "SECRET.dcm", dataset(stored(PICTURE, 12), **elements))
+    path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"ISO_IR 192"))
+    return read_dicom(path)
+
+
+def test_a_patient_is_never_given_another_name(tmp_path):
+    with pytest.raises(InputFailed, match="not text of the declared Specific Character Set") as failure:
+        write_derived(tmp_path / "o.dcm", _in_another_character_set(tmp_path), SOFT, DERIVATION)
+    assert not any(secret in str(failure.value) for secret in SECRETS)
+    assert not (tmp_path / "o.dcm").exists()
+
+
+def test_other_text_of_another_character_set_is_left_out_and_said(tmp_path, caplog):
+    inner = Dataset()
+    inner.CodeMeaning = "SECRET Ärm"
+    names = {"PatientName": "A^B", "StudyDescription": "SECRET Thorax für ÄNNE"}
+    radiograph = _in_another_character_set(tmp_path, **names, ProcedureCodeSequence=Sequence([inner]))
+    write_derived(tmp_path / "o.dcm", radiograph, SOFT, DERIVATION)
+    derived = dcmread(tmp_path / "o.dcm")
+    assert derived.PatientName == "A^B"
+    assert "StudyDescription" not in derived
+    assert "ProcedureCodeSequence" not in derived
+    assert "(0008,1030)" in caplog.text
+    assert not any(secret in caplog.text for secret in SECRETS)
+
+
+def test_what_the_standard_requires_is_there_and_empty(tmp_path):
+    header = dataset(stored(PICTURE, 12), BodyPartExamined=None, ViewPosition=None, StudyDate=None)
+    derived = derive(tmp_path, header)
+    for keyword in ("Manufacturer", "BodyPartExamined", "ViewPosition", "StudyDate"):
+        assert derived[keyword].is_empty
+    assert "BodyPartExamined" not in derive(tmp_path, header, sop="sc")
+
+
+def test_a_time_zone_that_there_is_not_is_no_time_zone(tmp_path):
+    derived = derive(tmp_path, dataset(stored(PICTURE, 12), TimezoneOffsetFromUTC="+2500"))
+    assert derived.InstanceCreationDate == "20260504"
+
+
 def test_failures(tmp_path):
     radiograph = read_dicom(save(tmp_path / "a.dcm", dataset(stored(PICTURE, 12))))
     target = tmp_path / "o.dcm"

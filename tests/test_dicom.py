@@ -271,6 +271,23 @@ def test_a_lut_that_declares_too_few_bits(tmp_path, entries_bits):
     np.testing.assert_allclose(read(tmp_path, header).cxr, table[VALUES] / (2**entries_bits - 1), atol=1e-6)
 
 
+@pytest.mark.parametrize(("entries_bits", "range_bits"), [(12, 12), (14, 14), (15, 16), (16, 16)])
+def test_a_lut_that_declares_more_bits_than_its_entries_have(tmp_path, entries_bits, range_bits):
+    """12 bits called 16 would be black; a picture that leaves half of its range may be meant so."""
+    table = np.arange(4096) * (2**entries_bits - 1) // 4095
+    header = dataset(VALUES, VOILUTSequence=[lookup_table("voi", table, 0, 16)])
+    np.testing.assert_allclose(read(tmp_path, header).cxr, table[VALUES] / (2**range_bits - 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [None, "LINEAR"])
+def test_a_window_narrower_than_one_is_exact(tmp_path, function):
+    given = {} if function is None else {"VOILUTFunction": function}
+    header = dataset(VALUES, RescaleSlope=str(1 / 4095)[:16], RescaleIntercept="0", WindowCenter=0.5, WindowWidth="0.9")
+    for keyword, value in given.items():
+        setattr(header, keyword, value)
+    np.testing.assert_allclose(read(tmp_path, header).cxr, linear_exact(VALUES / 4095, 0.5, 0.9), atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("photometric", "shape", "inverted"),
     [
@@ -333,6 +350,8 @@ def test_accepted(tmp_path):
         dataset(VALUES, ViewPosition="AP", BodyPartExamined="PORT CHEST", PatientOrientation=["P", "F"]),
         dataset(VALUES, ViewCodeSequence=[code("399348003", "SCT", "antero-posterior")]),
         dataset(VALUES, NumberOfFrames=1, HighBit=None),
+        dataset(VALUES, PatientOrientation=["R", "F"]),  # seen from behind
+        dataset(VALUES, PatientOrientation="L"),
     ):
         assert read(tmp_path, header).cxr.shape == VALUES.shape
 
@@ -397,6 +416,9 @@ NOT_FRONTAL = {
     "code": (lambda: dataset(VALUES, ViewCodeSequence=[code("399173006", "SCT", "SECRET")]), "View Code"),
     "old code": (lambda: dataset(VALUES, ViewCodeSequence=[code("R-10236", "SRT", "left lateral")]), "View Code"),
     "orientation": (lambda: dataset(VALUES, ViewPosition=None, PatientOrientation=["P", "F"]), "Orientation"),
+    "turned": (lambda: dataset(VALUES, PatientOrientation=["F", "R"]), "turned or upside down"),
+    "turned back": (lambda: dataset(VALUES, PatientOrientation=["H", "L"]), "turned or upside down"),
+    "upside down": (lambda: dataset(VALUES, ViewPosition=None, PatientOrientation=["L", "HR"]), "upside down"),
     "foot": (lambda: dx_dataset(VALUES, AnatomicRegionSequence=[code("T-D9700", "SRT", "SECRET")]), "Anatomic Region"),
     "hand": (lambda: dataset(VALUES, BodyPartExamined="HAND"), "Body Part Examined HAND"),
 }

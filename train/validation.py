@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bsdiff_rt.config import SamplerSettings, Schedule
+from bsdiff_rt.config import Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.intensity import place, subtract_local_bone
 from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise, batch_noise
@@ -104,7 +104,8 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def _from_source(cxr: Image, predicted: Image) -> Image:
-    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(cxr.shape, cxr.shape[0]))
+    side = cxr.shape[0]
+    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(cxr.shape, side), Preprocessing(side))
 
 
 def _foreign(pair: Pair) -> tuple[Image, Image]:
