@@ -81,7 +81,7 @@ def find_tasks(
     return tasks
 
 
-def _beside(file: Path, output: Path, target: Path, results: set[Path]) -> Path | None:
+def _beside(file: Path, output: Path, target: Path, results: Collection[Path]) -> Path | None:
     """The file beside an input that its result would replace, unless it is the result of an earlier run.
 
     Elsewhere a result replaces what lies there: a run that was killed has written files its report does not name yet.

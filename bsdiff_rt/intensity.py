@@ -183,8 +183,8 @@ def subtract_local_bone(
     bone = cxr_net - soft_tissue_net; soft tissue = source - (bone - tone_of(bone)) - bone_share * detail, where detail
     is what of the source is too fine for the networks' matrix. The source's tone stays, and so does its sharpness but
     for the edges of bones. What the networks see only as a change of overall tone is left in, and so is the inside of
-    bones broader than two ribs (vertebrae). Where the preprocessing equalises, both are taken back to the source's grey
-    levels first: equalised contrast is another at every place.
+    bones broader than two ribs (vertebrae). Where the preprocessing equalises, what is subtracted is taken back to the
+    source's grey levels: equalised contrast is another at every place.
 
     Args:
         cxr: [H, W], float32, in [0, 1], the source.
@@ -198,14 +198,16 @@ def subtract_local_bone(
     """
     # The networks' range is twice as wide as [0, 1].
     shown, soft_tissue = (_crop(image, placement) / np.float32(2) for image in (cxr_net, soft_tissue_net))
+    bone = shown - soft_tissue
+    local = bone - tone_of(bone, placement.size, RIBS_WINDOW_PX)
     small = resize(cxr, (placement.height, placement.width))
     if prep.clahe_clip_limit > 0:
         curves = EqualizingCurves.of(small, prep.clahe_clip_limit, prep.clahe_tiles)
-        shown, soft_tissue = (curves.undo(image + np.float32(0.5)) for image in (shown, soft_tissue))
-    bone = shown - soft_tissue
+        seen = shown + np.float32(0.5)
+        local = curves.undo(seen) - curves.undo(seen - local)
     share = np.clip(resize(bone_share(shown, bone), cxr.shape), 0, 1)
     detail = cxr - resize(small, cxr.shape)
-    return _unit(cxr - resize(bone - tone_of(bone, placement.size, RIBS_WINDOW_PX), cxr.shape) - share * detail)
+    return _unit(cxr - resize(local, cxr.shape) - share * detail)
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:

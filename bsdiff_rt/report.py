@@ -178,15 +178,18 @@ def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
     return done
 
 
-def results_in(folder: Path) -> set[Path]:
-    """Results an earlier run says it wrote into `folder`, relative to it; empty where no run's report.json lies."""
+def results_in(folder: Path) -> dict[Path, str | None]:
+    """Results an earlier run, of any version and settings, says it wrote into `folder`: path below it -> SHA-256.
+
+    Empty where no run's report.json lies.
+    """
     try:
         content = json.loads((folder / FILE_NAME).read_text())
         if "bsdiff_rt" not in content:
-            return set()
-        return {Path(entry["output"]) for entry in content["files"] if entry["output"]}
-    except (OSError, ValueError, KeyError, TypeError):  # another program's, or damaged
-        return set()
+            return {}
+        return {Path(entry["output"]): entry.get("sha256") for entry in content["files"] if entry["output"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's, or damaged
+        return {}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -492,6 +492,24 @@ def test_an_input_that_fails_now_is_not_also_skipped(run, finished, tmp_path):
     assert fates(finished) == SKIPPED | {"b.png": "failed"}
 
 
+@pytest.mark.parametrize("settings", [{}, {"seed": 5}])
+def test_no_older_result_stays_for_an_input_that_gives_none(run, finished, tmp_path, settings):
+    """Another patient's file may have taken the input's name."""
+    out, kept = tmp_path / "out", sorted(SKIPPED)
+    path = tmp_path / "in" / "b.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert run(**settings)["b.png"].status == "failed"
+    assert sorted(each.name for each in out.glob("*.png")) == [name for name in kept if name != "b.png"]
+
+
+def test_a_file_that_no_run_wrote_stays(run, finished, tmp_path):
+    (tmp_path / "out" / "b.png").write_bytes(b"mine")
+    path = tmp_path / "in" / "b.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert run()["b.png"].status == "failed"
+    assert (tmp_path / "out" / "b.png").read_bytes() == b"mine"
+
+
 # --- interruptions ---
 
 
