@@ -26,7 +26,7 @@ from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import BsdiffError
-from bsdiff_rt.intensity import Placement, from_network, resize, scanner_power, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, place, resize, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import pixel_digest
@@ -137,8 +137,11 @@ def both_stages(
 
 
 def _at(image: Image, size: int) -> Image:
-    """A square image at `size` px a side; 0: at its own."""
-    return resize(image, (size, size)) if size else image
+    """An image with its longer side at `size` px; 0: at its own."""
+    if not size:
+        return image
+    placement = place(image.shape, size)
+    return resize(image, (placement.height, placement.width))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -199,9 +199,7 @@ def test_a_result_never_replaces_a_file_beside_the_x_ray(folder):
     put(folder / "a.jpg", folder / "a.png", elsewhere / "b.png", folder / "b.jpg")
     reason = f"its result would replace {folder / 'a.png'}, which this program did not write; choose another --output"
     assert refusals(folder / "a.jpg", output=folder) == {"a.jpg": reason}
-    assert not refusals(
-        folder / "b.jpg", output=elsewhere
-    )  # a run that was killed may have written it
+    assert not refusals(folder / "b.jpg", output=elsewhere)  # a run that was killed may have written it
     (folder / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [{"output": "a.png"}]}))
     assert not refusals(folder / "a.jpg", output=folder)  # the result of an earlier run
 

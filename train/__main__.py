@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantoms import phantom, write_pairs
 from train.prepare import PrepareOptions, parse_split, prepare, read_exclusions
-from train.recipe import RECIPES, VERSIONS_PER_PAIR, Recipe
+from train.recipe import CHECK_EPOCHS, RECIPES, VERSIONS_PER_PAIR, Recipe
 from train.validation import Validation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -62,7 +63,9 @@ def phantom_pool(folder: Path, count: int, size: int, keep: bool = True) -> NDAr
         pool = np.concatenate([pool, np.rint(stacked * 255).astype(np.uint8)])
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, pool)
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, pool)
+            os.replace(partial, path)
     return pool[:count]
 
 
@@ -151,8 +154,15 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def options_of(recipe: Recipe, stage: TrainOptions, pairs: int, **options: Any) -> TrainOptions:
-    """A stage's options: the recipe's for that number of training pairs, and what was given on the command line."""
-    counted = stage if options["steps"] else recipe.options(stage, pairs, PartialState().num_processes)
+    """A stage's options: the recipe's for that number of training pairs, and what was given on the command line.
+
+    Where the recipe counts epochs, given steps stand for all of them: checkpoints keep their share of the run.
+    """
+    steps = options["steps"]
+    if steps and recipe.epochs:
+        counted = replace(stage, save_every=max(1, steps * CHECK_EPOCHS // recipe.epochs))
+    else:
+        counted = stage if steps else recipe.options(stage, pairs, PartialState().num_processes)
     return replace(counted, **given(**options))
 
 

@@ -39,7 +39,7 @@ def train_comparator(
     comparator = COMPARATORS[name]
     trainee = Trainee(comparator.build(size), options)
     loss = loss_of(comparator, trainee)
-    run = Run(folder, name, trainee, "psnr", comparator=name, size=size)
+    run = Run(folder, name, trainee, "psnr", comparator=name, size=size, data=batches.fingerprint())
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:

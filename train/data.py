@@ -23,13 +23,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, tone_of
+from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, to_network, tone_of
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
 
+ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
 # What `python -m train prepare` writes and `load_dataset` reads.
@@ -98,8 +100,20 @@ AUGMENTATION_SETS: dict[str, frozenset[str]] = {
 
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
-    """Read one pair and bring it to `size` x `size` (area averaging)."""
-    cxr, soft_tissue = (resize(image, (size, size)) for image in read_together([cxr_path, soft_tissue_path]))
+    """Read one pair and bring it to `size` x `size` as inference does: aspect kept, padded.
+
+    Raises:
+        SettingsError: the two are not of one shape.
+    """
+    images = read_together([cxr_path, soft_tissue_path])
+    (rows, columns), (soft_rows, soft_columns) = (image.shape for image in images)
+    if abs(rows / columns * soft_columns / soft_rows - 1) > ONE_SHAPE_WITHIN:
+        raise SettingsError(
+            f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
+            "shape; `python -m train prepare` registers pairs"
+        )
+    squares = (to_network(image, Preprocessing(size))[0] for image in images)
+    cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue))
 
 

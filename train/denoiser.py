@@ -109,7 +109,7 @@ def train_denoiser(
     """
     torch.manual_seed(options.seed)
     network = Denoiser(preset.denoiser)
-    header = {"preset": preset.name, "schedule": asdict(schedule), "size": size}
+    header = {"preset": preset.name, "schedule": asdict(schedule), "size": size, "data": batches.fingerprint()}
     header["start"] = None if start is None else start_from(network, schedule, start)
     trainee = Trainee(network, options)
     run = Run(folder, "denoiser", trainee, "psnr", **header)

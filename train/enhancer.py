@@ -108,13 +108,15 @@ def train_enhancer(
     Returns: the checkpoint's path. Also writes enhancer.csv (losses, quality), enhancer_samples.png, tensorboard/.
 
     Raises:
-        SettingsError: the checkpoint in `folder` belongs to another stage 1 or another loss.
+        SettingsError: the checkpoint in `folder` belongs to another stage 1, other outputs or another loss.
     """
     torch.manual_seed(options.seed)
     size = outputs.shape[-1]
     trainee = Trainee(Enhancer(stage.preset.enhancer), options)
     loss = hybrid_loss(weights, vgg, trainee.accelerator)
-    run = Run(folder, "enhancer", trainee, "psnr", preset=stage.preset.name, stage_one=stage.sha256, size=size)
+    learned_from = {"data": hashlib.sha256(np.ascontiguousarray(outputs).data).hexdigest(), "losses": asdict(weights)}
+    header = {"preset": stage.preset.name, "stage_one": stage.sha256, "size": size}
+    run = Run(folder, "enhancer", trainee, "psnr", **header, **learned_from)
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:

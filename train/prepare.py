@@ -339,10 +339,10 @@ def _divide(
                 file = f"{entry.name}_{role}.png"
                 os.replace(work / file, work / entry.part / file)
     counts = Counter(part_of.values())
-    if unnamed := sum(who.startswith(("stem ", "folder ")) for who in patients.values()):
+    if unnamed := sum(who.startswith(("study ", "stem ", "folder ")) for who in patients.values()):
         logger.warning(
-            "%d pairs name no patient: each folder counts as one, and each file that is in none "
-            "(--patient-pattern says better)",
+            "%d pairs name no patient: each study counts as one, without studies each folder, and each file that is in "
+            "none; a patient of two studies may land in two parts (--patient-pattern says better)",
             unnamed,
         )
     for part, share in zip(PARTS, options.split, strict=True):

@@ -48,6 +48,21 @@ def test_a_pair_is_read_on_one_grey_scale(tmp_path):
     assert loaded.cxr.max() == pytest.approx(60000 / 65535, abs=1e-4)
 
 
+def test_a_pair_that_is_not_square_is_padded_as_inference_pads_it(tmp_path):
+    cxr = np.zeros((400, 300), np.uint16)
+    cv2.circle(cxr, (150, 200), 100, 60000, -1)
+    for role in ("cxr", "soft_tissue"):
+        cv2.imwrite(str(tmp_path / f"b_{role}.png"), cxr)
+    loaded = load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
+    round_ = loaded.cxr > 0.5
+    assert (round_.any(0).sum(), round_.any(1).sum()) == (32, 32)  # 200 of 400 px, both ways
+    cv2.imwrite(str(tmp_path / "b_soft_tissue.png"), cxr[:300])
+    with pytest.raises(
+        SettingsError, match="pair b: the X-ray is 400 x 300 px, its soft tissue 300 x 300, another shape"
+    ):
+        load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
+
+
 def test_tone_matching_removes_a_change_of_tone_and_keeps_bone(pair):
     darker = np.clip(pair.soft_tissue * 0.9 - 0.02, 0, 1).astype(np.float32)
     before = np.abs(darker - pair.soft_tissue).mean()

@@ -6,6 +6,7 @@ import pytest
 
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
+from train.__main__ import options_of
 from train.data import Augmentation
 from train.loop import TrainOptions
 from train.losses import LossWeights
@@ -36,6 +37,16 @@ def test_several_processes_share_an_epoch():
     assert paper.options(paper.denoiser, 84, 4).steps == 200 * round(84 * 7 / 8)
     with pytest.raises(SettingsError, match="counts epochs over real pairs"):
         paper.options(paper.denoiser, 0, 1)
+
+
+def test_steps_given_for_a_recipe_of_epochs_keep_its_share_between_checkpoints():
+    """Five checks without a better one must not come before the first drop of the learning rate."""
+    paper, given = RECIPES["paper"], {"learning_rate": None, "save_every": None}
+    assert options_of(paper, paper.denoiser, 84, steps=58_800, **given).save_every == 10 * 294
+    assert options_of(paper, paper.denoiser, 84, steps=7, **given).save_every == 1
+    assert options_of(paper, paper.denoiser, 84, steps=600, learning_rate=None, save_every=50).save_every == 50
+    demo = RECIPES["demo"]
+    assert options_of(demo, demo.denoiser, 0, steps=600, **given).save_every == 250
 
 
 def test_the_demo_is_what_trained_the_bundled_model():

@@ -67,6 +67,20 @@ def assert_same_end(whole, parts, name):
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
 
 
+def test_no_stage_resumes_on_other_data_or_another_loss(batches, stage, tmp_path):
+    other = Batches([], 255 - batches.phantoms, 0.0, Augmentation(), 0)
+    train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with data \w+, not \w+; give the same"):
+        train_denoiser(tmp_path, TINY, SCHEDULE, other, Judge(), OPTIONS, SIZE)
+    outputs = np.random.default_rng(0).random((3, 2, SIZE, SIZE)).astype(np.float16)
+    what = (Judge(), OPTIONS, LossWeights(mae=1.0, ms_ssim=0.0))
+    train_enhancer(tmp_path, stage, outputs, *what)
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: trained with data \w+, not"):
+        train_enhancer(tmp_path, stage, outputs[:2], *what)
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: trained with losses \{.*'mae': 1.0.*, not \{.*'mae': 2.0"):
+        train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights(mae=2.0, ms_ssim=0.0))
+
+
 def test_stage_1_resumes_exactly(batches, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):

@@ -141,7 +141,7 @@ def test_your_own_pairs_to_the_papers_tables(tiny_bundle, tmp_path):
     run(app, "phantoms", pairs, "--count", 4, "--size", 64)
     prepared = run(app, "prepare", pairs, pairs, "-o", data, "--size", 64, "--split", "2:1:1", "--no-register")
     assert prepared.exit_code == 0, prepared.output
-    common = ("-o", folder, "--recipe", "paper", "--dataset", data, "--steps", 2)
+    common = ("-o", folder, "--recipe", "paper", "--dataset", data, "--steps", 2, "--save-every", 2)
     assert run(app, "denoiser", *common, "--preset", "tiny", "--size", 64, "--accumulate", 2).exit_code == 0
     second = ("--samples", 2, "--stage-one-steps", 1, "--perceptual", 0)
     assert run(app, "enhancer", *common, *second).exit_code == 0
