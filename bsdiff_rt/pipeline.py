@@ -131,15 +131,8 @@ class Inference:
         folder = self.settings.output
         _make_output_folder(folder)
         reader = self._reader()
-        outputs, earlier = {str(task.input): task.output for task in tasks}, results_in(folder)
-
-        def told(entry: FileEntry) -> None:
-            output = outputs[entry.input]
-            if entry.output is None and output is not None and earlier.get(output):
-                _remove_older(folder, output, earlier[output])
-            on_file(entry)
-
-        ledger = Ledger(self.report, folder, outputs, reader.before, told)
+        inputs = (str(task.input) for task in tasks)
+        ledger = Ledger(self.report, folder, inputs, reader.before, _removing_older(folder, tasks, on_file))
         runner = load_chosen(self.bundle, self._choice, self.device)
         with runner:
             self.batch = _batch(self.settings.batch, runner)
@@ -357,6 +350,21 @@ def _batch(asked: int | None, runner: Runner) -> int:
     if asked is not None and most is not None and asked > most:
         raise SettingsError(f"--batch {asked}: this {runner.name} engine takes at most {most}; build a larger one")
     return asked or auto_batch(runner)
+
+
+def _removing_older(
+    folder: Path, tasks: list[Task], on_file: Callable[[FileEntry], None]
+) -> Callable[[FileEntry], None]:
+    """`on_file`, and before it: a file that gives no result keeps no older one in `folder`."""
+    outputs, earlier = {str(task.input): task.output for task in tasks}, results_in(folder)
+
+    def told(entry: FileEntry) -> None:
+        output = outputs[entry.input]
+        if entry.output is None and output is not None and earlier.get(output):
+            _remove_older(folder, output, earlier[output])
+        on_file(entry)
+
+    return told
 
 
 def _remove_older(folder: Path, output: Path, sha256: str | None) -> None:

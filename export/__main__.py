@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -137,12 +137,16 @@ def export_checkpoints(
         enhance=enhance,
         mirror=mirror,
         licence=licence,
-        training=provenance
-        | {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
-        | ({"denoiser_start": first["start"]} if first["start"] else {}),
+        training=provenance | steps_of(first, second),
     )
     manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
     typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
+
+
+def steps_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:
+    """What the two checkpoints' headers say of their training: steps, and the bundle that stage 1 started from."""
+    steps = {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
+    return steps | ({"denoiser_start": first["start"]} if first["start"] else {})
 
 
 def read_provenance(path: Path) -> dict[str, object]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
-import numpy as np
 import typer
 from accelerate import PartialState
-from numpy.typing import NDArray
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import BsdiffError, SettingsError
@@ -26,15 +23,13 @@ from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_
 from train.loop import TrainOptions, crops_of, load_checkpoint, mixed_precision
 from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
+from train.phantom_pool import HELD_OUT_PHANTOM_SEED, held_out_phantoms, phantom_pool
 from train.phantoms import phantom, write_pairs
 from train.prepare import PrepareOptions, parse_split, prepare, read_exclusions
 from train.recipe import CHECK_EPOCHS, RECIPES, VERSIONS_PER_PAIR, Recipe
 from train.validation import Validation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-logger = logging.getLogger("train")
-
-HELD_OUT_PHANTOM_SEED = 10_000_000  # phantoms from here on are never trained on
 
 
 def preset_of(name: str) -> Preset:
@@ -46,33 +41,6 @@ def preset_of(name: str) -> Preset:
     if name not in PRESETS:
         raise SettingsError(f"preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def phantom_pool(folder: Path, count: int, size: int, keep: bool = True) -> NDArray[np.uint8]:
-    """Phantoms 0 .. count - 1, [N, 2, size, size] uint8; kept in `folder`, extended when more are asked for.
-
-    Without `keep`, a few of them, and nothing is written.
-    """
-    path = folder / f"phantoms_{size}.npy"
-    count = count if keep else min(count, DRY_RUN_PHANTOMS)
-    pool = np.load(path) if path.exists() else np.empty((0, 2, size, size), np.uint8)
-    if len(pool) < count:
-        logger.info("making %d phantoms", count - len(pool))
-        new = [phantom(seed, size) for seed in range(len(pool), count)]
-        stacked = np.stack([np.stack([p.cxr, p.soft_tissue]) for p in new])
-        pool = np.concatenate([pool, np.rint(stacked * 255).astype(np.uint8)])
-        if keep:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, pool)
-            os.replace(partial, path)
-    return pool[:count]
-
-
-def held_out_phantoms(count: int, size: int) -> list[Pair]:
-    """Phantoms that no training sees."""
-    made = [phantom(HELD_OUT_PHANTOM_SEED + i, size) for i in range(count)]
-    return [Pair(f"phantom{i}", p.cxr, p.soft_tissue, p.soft_tissue) for i, p in enumerate(made)]
 
 
 def split_pairs(folder: Path | None, hold_out: list[str], size: int) -> tuple[list[Pair], list[Pair]]:
@@ -134,7 +102,6 @@ Bf16 = Annotated[
     typer.Option("--bf16/--no-bf16", show_default="where the device computes it", help="Mixed precision."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the memory and time it would take; train nothing.")]
-DRY_RUN_PHANTOMS = 2
 
 
 def recipe_of(name: str) -> Recipe:
