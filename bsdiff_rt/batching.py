@@ -292,10 +292,11 @@ def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
-    """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]."""
+    """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]; NaN where the enhancer returned an infinity or NaN."""
     out = torch.empty_like(x_0)
     runner.enhance(x_0, out)
-    return out.clamp_(-1.0, 1.0)
+    nothing = out * 0  # NaN where it is infinite: clamped, that would be a white or black pixel
+    return out.clamp_(-1.0, 1.0).add_(nothing)
 
 
 class NoiseAhead:

@@ -219,7 +219,7 @@ class _Gate:
 class _Watched(Runner):
     """Passes every call on and remembers which denoiser outputs were finite.
 
-    A sampler clamps x0, so an infinity would be a picture in its result.
+    What is not finite makes NaN of the picture; here it is known at which step.
     """
 
     name = "watched"

@@ -238,7 +238,7 @@ class Inference:
         """Wait for a file's passes and write what they give; `started` is when its batch of `files` files was begun."""
         try:
             passes = np.stack([result.result() for result in results])
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             reason = f"the networks failed ({one_line(error)}); nothing was written"
             return not_done(ready.task, "failed", reason, started - ready.seconds)
         share = (time.monotonic() - started) / files

@@ -123,8 +123,9 @@ def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch
             pinned buffer may be reused only after that copy is done (an event recorded on the next call marks it).
 
     Returns:
-        [B, 1, H, W] float32, in [-1, 1]: the x0 of the last step, a new tensor. An infinity from the denoiser has been
-        clamped like any other number; a NaN is still NaN. Looking for them is the caller's work, after the loop.
+        [B, 1, H, W] float32, in [-1, 1]: the x0 of the last step, a new tensor. Where the denoiser returned an
+        infinity or NaN it is NaN, not what the clamp would make of it; looking for that, after the loop, is the
+        caller's work.
 
     Raises:
         SettingsError: the noise is not of the images' shape.
@@ -156,6 +157,7 @@ def step(runner: Runner, buffers: StepBuffers) -> None:
 
     runner.denoise(x_t, buffers.cxr, buffers.t, out)
     torch.mul(x_t, P, out=x0).addcmul_(out, Q).clamp_(-1.0, 1.0)  # x0 = clamp(P x_t + Q out)
+    x0.add_(out, alpha=0)  # of a finite output nothing; of an infinite one NaN, which no clamp may pass off as white
     x_t.mul_(A).addcmul_(x0, B).addcmul_(x0_previous, C).addcmul_(z, S)  # A x_t + B x0 + C x0_previous + S z
 
     x0_previous.copy_(x0)

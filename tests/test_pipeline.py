@@ -621,6 +621,7 @@ def spoil(how, index=0):
 SPOILT = {
     "nan": (lambda image: image * float("nan"), "the networks returned NaN or infinity"),
     "one nan": (lambda image: image.index_fill(1, torch.tensor([5]), float("nan")), "the networks returned NaN"),
+    "one infinity": (lambda image: image.index_fill(1, torch.tensor([5]), float("inf")), "the networks returned NaN"),
     "constant": (lambda image: torch.zeros_like(image), "the networks returned one grey level"),
     "black": (lambda image: torch.full_like(image, -9.0), "the networks returned one grey level"),
     "nearly constant": (lambda image: image * 1e-5, "the networks returned one grey level"),

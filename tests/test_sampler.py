@@ -225,6 +225,27 @@ def test_a_nan_does_not_reach_the_next_batch() -> None:
     assert torch.equal(buffers.x0, run(SCHEDULES[0], "dpmpp-2m", 3))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_infinity_is_no_white_pixel(name, objective, bad):
+    """fp16 that overflows: clamped, it would be a picture. Its neighbours stay what they are."""
+
+    class Overflowing(ToyRunner):
+        def denoise(self, x_t, cxr, t, out):
+            torch.mul(x_t, cxr, out=out)
+            out[0, 0, 2, 3] = bad
+
+    cxr = torch.full((2, 1, 4, 4), 0.5)
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(objective=objective)
+    result = sample(Overflowing(schedule), cxr, sampler_table(schedule, name, 2), lambda _: noise)
+    broken = torch.isnan(result)
+    assert broken[0, 0, 2, 3]
+    assert int(broken.sum()) == 1
+    assert result[~broken].abs().max() <= 1
+
+
 class InPlaceOnly(TorchDispatchMode):
     """Fails on any operation that returns memory of its own or hands a value to Python."""
 
