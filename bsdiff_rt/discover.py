@@ -55,6 +55,7 @@ def find_tasks(
     sources = {_real(file): file for file, relative, _ in found if relative is not None}
     tasks: list[Task] = []
     taken: dict[Path, Path] = {}
+    mapped: dict[Path, Path] = {}  # the same of deviation maps
     seen: set[str] = set()
     results = results_in(output)
     for file, relative, refusal in found:
@@ -75,8 +76,10 @@ def find_tasks(
             refusal = f"its result would replace {beside}, which this program did not write; choose another --output"
         elif str(target) in reserved or target.parts[0] in reserved:
             refusal = f"its result {target} would replace the run's own; rename it"
+        elif UNCERTAINTY in reserved and (other := mapped.get(deviation := uncertainty_path(Path(), target))):
+            refusal = f"its deviation map {deviation.name} would replace that of {other}; run it apart"
         else:
-            taken[target] = file
+            taken[target] = mapped[uncertainty_path(Path(), target)] = file
         tasks.append(Task(file, None if refusal else target, refusal))
     return tasks
 

@@ -28,12 +28,13 @@ from bsdiff_rt.engine import choose, load_chosen
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
+from bsdiff_rt.ledger import Ledger
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.preview import ROWS, Preview
 from bsdiff_rt.raster import write_png
 from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of
-from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_before, results_in
+from bsdiff_rt.report import FileEntry, Report, environment, finished_before
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
@@ -131,8 +132,8 @@ class Inference:
         folder = self.settings.output
         _make_output_folder(folder)
         reader = self._reader()
-        inputs = (str(task.input) for task in tasks)
-        ledger = Ledger(self.report, folder, inputs, reader.before, _removing_older(folder, tasks, on_file))
+        outputs = {str(task.input): task.output for task in tasks}
+        ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
         runner = load_chosen(self.bundle, self._choice, self.device)
         with runner:
             self.batch = _batch(self.settings.batch, runner)
@@ -350,37 +351,6 @@ def _batch(asked: int | None, runner: Runner) -> int:
     if asked is not None and most is not None and asked > most:
         raise SettingsError(f"--batch {asked}: this {runner.name} engine takes at most {most}; build a larger one")
     return asked or auto_batch(runner)
-
-
-def _removing_older(
-    folder: Path, tasks: list[Task], on_file: Callable[[FileEntry], None]
-) -> Callable[[FileEntry], None]:
-    """`on_file`, and before it: a file that gives no result keeps no older one in `folder`."""
-    outputs, earlier = {str(task.input): task.output for task in tasks}, results_in(folder)
-
-    def told(entry: FileEntry) -> None:
-        output = outputs[entry.input]
-        if entry.output is None and output is not None and earlier.get(output):
-            _remove_older(folder, output, earlier[output])
-        on_file(entry)
-
-    return told
-
-
-def _remove_older(folder: Path, output: Path, sha256: str | None) -> None:
-    """Remove an earlier run's result for an input that now gives none: it may be of another patient's file.
-
-    Only while it is what that run wrote.
-    """
-    path = folder / output
-    try:
-        if not path.is_file() or file_sha256(path) != sha256:
-            return
-        path.unlink()
-        uncertainty_path(folder, output).unlink(missing_ok=True)
-        logger.info("%s: the result of an earlier run is removed", path)
-    except OSError as error:
-        logger.warning("%s: the result of an earlier run cannot be removed (%s)", path, error.strerror)
 
 
 def _check_result(soft_tissue_net: NDArray[np.float32]) -> None:

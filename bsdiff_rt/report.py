@@ -6,23 +6,19 @@ import hashlib
 import json
 import logging
 import platform
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from bsdiff_rt import __version__
-from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.radiograph import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.json"
-SAVE_EVERY_S = 5.0
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
 
 Status = Literal["ok", "skipped", "refused", "failed"]
@@ -64,6 +60,7 @@ class Report:
     images_per_second: float = 0.0
     networks_busy: float = 0.0  # share of the run's wall time, from 0 to 1
     files: list[FileEntry] = field(default_factory=list)
+    earlier: dict[str, str | None] = field(default_factory=dict)  # results of runs with other settings: path, SHA-256
     bsdiff_rt: str = __version__
 
     def counts(self) -> Counter[str]:
@@ -75,7 +72,9 @@ class Report:
         head = {"bsdiff_rt": self.bsdiff_rt, "bundle": self.bundle, "settings": self.settings}
         tail = {"environment": self.environment, "images_per_second": round(self.images_per_second, 4)}
         tail |= {"networks_busy": round(self.networks_busy, 4)}
-        return json.dumps(head | tail | {"files": [asdict(entry) for entry in self.files]}, indent=1) + "\n"
+        tail |= {"files": [asdict(entry) for entry in self.files]}
+        tail |= {"earlier": [{"output": output, "sha256": sha256} for output, sha256 in self.earlier.items()]}
+        return json.dumps(head | tail, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write report.json into `folder`, whole or not at all."""
@@ -84,76 +83,6 @@ class Report:
     def settings_digest(self) -> str:
         """SHA-256 over bundle and settings: two runs with the same digest make the same pictures."""
         return hashlib.sha256(json.dumps([self.bundle, self.settings], sort_keys=True).encode()).hexdigest()
-
-
-class Ledger:
-    """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
-
-    Any thread may add: who finishes a file adds its entry itself, so that an interruption of the main thread cannot
-    part the two.
-
-    Args:
-        report: the run's report, without files yet.
-        folder: output folder.
-        order: every input, as the report lists them.
-        before: what an earlier run finished (`finished_before`); entries not reached yet stay in the saved report, so
-            that an interrupted run can be resumed again.
-        on_file: told each entry as it is added.
-    """
-
-    def __init__(
-        self,
-        report: Report,
-        folder: Path,
-        order: Iterable[str],
-        before: dict[str, FileEntry],
-        on_file: Callable[[FileEntry], None],
-    ) -> None:
-        self.report = report
-        self._folder = folder
-        self._place = {name: number for number, name in enumerate(order)}
-        self._before = before
-        self._on_file = on_file
-        self._lock = threading.RLock()
-        self._started = self._saved = time.monotonic()
-
-    def add(self, entry: FileEntry) -> None:
-        """Take up one file's fate."""
-        with self._lock:
-            self.report.files.append(entry)
-            self._on_file(entry)
-            if time.monotonic() - self._saved > SAVE_EVERY_S:
-                try:
-                    self.save()
-                except SettingsError as error:  # there may be room again when the run ends
-                    logger.warning("%s", error)
-                self._saved = time.monotonic()
-
-    def save(self, busy_s: float = 0.0) -> None:
-        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end.
-
-        Raises:
-            SettingsError: it cannot be written.
-        """
-        with self._lock:
-            self.report.networks_busy = busy_s / max(time.monotonic() - self._started, 1e-9)
-            self._save()
-
-    def _save(self) -> None:
-        self.report.files.sort(key=lambda entry: self._place[entry.input])
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        self.report.images_per_second = self.report.counts()["ok"] / seconds
-        inputs = {entry.input for entry in self.report.files}
-        outputs = {entry.output for entry in self.report.files}
-        waiting = [
-            replace(entry, status="skipped")
-            for entry in self._before.values()
-            if entry.input not in inputs and entry.output not in outputs
-        ]
-        try:
-            replace(self.report, files=[*self.report.files, *waiting]).write(self._folder)
-        except OSError as error:
-            raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
 
 
 def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
@@ -179,7 +108,7 @@ def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
 
 
 def results_in(folder: Path) -> dict[Path, str | None]:
-    """Results an earlier run, of any version and settings, says it wrote into `folder`: path below it -> SHA-256.
+    """Results that runs of any version and settings wrote into `folder`, by its report: path below it -> SHA-256.
 
     Empty where no run's report.json lies.
     """
@@ -187,7 +116,8 @@ def results_in(folder: Path) -> dict[Path, str | None]:
         content = json.loads((folder / FILE_NAME).read_text())
         if "bsdiff_rt" not in content:
             return {}
-        return {Path(entry["output"]): entry.get("sha256") for entry in content["files"] if entry["output"]}
+        entries = [*content.get("earlier", []), *content["files"]]
+        return {Path(entry["output"]): entry.get("sha256") for entry in entries if entry["output"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's, or damaged
         return {}
 

@@ -247,6 +247,17 @@ def test_the_deviation_maps_of_a_dicom_and_a_png_of_one_name(folder):
     assert uncertainty_path(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
 
 
+def test_deviation_maps_that_would_replace_each_other(folder):
+    dicom(folder / "x.dcm")
+    png(folder / "x.dcm.png")
+    assert set(results(folder).values()) == {"x.dcm", "x.dcm.png"}
+    tasks = find_tasks([folder], OUT, "auto", reserved=("uncertainty",))
+    assert [task.refusal for task in tasks] == [
+        None,
+        f"its deviation map x.dcm.png would replace that of {folder / 'x.dcm'}; run it apart",
+    ]
+
+
 def test_links(folder):
     put(folder / "a.png", folder.parent / "far" / "b.png")
     (folder / "broken.png").symlink_to("nowhere")

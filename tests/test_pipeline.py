@@ -22,6 +22,7 @@ from synthetic import chest
 from bsdiff_rt import batching, pipeline, preview, reading
 from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import InferSettings, Schedule
+from bsdiff_rt.discover import find_tasks
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
 from bsdiff_rt.intensity import to_network
 from bsdiff_rt.pipeline import Inference
@@ -485,6 +486,14 @@ def test_another_folder_into_the_same_output_forgets_nothing(run, finished, tmp_
     assert fates(finished) == SKIPPED | {"d.png": "skipped"}
 
 
+def test_another_folder_with_other_settings_into_the_same_output_leaves_results_results(run, finished, tmp_path):
+    png(tmp_path / "more" / "d.png", seed=9)
+    assert statuses(run(tmp_path / "more", seed=5)) == {"d.png": "ok"}
+    found = find_tasks([tmp_path], tmp_path / "elsewhere", "auto")
+    assert {task.input.parent.name for task in found} == {"in", "more"}
+    assert len(found) == len(SKIPPED) + 1
+
+
 def test_an_input_that_fails_now_is_not_also_skipped(run, finished, tmp_path):
     path = tmp_path / "in" / "b.png"
     path.write_bytes(path.read_bytes()[:-30])
@@ -849,6 +858,22 @@ def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):
     (tmp_path / "out" / "uncertainty" / "a.png").unlink()
     assert statuses(run(samples=2)) == {"a.png": "ok"}
     assert (tmp_path / "out" / "uncertainty" / "a.png").is_file()
+
+
+def test_no_deviation_map_of_another_picture_stays(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    png(tmp_path / "in" / "b.png", seed=1)
+    run(samples=2)
+    run(tmp_path / "in" / "a.png", samples=1)
+    assert tree(tmp_path / "out") == {"a.png", "b.png", "report.json", "uncertainty/b.png"}
+
+
+def test_a_result_in_the_place_of_a_deviation_map_stays(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    run(samples=2)
+    png(tmp_path / "in" / "uncertainty" / "a.png", seed=1)
+    assert set(statuses(run(samples=1)).values()) == {"ok"}
+    assert tree(tmp_path / "out") == {"a.png", "report.json", "uncertainty/a.png"}
 
 
 def test_one_bad_sample_fails_its_file(run, toy, tmp_path):

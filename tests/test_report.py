@@ -1,4 +1,4 @@
-"""report.json: what it holds, when it is written, and what a later run takes from it."""
+"""report.json: what it holds, and what a later run takes from it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 import logging
 import platform
 import socket
+from pathlib import Path
 
 import pytest
 
-from bsdiff_rt import __version__, report
-from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.report import FileEntry, Ledger, Report, environment, finished_before, package_versions
+from bsdiff_rt import __version__
+from bsdiff_rt.report import FileEntry, Report, environment, finished_before, package_versions, results_in
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
 FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1)
-ORDER = ["in/a.png", "in/b.png", "in/c.png"]
 
 
 def make(files=(), **changes) -> Report:
@@ -28,7 +27,7 @@ def make(files=(), **changes) -> Report:
 def test_the_document():
     document = json.loads(make([DONE, FAILED]).to_json())
     speed = ["images_per_second", "networks_busy"]
-    assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *speed, "files"]
+    assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *speed, "files", "earlier"]
     assert document["bsdiff_rt"] == __version__
     assert document["bundle"] == {"name": "tiny", "sha256": "0" * 64}
     assert document["files"] == [dataclasses.asdict(DONE), dataclasses.asdict(FAILED)]
@@ -123,57 +122,14 @@ def test_a_folder_in_the_reports_place(tmp_path, caplog):
     assert "cannot be used (IsADirectoryError)" in caplog.text
 
 
-def saved(folder):
-    return {
-        (entry["input"], entry["output"]): entry["status"]
-        for entry in json.loads((folder / "report.json").read_text())["files"]
-    }
-
-
-def test_the_ledger_saves_now_and_then_and_at_the_end(tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
-    seen = []
-    ledger = Ledger(make(), tmp_path, ORDER, {}, seen.append)
-    ledger.add(DONE)
-    assert not (tmp_path / "report.json").exists()
-    now[0] += report.SAVE_EVERY_S + 1
-    ledger.add(FAILED)
-    assert saved(tmp_path) == {("in/a.png", "a.png"): "ok", ("in/b.png", None): "failed"}
-    ledger.add(dataclasses.replace(DONE, input="in/c.png", output="c.png"))
-    assert len(saved(tmp_path)) == 2
-    now[0] += 2
-    ledger.save()
-    assert len(saved(tmp_path)) == 3
-    assert [entry.input for entry in seen] == ["in/a.png", "in/b.png", "in/c.png"]
+def test_results_are_those_of_every_run(tmp_path):
+    older = dataclasses.replace(make([DONE, FAILED]), earlier={"sub/c.png": "3" * 64, "d.png": None})
+    older.write(tmp_path)
+    assert results_in(tmp_path) == {Path("a.png"): "1" * 64, Path("sub/c.png"): "3" * 64, Path("d.png"): None}
     document = json.loads((tmp_path / "report.json").read_text())
-    assert document["images_per_second"] == pytest.approx(2 / 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_the_report_lists_the_inputs_in_order_whoever_finishes_first(tmp_path):
-    ledger = Ledger(make(), tmp_path, ORDER, {}, lambda _: None)
-    ledger.add(FAILED)
-    ledger.add(DONE)
-    ledger.save()
-    assert list(saved(tmp_path)) == [("in/a.png", "a.png"), ("in/b.png", None)]
-
-
-def test_what_was_finished_before_stays_known(tmp_path):
-    before = {"a.png": DONE, "c.png": dataclasses.replace(DONE, input="in/c.png", output="c.png")}
-    ledger = Ledger(make(), tmp_path, ORDER, before, lambda _: None)
-    ledger.add(dataclasses.replace(DONE, seconds=9.0))
-    ledger.save()
-    assert saved(tmp_path) == {("in/a.png", "a.png"): "ok", ("in/c.png", "c.png"): "skipped"}
-    assert ledger.report.counts() == {"ok": 1}  # this run's own
-
-
-def test_an_input_has_one_fate(tmp_path):
-    """A file that was finished before and fails now is failed, not also skipped."""
-    ledger = Ledger(make(), tmp_path, ORDER, {"a.png": DONE}, lambda _: None)
-    ledger.add(FileEntry(DONE.input, None, "failed", "truncated"))
-    ledger.save()
-    assert saved(tmp_path) == {("in/a.png", None): "failed"}
+    del document["earlier"]  # a report of version 0.1.0 and before
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert results_in(tmp_path) == {Path("a.png"): "1" * 64}
 
 
 def test_the_environment_names_no_user_and_no_host(monkeypatch):
@@ -192,16 +148,3 @@ def test_package_versions_are_those_installed():
     assert {"torch", "numpy", "pydicom"} <= set(found)
     assert "tensorrt" not in found or found["tensorrt"]
     assert all(found.values())
-
-
-def test_a_report_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report, "write_atomically", full)
-    monkeypatch.setattr(report, "SAVE_EVERY_S", -1)
-    ledger = Ledger(make(), tmp_path, ORDER, {}, lambda _: None)
-    ledger.add(DONE)
-    assert f"--output {tmp_path}: report.json cannot be written (No space left on device)" in caplog.text
-    with pytest.raises(SettingsError, match=r"report\.json cannot be written"):
-        ledger.save()

@@ -1,0 +1,127 @@
+"""A run's report while the run goes on: who finishes a file enters it here. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bsdiff_rt.bundle import file_sha256
+from bsdiff_rt.discover import uncertainty_path
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.report import FILE_NAME, FileEntry, Report, results_in
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 5.0
+
+
+class Ledger:
+    """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
+
+    The report goes on naming what earlier runs wrote into the folder and still lies there. An input that gives no
+    result keeps no older one: it may be of another patient's file.
+
+    Any thread may add: who finishes a file adds its entry itself, so that an interruption of the main thread cannot
+    part the two.
+
+    Args:
+        report: the run's report, without files yet.
+        folder: output folder.
+        outputs: every input, as the report lists them, and where its result goes, below `folder`.
+        before: what an earlier run finished (`finished_before`); entries not reached yet stay in the saved report, so
+            that an interrupted run can be resumed again.
+        on_file: told each entry as it is added.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        folder: Path,
+        outputs: Mapping[str, Path | None],
+        before: dict[str, FileEntry],
+        on_file: Callable[[FileEntry], None],
+    ) -> None:
+        self.report = report
+        self._folder = folder
+        self._outputs = outputs
+        self._place = {name: number for number, name in enumerate(outputs)}
+        self._before, self._earlier = before, results_in(folder)
+        self._results = {*self._earlier, *outputs.values()}
+        self._on_file = on_file
+        self._lock = threading.RLock()
+        self._started = self._saved = time.monotonic()
+
+    def add(self, entry: FileEntry) -> None:
+        """Take up one file's fate."""
+        with self._lock:
+            self.report.files.append(entry)
+            if entry.output is None:
+                self._remove_older(self._outputs[entry.input])
+            elif entry.status == "ok" and self.report.settings.get("samples") == 1:
+                self._remove_older_deviation(Path(entry.output))
+            self._on_file(entry)
+            if time.monotonic() - self._saved > SAVE_EVERY_S:
+                try:
+                    self.save()
+                except SettingsError as error:  # there may be room again when the run ends
+                    logger.warning("%s", error)
+                self._saved = time.monotonic()
+
+    def save(self, busy_s: float = 0.0) -> None:
+        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end.
+
+        Raises:
+            SettingsError: it cannot be written.
+        """
+        with self._lock:
+            self.report.networks_busy = busy_s / max(time.monotonic() - self._started, 1e-9)
+            self._save()
+
+    def _save(self) -> None:
+        self.report.files.sort(key=lambda entry: self._place[entry.input])
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self.report.images_per_second = self.report.counts()["ok"] / seconds
+        inputs = {entry.input for entry in self.report.files}
+        outputs = {entry.output for entry in self.report.files}
+        waiting = [
+            replace(entry, status="skipped")
+            for entry in self._before.values()
+            if entry.input not in inputs and entry.output not in outputs
+        ]
+        files = [*self.report.files, *waiting]
+        named = {entry.output for entry in files}
+        earlier = {str(path): sha256 for path, sha256 in self._earlier.items() if (self._folder / path).is_file()}
+        earlier = {output: sha256 for output, sha256 in earlier.items() if output not in named}
+        try:
+            replace(self.report, files=files, earlier=earlier).write(self._folder)
+        except OSError as error:
+            raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
+
+    def _remove_older(self, output: Path | None) -> None:
+        """Remove an earlier run's result, only while it is what that run wrote."""
+        sha256 = self._earlier.get(output) if output is not None else None
+        if output is None or sha256 is None:
+            return
+        path = self._folder / output
+        try:
+            if not path.is_file() or file_sha256(path) != sha256:
+                return
+            path.unlink()
+            logger.info("%s: the result of an earlier run is removed", path)
+        except OSError as error:
+            logger.warning("%s: the result of an earlier run cannot be removed (%s)", path, error.strerror)
+        self._remove_older_deviation(output)
+
+    def _remove_older_deviation(self, output: Path) -> None:
+        """Remove the deviation map of an earlier result that is no longer there; a result in its place stays."""
+        path = uncertainty_path(self._folder, output)
+        if output not in self._earlier or path.relative_to(self._folder) in self._results:
+            return
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s: the map of an earlier run cannot be removed (%s)", path, error.strerror)
