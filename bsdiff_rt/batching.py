@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsdiff_rt.errors import out_of_memory
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampler import CapturedSampler, sample
@@ -232,7 +233,8 @@ def auto_batch(runner: Runner) -> int:
     """How many images to give at once: what fills the device and fits its free memory.
 
     A CPU gains nothing from a batch, a GPU's arithmetic is filled by about `FULL_BATCH` images. The memory an image
-    needs is judged by one denoiser call at the runner's smallest batch.
+    needs is judged by one denoiser call at the runner's smallest batch, which is the answer where not even that fits:
+    the files will say so.
     """
     low, high = runner.batch_range
     if runner.device.type == "cpu":
@@ -241,9 +243,16 @@ def auto_batch(runner: Runner) -> int:
     free_before, _ = torch.cuda.mem_get_info(runner.device)
     torch.cuda.reset_peak_memory_stats(runner.device)
     in_use = torch.cuda.memory_allocated(runner.device)
-    image, t = torch.zeros(low, 1, runner.image_size, runner.image_size, device=runner.device), torch.zeros(low)
-    runner.denoise(image, torch.zeros_like(image), t.to(runner.device), torch.empty_like(image))
-    torch.cuda.synchronize(runner.device)
+    try:
+        image, t = torch.zeros(low, 1, runner.image_size, runner.image_size, device=runner.device), torch.zeros(low)
+        runner.denoise(image, torch.zeros_like(image), t.to(runner.device), torch.empty_like(image))
+        torch.cuda.synchronize(runner.device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        logger.warning("out of memory with %d images at once; %.0f MB were free", low, free_before / 1e6)
+        torch.cuda.empty_cache()
+        return low
     free, _ = torch.cuda.mem_get_info(runner.device)
     per_image = max(torch.cuda.max_memory_allocated(runner.device) - in_use, free_before - free, 1) / low
     fits = int(MEMORY_SHARE * free_before / per_image)

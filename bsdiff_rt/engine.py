@@ -8,6 +8,7 @@ import logging
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import BUNDLES, Bundle, file_sha256
 from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, RunnerName
-from bsdiff_rt.errors import EngineError, SettingsError
+from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
 from bsdiff_rt.identity import FORMAT, MANIFEST, Engine, EngineManifest, backend, identify, open_engine, read_engine
 from bsdiff_rt.parity import compare
 from bsdiff_rt.radiograph import write_atomically
@@ -95,7 +96,12 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
 
 
 def choose(
-    bundle: Bundle, runner: str, device: torch.device, precision: str = "auto", engine: Path | None = None
+    bundle: Bundle,
+    runner: str,
+    device: torch.device,
+    precision: str = "auto",
+    engine: Path | None = None,
+    not_loaded: Mapping[RunnerName, str] | None = None,
 ) -> Choice:
     """What `--runner`, `--precision` and `--engine` mean here. What was asked for by name is used, or the run stops.
 
@@ -105,9 +111,10 @@ def choose(
         device: where to run.
         precision: fp32, bf16 or fp16, or "auto": what the runner or the newest engine has.
         engine: an engine's folder; default: those in the cache.
+        not_loaded: runners that "auto" passes over, and why.
 
     Raises:
-        EngineError: what was asked for cannot be used here, or no runner has the precision.
+        EngineError: what was asked for cannot be used here, or no runner is left that has the precision.
         SettingsError: the engine is of another runner or precision than asked for.
     """
     if engine is not None:
@@ -127,6 +134,8 @@ def choose(
     reasons: list[str] = []
     for name in FASTEST_FIRST:
         try:
+            if reason := (not_loaded or {}).get(name):
+                raise EngineError(reason)
             return _candidate(bundle, name, device, precision, "; ".join(reasons) or "fastest available")
         except EngineError as error:
             reasons.append(f"not {name}: {error}")
@@ -147,25 +156,55 @@ def _candidate(bundle: Bundle, runner: RunnerName, device: torch.device, precisi
     return Choice(runner, resolve_precision(runner, precision, device), why)
 
 
-def load_chosen(bundle: Bundle, choice: Choice, device: torch.device) -> Runner:
-    """Load what `choose` chose, and log which and why.
+def load_first(
+    bundle: Bundle, runner: str, device: torch.device, precision: str = "auto", engine: Path | None = None
+) -> tuple[Choice, Runner]:
+    """`choose` a runner and load it; where "auto" chose one that does not load, say so and take the next.
 
     Raises:
-        EngineError: the back end cannot load it.
+        EngineError: what was asked for does not load, or nothing does.
         BundleError: weights that do not fit the bundle's networks.
+        SettingsError: as `choose`.
     """
-    where = f", engine {choice.engine.folder}" if choice.engine else ""
-    logger.info("runner %s in %s on %s%s (%s)", choice.runner, choice.precision, device, where, choice.why)
-    if choice.engine:
-        return choice.engine.load(device)
-    return load_runner(bundle, choice.runner, device, choice.precision)
+    not_loaded: dict[RunnerName, str] = {}
+    while True:
+        choice = choose(bundle, runner, device, precision, engine, not_loaded)
+        try:
+            return choice, _load(bundle, choice, device)
+        except EngineError as error:
+            if runner != "auto" or engine is not None:
+                raise
+            logger.warning("runner %s passed over: it does not load (%s)", choice.runner, error)
+            not_loaded[choice.runner] = f"it does not load ({error})"
 
 
 def load(
     bundle: Bundle, runner: str, device: torch.device, precision: str = "auto", engine: Path | None = None
 ) -> Runner:
-    """`choose` and `load_chosen` in one."""
-    return load_chosen(bundle, choose(bundle, runner, device, precision, engine), device)
+    """The runner of `load_first`."""
+    return load_first(bundle, runner, device, precision, engine)[1]
+
+
+def _load(bundle: Bundle, choice: Choice, device: torch.device) -> Runner:
+    """Load what was chosen, and log which and why.
+
+    Raises:
+        EngineError: the back end cannot load it, or the device has not the memory.
+        BundleError: weights that do not fit the bundle's networks.
+    """
+    where = f", engine {choice.engine.folder}" if choice.engine else ""
+    logger.info("runner %s in %s on %s%s (%s)", choice.runner, choice.precision, device, where, choice.why)
+    try:
+        if choice.engine:
+            return choice.engine.load(device)
+        return load_runner(bundle, choice.runner, device, choice.precision)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise EngineError(
+            f"{device} has not the memory to load runner {choice.runner} ({one_line(error)}); free some, or choose "
+            "another --device"
+        ) from error
 
 
 def build_engine(
@@ -192,15 +231,13 @@ def build_engine(
     if reason := unavailable(options.runner, device):
         raise EngineError(f"--runner {options.runner} cannot be used on {device}: {reason}")
     target = output or cache_folder() / folder_name(bundle, options, device)
-    if target.is_file() or (target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise SettingsError(f"{target}: not empty and not an engine; choose another folder")
+    _check_place(target)
     try:
         for parent in reversed(target.parents):  # `parents=True` would not give those in between this mode
             parent.mkdir(mode=0o700, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise SettingsError(f"{target}: cannot be written ({reason}); choose another --output") from error
+        raise _not_writable(target, error) from error
     with temporary as work:
         made = Path(work) / "engine"
         made.mkdir(mode=0o700)
@@ -216,7 +253,10 @@ def build_engine(
         (made / MANIFEST).write_text(manifest.to_json())
         for file in made.iterdir():
             file.chmod(0o600)
-        _publish(made, target, Path(work) / "previous")
+        try:
+            _publish(made, target, Path(work) / "previous")
+        except OSError as error:
+            raise _not_writable(target, error) from error
         report.unlink(missing_ok=True)
     return target
 
@@ -265,6 +305,25 @@ def _build(
         parity=parity,
         files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     )
+
+
+def _check_place(target: Path) -> None:
+    """Refuse, before anything is built, a folder that the finished engine cannot take the place of.
+
+    Raises:
+        SettingsError: it is or holds something that is no engine, is where this runs, or a disk is mounted there.
+    """
+    if target.is_file() or (target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise SettingsError(f"{target}: not empty and not an engine; choose another folder")
+    if target.resolve() == Path.cwd():
+        raise SettingsError(f"{target}: the folder this runs in cannot be replaced; choose another --output")
+    if target.is_mount():
+        raise SettingsError(f"{target}: a mounted disk cannot be replaced; choose a folder on it")
+
+
+def _not_writable(target: Path, error: OSError) -> SettingsError:
+    reason = error.strerror or type(error).__name__
+    return SettingsError(f"{target}: cannot be written ({reason}); choose another --output")
 
 
 def _publish(made: Path, target: Path, aside: Path) -> None:

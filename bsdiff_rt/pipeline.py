@@ -24,7 +24,7 @@ from bsdiff_rt.bundle import file_sha256, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.derived import Derivation, write_derived
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
-from bsdiff_rt.engine import choose, load_chosen
+from bsdiff_rt.engine import Choice, choose, load_first
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
@@ -78,14 +78,16 @@ class Inference:
             ImageNoise(seed, b"")  # refuses a seed out of range before any work is done
         self.device = resolve_device(settings.device)
         self.batch = settings.batch or 1  # images the networks are given at once; resolved when the runner is loaded
-        self._choice = choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine)
-        # What decides the pixels. Batch and device do not: noise belongs to the image.
+        self._settle(choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine))
+
+    def _settle(self, choice: Choice) -> None:
+        """Begin the report: what decides the pixels. Batch and device do not: noise belongs to the image."""
         names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "scanner_tone", "size", "detail")
         decisive = {name: getattr(self.settings, name) for name in (*names, "format", "sop")}
-        decisive |= {"runner": self._choice.runner, "precision": self._choice.precision}
+        decisive |= {"runner": choice.runner, "precision": choice.precision}
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))
-        if self._choice.engine:
-            self.report.environment["engine"] = self._choice.engine.sha256
+        if choice.engine:
+            self.report.environment["engine"] = choice.engine.sha256
         self._digest = self.report.settings_digest()
 
     def _scanner_tone(self, asked: bool | None) -> bool:
@@ -127,15 +129,18 @@ class Inference:
 
         Raises:
             SettingsError: the output folder cannot be written.
+            EngineError: the runner does not load.
             BaseException: an interruption is passed on, after what was being written is finished and reported.
         """
         folder = self.settings.output
         _make_output_folder(folder)
-        reader = self._reader()
-        outputs = {str(task.input): task.output for task in tasks}
-        ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
-        runner = load_chosen(self.bundle, self._choice, self.device)
+        asked = self.settings
+        choice, runner = load_first(self.bundle, asked.runner, self.device, asked.precision, asked.engine)
         with runner:
+            self._settle(choice)  # not always the one of the plan: what does not load is passed over
+            reader = self._reader()
+            outputs = {str(task.input): task.output for task in tasks}
+            ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
             self.batch = _batch(self.settings.batch, runner)
             suppressor = Suppressor(runner, self.table, enhance=bool(self.settings.enhance), batch=self.batch)
             try:

@@ -105,7 +105,7 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
     """Makes the pipeline run this runner in place of the bundle's networks, and returns it."""
     runner = ToyRunner(SIZE_PX)
-    monkeypatch.setattr(pipeline, "load_chosen", lambda *_: runner)
+    monkeypatch.setattr(pipeline, "load_first", lambda *asked: (pipeline.choose(*asked), runner))
     return runner
 
 

@@ -166,6 +166,26 @@ def test_auto_batch_fits_the_free_memory(monkeypatch, batch_range, free_mb, expe
     assert auto_batch(runner) == expected
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("bad kernel")])
+def test_auto_batch_without_the_memory_for_one(monkeypatch, error, caplog):
+    runner = ToyRunner(SIZE[0])
+    runner.batch_range, runner.device = (2, 6), torch.device("cuda", 0)
+    for name in ("reset_peak_memory_stats", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 0))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    if isinstance(error, torch.OutOfMemoryError):
+        assert auto_batch(runner) == 2
+        assert caplog.messages == ["out of memory with 2 images at once; 10 MB were free"]
+    else:
+        with pytest.raises(RuntimeError, match="bad kernel"):
+            auto_batch(runner)
+
+
 def test_results_may_be_taken_in_any_order():
     table = sampler_table(SCHEDULE, "ddim", 1)
     with Suppressor(ToyRunner(SIZE[0]), table, enhance=False, batch=3) as suppressor:

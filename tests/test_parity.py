@@ -106,7 +106,8 @@ def test_rounding_passes_in_its_own_precision_and_fails_as_fp32(reference, manif
 
 
 @pytest.mark.parametrize(
-    ("batch_range", "used"), [((1, None), {1, 2}), ((1, 1), {1}), ((2, 8), {2}), ((4, 8), {4}), ((1, 8), {1, 2})]
+    ("batch_range", "used"),
+    [((1, None), {1, 2}), ((1, 1), {1}), ((1, 2), {1, 2}), ((2, 8), {2, 8}), ((4, 4), {4}), ((1, 7), {1, 2, 7})],
 )
 def test_batches_keep_to_the_range(reference, manifest, batch_range, used):
     candidate = Candidate(batch_range=batch_range)
@@ -140,6 +141,18 @@ def test_wrong_only_beyond_batch_1(reference, manifest):
     candidate.distort = distort
     failed = names(gate(reference, candidate, manifest).failed)
     assert failed == [name for name in NAMES if name.endswith("batch 2") and not name.startswith("enhancer")]
+
+
+def test_wrong_only_at_the_largest_batch(reference, manifest):
+    candidate = Candidate(batch_range=(1, 5))
+
+    def distort(out, _=None):
+        if len(out) == 5:
+            out[4] = out[3]
+
+    candidate.distort = candidate.distort_enhancer = distort
+    found = gate(reference, candidate, manifest)
+    assert names(found.failed) == ["denoiser, t = 999, batch 5", "enhancer, batch 5"]
 
 
 def test_a_wrong_enhancer(reference, manifest):

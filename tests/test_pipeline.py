@@ -19,7 +19,7 @@ from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
 from synthetic import chest
 
-from bsdiff_rt import batching, pipeline, preview, reading
+from bsdiff_rt import batching, engine, pipeline, preview, reading
 from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
@@ -710,6 +710,23 @@ def test_without_the_memory_for_one_image_it_fails(run, toy, tmp_path):
     (entry,) = run(batch=4).values()
     assert entry.status == "failed"
     assert entry.reason == "the networks failed (OutOfMemoryError: CUDA out of memory); nothing was written"
+
+
+def test_the_report_names_the_runner_that_loaded(run, tmp_path, monkeypatch):
+    png(tmp_path / "in" / "a.png")
+    load_runner = engine.load_runner
+
+    def loading(bundle, name, device, precision):
+        if name == "onnxruntime":
+            raise EngineError("not a graph")
+        return load_runner(bundle, name, device, precision)
+
+    monkeypatch.setattr(engine, "load_runner", loading)
+    assert statuses(run(steps=1)) == {"a.png": "ok"}
+    assert report_of(tmp_path / "out")["settings"]["runner"] == "eager"
+    assert statuses(run(steps=1)) == {"a.png": "skipped"}  # what is finished is told by the runner that loads
+    monkeypatch.undo()
+    assert statuses(run(steps=1)) == {"a.png": "ok"}
 
 
 def test_a_batch_larger_than_the_engine_is_refused(run, toy, tmp_path):
