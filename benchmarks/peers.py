@@ -127,7 +127,7 @@ def _fill(theirs: Mapping[str, Tensor], ours: nn.Module) -> None:
 def published(model: Model, device: torch.device, _: Candidate) -> Candidate:
     """The published networks in eager fp32, in the plain loop."""
     candidate = loaded(PUBLISHED, lambda: PublishedRunner(*published_networks(model), model.size, device), device)
-    return Candidate(PUBLISHED, candidate.runner, candidate.load_bytes, sample)
+    return Candidate(PUBLISHED, candidate.runner, candidate.loading, sample)
 
 
 def compiled(model: Model, device: torch.device, _: Candidate) -> Candidate:
@@ -142,7 +142,7 @@ def compiled(model: Model, device: torch.device, _: Candidate) -> Candidate:
         return runner
 
     candidate = loaded(COMPILED, load, device)
-    return Candidate(COMPILED, candidate.runner, candidate.load_bytes, sample)
+    return Candidate(COMPILED, candidate.runner, candidate.loading, sample)
 
 
 def diffusers_loop(model: Model, _: torch.device, eager: Candidate) -> Candidate:
@@ -156,7 +156,7 @@ def diffusers_loop(model: Model, _: torch.device, eager: Candidate) -> Candidate
 
     if model.sampler.name not in ("ddpm", "ddim", "dpmpp-2m"):
         raise EngineError(f"diffusers has no sampler {model.sampler.name}")
-    return Candidate(DIFFUSERS, eager.runner, eager.load_bytes, partial(_diffusers_image, model))
+    return Candidate(DIFFUSERS, eager.runner, eager.loading, partial(_diffusers_image, model))
 
 
 def _diffusers_image(model: Model, runner: Runner, cxr: Tensor, table: Table, draw: Draw) -> Tensor:

@@ -86,7 +86,8 @@ class Suppressor:
 
     Attributes:
         smallest: the smallest batch the runner is given; fewer images are filled up to it.
-        busy_s: seconds the device, or the CPU, worked on the batches whose results have been taken.
+        busy_s: seconds from the first to the last order of each batch whose results have been taken, as the device, or
+            the CPU, carried them out: the networks, and what they wait for between steps (noise, say).
     """
 
     def __init__(self, runner: Runner, table: Table, *, enhance: bool, batch: int) -> None:

@@ -60,8 +60,8 @@ class Row:
             the loop costs.
         full_image_s_extrapolated: all training steps, NOT measured: that many times step_ms, and stage 2. None when
             image_s is that measurement.
-        peak_bytes: memory taken by loading it and by the first image, on CUDA of the device, on Linux's CPU of the
-            process; None elsewhere.
+        peak_bytes: the most memory it took, in loading or in the first image on top of what loading left behind; on
+            CUDA of the device, on Linux's CPU of the process; None elsewhere.
         psnr_step_vs_eager, psnr_vs_eager: one denoiser call at the middle timestep (peak: the eager output's range),
             and the final image (peak: 2, from -1 to 1), in dB, same noise; None when equal or without a baseline.
         equals_eager: whether the final image has the eager one's bits; None without a baseline.
@@ -281,8 +281,9 @@ class Trial:
             raise EngineError(f"{self.candidate.name}, batch {self.batch}: NaN or infinity came out of the networks")
         if len(pictures) > 1:
             self.captured_equals_uncaptured = torch.equal(pictures[0], pictures[1])
-        if taken is not None and self.candidate.load_bytes is not None:
-            self.peak_bytes = self.candidate.load_bytes + taken
+        loading = self.candidate.loading
+        if taken is not None and loading is not None:
+            self.peak_bytes = max(loading.most, loading.held + taken.most)
 
     def network_calls(self) -> dict[str, Callable[[], None]]:
         """Single calls to time, by name."""

@@ -115,19 +115,27 @@ def randomise(network: nn.Module, generator: torch.Generator) -> None:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What something took, in bytes: `most` at any moment, loading's copies among it, and what it `held` after."""
+
+    most: int
+    held: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something to measure.
 
     Attributes:
         name: unique among those measured together.
         runner: its networks.
-        load_bytes: memory its loading took; None where that cannot be told.
+        loading: memory its loading took; None where that cannot be told.
         loop: makes whole images in place of our loop, for peers that bring their own.
     """
 
     name: str
     runner: Runner
-    load_bytes: int | None = None
+    loading: Memory | None = None
     loop: Loop | None = None
 
 
@@ -272,15 +280,16 @@ def memory_mark(device: torch.device) -> int | None:
     return _status_bytes("VmRSS")
 
 
-def memory_since(device: torch.device, mark: int | None) -> int | None:
-    """The most memory taken since the mark, in bytes; on CUDA what torch still holds in reserve is part of it."""
+def memory_since(device: torch.device, mark: int | None) -> Memory | None:
+    """Memory taken since the mark; on CUDA what torch keeps in reserve counts as held, so both are the same there."""
     if mark is None:
         return None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, total - free - mark)
-    return max(0, _status_bytes("VmHWM") - mark)
+        taken = max(0, total - free - mark)
+        return Memory(taken, taken)
+    return Memory(*(max(0, _status_bytes(field) - mark) for field in ("VmHWM", "VmRSS")))
 
 
 def _status_bytes(field: str) -> int:

@@ -15,7 +15,7 @@ from helpers import ToyRunner
 
 from bsdiff_rt import bench, bench_model, bench_report, engine, plot
 from bsdiff_rt.bench import Plan, default_steps, interleaved, measure, median_ratio, percentile_95, psnr_db
-from bsdiff_rt.bench_model import BASELINE, Candidate, Model, Wanted, load_candidates, open_model, random_model
+from bsdiff_rt.bench_model import BASELINE, Candidate, Memory, Model, Wanted, load_candidates, open_model, random_model
 from bsdiff_rt.bench_report import BenchSettings, aligned, conditions, git_commit, notes, run, table
 from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
@@ -41,7 +41,7 @@ def plan(**changes) -> Plan:
 
 
 def toys(*names: str) -> list[Candidate]:
-    return [Candidate(name, ToyRunner(SIZE_PX), 1000) for name in names]
+    return [Candidate(name, ToyRunner(SIZE_PX), Memory(1000, 900)) for name in names]
 
 
 @pytest.fixture
@@ -164,9 +164,11 @@ def test_parity_is_measured_with_the_same_noise(clock):
 
 def test_memory_is_that_of_loading_and_of_the_first_image(clock, monkeypatch):
     monkeypatch.setattr(bench, "memory_mark", lambda _: 5)
-    monkeypatch.setattr(bench, "memory_since", lambda _, mark: 200 + mark)
-    ((rows, _),) = measure(plan(), toys(BASELINE), [1])
-    assert rows[0].peak_bytes == 1000 + 205
+    monkeypatch.setattr(bench, "memory_since", lambda _, mark: Memory(200 + mark, 100))
+    (toy,) = toys(BASELINE)
+    for loading, most in ((Memory(1000, 900), 900 + 205), (Memory(3000, 900), 3000)):  # copies that loading let go of
+        ((rows, _),) = measure(plan(), [replace(toy, loading=loading)], [1])
+        assert rows[0].peak_bytes == most
 
 
 def test_memory_of_a_process_rises_with_what_it_takes():
@@ -175,7 +177,9 @@ def test_memory_of_a_process_rises_with_what_it_takes():
         pytest.skip("not Linux")
     block = torch.ones(50_000_000, dtype=torch.uint8)
     del block
-    assert 45e6 < bench_model.memory_since(CPU, mark) < 200e6  # the high-water mark, not what is held now
+    taken = bench_model.memory_since(CPU, mark)
+    assert 45e6 < taken.most < 200e6
+    assert taken.held < taken.most - 45e6
     assert bench_model.memory_since(CPU, None) is None
 
 
