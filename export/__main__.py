@@ -110,19 +110,7 @@ def export_checkpoints(
     provenance = {} if training is None else read_provenance(training)
     first, state = averaged_weights(checkpoints / "denoiser.pt")
     second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
-    if first["preset"] != second["preset"]:
-        raise SettingsError(f"{checkpoints}: denoiser is {first['preset']}, enhancer is {second['preset']}")
-    if first["size"] != second["size"]:
-        raise SettingsError(f"{checkpoints}: denoiser is for {first['size']} px, enhancer for {second['size']} px")
-    if enhance and second["stage_one"] not in (None, weights_digest(state)):
-        raise SettingsError(
-            f"{checkpoints}: the enhancer learned from another stage 1 than this denoiser; train the enhancer anew, or "
-            "leave it off with --no-enhance"
-        )
-    if first["preset"] not in PRESETS:
-        raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
-    if not first["schedule"]:
-        raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
+    check_stages(checkpoints, first, second, stage_one=weights_digest(state) if enhance else None)
     preset, schedule = PRESETS[first["preset"]], Schedule(**first["schedule"])
     preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe)
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
@@ -141,6 +129,27 @@ def export_checkpoints(
     )
     manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
     typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
+
+
+def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any], *, stage_one: str | None) -> None:
+    """Whether both stages' checkpoints belong together; `stage_one` is the digest stage 2 must have learned from.
+
+    Raises:
+        SettingsError: they do not, or one is no checkpoint of its stage.
+    """
+    if first["preset"] != second["preset"]:
+        raise SettingsError(f"{checkpoints}: denoiser is {first['preset']}, enhancer is {second['preset']}")
+    if first["size"] != second["size"]:
+        raise SettingsError(f"{checkpoints}: denoiser is for {first['size']} px, enhancer for {second['size']} px")
+    if stage_one is not None and second["stage_one"] not in (None, stage_one):
+        raise SettingsError(
+            f"{checkpoints}: the enhancer learned from another stage 1 than this denoiser; train the enhancer anew, or "
+            "leave it off with --no-enhance"
+        )
+    if first["preset"] not in PRESETS:
+        raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
+    if not first["schedule"]:
+        raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
 
 
 def steps_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:

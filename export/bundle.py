@@ -85,31 +85,38 @@ def write_bundle(
             OnnxRuntimeRunner(work / "denoiser.onnx", work / "enhancer.onnx", size),
             schedule.train_steps,
         )
-        manifest = Manifest(
-            format=FORMAT,
-            name=options.name,
-            preset=preset.name,
-            denoiser=preset.denoiser,
-            enhancer=preset.enhancer,
-            schedule=schedule,
-            sampler=options.sampler,
-            preprocessing=options.preprocessing,
-            tone=options.tone,
-            detail=options.detail,
-            enhance=options.enhance,
-            mirror=options.mirror,
-            training=options.training,
-            agreement=agreement,
-            licence=options.licence,
-            notice=NOTICE,
-            files={name: file_sha256(work / name) for name in FILES},
-        )
+        manifest = _manifest(preset, schedule, options, agreement, work)
         (work / MANIFEST).write_text(manifest.to_json())
         folder.mkdir(exist_ok=True)
         for name in (*FILES, MANIFEST):
             (work / name).chmod(0o644)  # safetensors writes for the owner alone
             shutil.move(work / name, folder / name)
     return manifest
+
+
+def _manifest(
+    preset: Preset, schedule: Schedule, options: BundleOptions, agreement: dict[str, float], work: Path
+) -> Manifest:
+    """The manifest of the files in `work`."""
+    return Manifest(
+        format=FORMAT,
+        name=options.name,
+        preset=preset.name,
+        denoiser=preset.denoiser,
+        enhancer=preset.enhancer,
+        schedule=schedule,
+        sampler=options.sampler,
+        preprocessing=options.preprocessing,
+        tone=options.tone,
+        detail=options.detail,
+        enhance=options.enhance,
+        mirror=options.mirror,
+        training=options.training,
+        agreement=agreement,
+        licence=options.licence,
+        notice=NOTICE,
+        files={name: file_sha256(work / name) for name in FILES},
+    )
 
 
 def check_agreement(reference: Runner, candidate: Runner, train_steps: int) -> dict[str, float]:

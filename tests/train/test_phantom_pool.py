@@ -1,7 +1,9 @@
 """The phantoms of a run: drawn once, extended, written whole; none of them is one that models are judged on."""
 
 import numpy as np
+import pytest
 
+from bsdiff_rt.errors import SettingsError
 from train.phantom_pool import DRY_RUN_PHANTOMS, HELD_OUT_PHANTOM_SEED, held_out_phantoms, phantom_pool
 from train.phantoms import phantom
 
@@ -13,11 +15,22 @@ def test_a_pool_is_drawn_once_and_extended(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first[1, 1], np.rint(drawn.soft_tissue * 255))
     assert [path.name for path in tmp_path.iterdir()] == ["phantoms_64.npy"]
     seeds = []
-    monkeypatch.setattr("train.phantom_pool.phantom", lambda seed, size: seeds.append(seed) or drawn)
+    monkeypatch.setattr("train.phantom_pool.phantom", lambda seed, size: seeds.append(seed) or phantom(seed, size))
     more = phantom_pool(tmp_path, 4, 64)
-    assert seeds == [2, 3]
+    assert seeds == [0, 2, 3]  # the first: was it this generator?
     np.testing.assert_array_equal(more[:2], first)
     np.testing.assert_array_equal(phantom_pool(tmp_path, 1, 64), first[:1])
+
+
+def test_a_pool_of_another_generator_is_refused(tmp_path, monkeypatch):
+    pool = phantom_pool(tmp_path, 2, 64)
+    one_off = pool.copy()
+    one_off[0, 0, 5, 7] += 1
+    np.save(tmp_path / "phantoms_64.npy", one_off)  # another processor's rounding
+    phantom_pool(tmp_path, 2, 64)
+    np.save(tmp_path / "phantoms_64.npy", pool[::-1])
+    with pytest.raises(SettingsError, match=r"phantoms_64\.npy: drawn by another version of the phantom generator"):
+        phantom_pool(tmp_path, 2, 64)
 
 
 def test_an_interrupted_write_leaves_the_pool_as_it_was(tmp_path, monkeypatch):
