@@ -4,6 +4,8 @@ import base64
 import csv
 import json
 import re
+import shutil
+import subprocess
 
 import cv2
 import numpy as np
@@ -269,3 +271,90 @@ def test_an_error_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- the page in a browser: keys and buttons in, what tabulate reads out ---
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+
+
+def browse(page, folder, script):
+    """Open the page, run `script` in it, and return the lines it gave to `say`; localStorage is kept in `folder`."""
+    acted = folder / "acted.html"
+    helpers = """
+      const said = [];
+      const say = (text) => said.push(text);
+      const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      const click = (id) => byId(id).click();
+      const enter = (name) => { byId("reader").value = name; byId("reader").dispatchEvent(new Event("input")); };
+      const warning = () => byId("warning").textContent;
+    """
+    ending = 'document.body.outerHTML = "<pre>" + btoa(unescape(encodeURIComponent(JSON.stringify(said)))) + "</pre>";'
+    text = page.read_text(encoding="utf-8")
+    acted.write_text(text.replace("</body>", f"<script>{helpers}{script};{ending}</script></body>"), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--disable-background-networking", "--dump-dom", acted.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(base64.b64decode(re.search(r"<pre>(.*)</pre>", done.stdout)[1]))
+
+
+@in_a_browser
+def test_a_reader_rates_everything_with_the_keyboard(folders):
+    made(folders)
+    page = folders / "s.html"
+    items = study_of(page.read_text(encoding="utf-8"))["items"]
+    unnamed, *said, answers, thanks = browse(
+        page,
+        folders,
+        """
+        press("1"); say(warning());
+        enter('Dr. "R", 1');
+        say(byId("progress").textContent);
+        for (const entry of study.items) for (const name of names) press(String(1 + (item + names.indexOf(name)) % 3));
+        say(byId("progress").textContent);
+        say(String(byId("next").disabled));
+        press("ArrowLeft"); press("ArrowDown"); press("3");
+        say(csv());
+        click("export"); say(warning());
+        """,
+    )
+    assert unnamed == "Enter your name or number first."
+    assert said == ["item 1 of 6 · 0 rated", "item 6 of 6 · 6 rated · all done, export", "true"]
+    assert thanks == "Exported. Thank you."
+    sheet = folders / "answers.csv"
+    sheet.write_bytes(answers.encode())
+    read = read_answers(sheet)
+    assert read.reader == 'Dr. "R", 1'
+    expected = {
+        entry["code"]: [1 + (number + place) % 3 for place in range(len(CRITERIA))]
+        for number, entry in enumerate(items)
+    }
+    expected[items[4]["code"]][1] = 3  # changed afterwards
+    assert {code: list(scores.values()) for code, scores in read.scores.items()} == expected
+
+
+@in_a_browser
+def test_answers_outlive_the_window_and_are_each_readers_own(folders):
+    made(folders)
+    page = folders / "s.html"
+    browse(page, folders, 'enter("first"); press("2"); press("3")')
+    said = browse(
+        page,
+        folders,
+        """
+        say(byId("reader").value);
+        say(JSON.stringify(scores(study.items[0].code)));
+        enter("second"); say(JSON.stringify(scores(study.items[0].code)));
+        click("export"); say(warning());
+        click("next"); click("unrated"); say(byId("progress").textContent);
+        """,
+    )
+    first, second = list(CRITERIA)[:2]
+    assert said == [
+        "first",
+        json.dumps({first: 2, second: 3}, separators=(",", ":")),
+        "{}",
+        "Exported; 6 items are not rated yet.",
+        "item 1 of 6 · 0 rated",
+    ]
