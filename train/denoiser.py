@@ -32,6 +32,10 @@ NOISY_SHARE = 0.8
 # would otherwise grow without bound.
 BONE_ENERGY, LITTLE_BONE_ENERGY = 0.02, 0.004
 
+# What an image's mean counts beside the rest of its error. A scanner that tones soft tissue anew gives it a mean that
+# cannot be told from the X-ray: guessing it only adds noise to what such images teach.
+MEAN_SHARE = 0.2
+
 
 def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tensor:
     """`count` diffusion times, [B] int64 in [0, T): uniform for eps (the paper), else weighted to the noisy end."""
@@ -48,15 +52,23 @@ def target(schedule: Schedule, x_0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -
 
 
 def bone_weights(schedule: Schedule, pair: Tensor) -> Tensor:
-    """Weight of each sample's squared error, [B], from [B, 2, H, W] in [-1, 1]: X-ray and truth.
+    """Weights of each sample's squared error about its mean, and of its squared mean, [B, 2].
 
     What counts is the share of the bone left in (BSR), so x0's error is taken relative to the energy of the sample's
-    bone; else images of strong bone alone say what is learned. The errors of eps and v are not the picture's: all 1.
+    bone; else images of strong bone alone say what is learned. The mean is apart because of scanners that tone soft
+    tissue anew: there, most of what X-ray and truth differ by is one offset, which nobody can tell from the X-ray, and
+    relative to it the bones hardly counted. The errors of eps and v are not the picture's: all 1.
+
+    Args:
+        schedule: tells what is predicted.
+        pair: [B, 2, H, W] in [-1, 1]: X-ray and truth.
     """
     if schedule.objective != "x0":
-        return torch.ones(len(pair), device=pair.device)
-    energy = torch.mean((pair[:, 0] - pair[:, 1]) ** 2, dim=(1, 2))
-    return BONE_ENERGY / (energy + LITTLE_BONE_ENERGY)
+        return torch.ones(len(pair), 2, device=pair.device)
+    bone = pair[:, 0] - pair[:, 1]
+    energy, offset = torch.mean(bone**2, dim=(1, 2)), torch.mean(bone, dim=(1, 2)) ** 2
+    weights = BONE_ENERGY / (torch.stack([energy - offset, energy], dim=1) + LITTLE_BONE_ENERGY)
+    return weights * torch.tensor([1.0, MEAN_SHARE], device=pair.device)
 
 
 class Diffusion:
@@ -84,13 +96,18 @@ class Diffusion:
 def denoiser_losses(
     trainee: Trainee, x_t: Tensor, cxr: Tensor, t: Tensor, wanted: Tensor, weights: Tensor
 ) -> Iterator[Tensor]:
-    """Mean over the batch of each sample's weighted mean squared error, as a sum over the batch's pieces."""
+    """Mean over the batch of each sample's weighted mean squared error, as a sum over the batch's pieces.
+
+    `weights` are those of `bone_weights`, [B, 2].
+    """
     options = trainee.options
     for noisy, condition, times, goal, weight in pieces(options.accumulate, x_t, cxr, t, wanted, weights):
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=options.bf16):
             out = trainee.model(noisy, condition, times)
-        squared = torch.mean((out.float() - goal) ** 2, dim=(1, 2, 3))
-        yield torch.sum(weight * squared) / len(x_t)
+        error = out.float() - goal
+        offset = torch.mean(error, dim=(1, 2, 3)) ** 2
+        about_it = torch.mean(error**2, dim=(1, 2, 3)) - offset
+        yield torch.sum(weight * torch.stack([about_it, offset], dim=1)) / len(x_t)
 
 
 def train_denoiser(

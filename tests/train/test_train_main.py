@@ -115,21 +115,25 @@ def test_times_are_uniform_for_eps_and_lean_to_the_noisy_end_otherwise():
 def test_an_x0_error_counts_relative_to_the_bone_there_is():
     """0.02 / (energy + 0.004): the same share of the bone left in weighs alike, but for images of hardly any bone."""
     pair = torch.zeros(3, 2, 4, 4)
-    pair[1, 0], pair[2, 1] = 0.2, 0.4  # mean squares 0, 0.04 and 0.16
-    expected = torch.tensor([0.02 / 0.004, 0.02 / 0.044, 0.02 / 0.164])
-    torch.testing.assert_close(bone_weights(Schedule(objective="x0"), pair), expected)
+    pair[1, 0] = 0.2  # mean square 0.04, all of it in the mean
+    pair[2, 1, :, :2] = 0.4  # mean square 0.08, half of it in the mean
+    about_mean, mean = bone_weights(Schedule(objective="x0"), pair).T
+    torch.testing.assert_close(mean, 0.2 * torch.tensor([0.02 / 0.004, 0.02 / 0.044, 0.02 / 0.084]))
+    torch.testing.assert_close(about_mean, torch.tensor([0.02 / 0.004, 0.02 / 0.004, 0.02 / 0.044]))
     for objective in ("eps", "v"):
-        torch.testing.assert_close(bone_weights(Schedule(objective=objective), pair), torch.ones(3))
+        torch.testing.assert_close(bone_weights(Schedule(objective=objective), pair), torch.ones(3, 2))
 
 
 def test_the_loss_weighs_each_sample_and_pieces_add_up_to_it():
     trainee = Trainee(Denoiser(PRESETS["tiny"].denoiser), TrainOptions(bf16=False))
     rng = torch.Generator().manual_seed(0)
     x_t, cxr, wanted = (torch.randn(3, 1, 16, 16, generator=rng) for _ in range(3))
-    t, weights = torch.tensor([0, 500, 999]), torch.tensor([0.5, 2.0, 0.0])
+    t, weights = torch.tensor([0, 500, 999]), torch.tensor([[0.5, 3.0], [2.0, 0.0], [0.0, 0.0]])
+    wanted = wanted + 0.5  # a mean worth telling from the rest
     (loss,) = denoiser_losses(trainee, x_t, cxr, t, wanted, weights)
-    # A network just made predicts 0: each sample's error is its goal's mean square.
-    expected = (weights * torch.mean(wanted**2, dim=(1, 2, 3))).sum() / 3
+    # A network just made predicts 0: each sample's error is its goal's.
+    moments = torch.stack([wanted.var(dim=(1, 2, 3), correction=0), wanted.mean(dim=(1, 2, 3)) ** 2], dim=1)
+    expected = (weights * moments).sum() / 3
     torch.testing.assert_close(loss, expected)
     halves = Trainee(trainee.network, TrainOptions(bf16=False, accumulate=2))
     torch.testing.assert_close(sum(denoiser_losses(halves, x_t, cxr, t, wanted, weights)), expected)
