@@ -33,6 +33,7 @@ TORCH_FREE = [
     "preview",
     "evaluate",
     "reading",
+    "ledger",
     "progress",
     "cli",
 ]
@@ -42,7 +43,7 @@ LAYERS = (
     {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
     {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
     {"derived", "discover", "preview", "progress", "runners"},
-    {"evaluate", "reading", "sampler", "parity", "identity", "engine", "flops"},
+    {"evaluate", "reading", "ledger", "sampler", "parity", "identity", "engine", "flops"},
     {"batching"},
     {"pipeline", "info", "bench", "bench_model", "bench_report", "plot"},
     {"cli"},
