@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from benchmarks.quality import as_infer_shows, both_stages
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone
+from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
 from bsdiff_rt.evaluate import read_result
@@ -100,7 +100,7 @@ def main(
         bs_diff(runner, shortest, seed, manifest)(cases[0].cxr)  # the first call pays for what later ones find made
         rows += judge(bs_diff(runner, table, seed, manifest), cases, seed)
     print(f"{len(cases)} images of {len({case.patient for case in cases})} patients, {settings.name} in", end=" ")
-    print(f"{settings.steps} steps{', mirror images averaged in' if mirror else ''}", end="")
+    print(f"{step_count(settings.steps)}{', mirror images averaged in' if mirror else ''}", end="")
     print(f"{', tone of the scanner' if manifest.tone.cxr else ''}, {kind} on {where}; ", end="")
     print("brackets: 95 % interval over patients; second line: the paper")
     print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])

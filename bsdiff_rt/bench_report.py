@@ -18,6 +18,7 @@ import torch
 
 from bsdiff_rt.bench import Plan, Row, default_steps, measure
 from bsdiff_rt.bench_model import Candidate, Missing, Model, Wanted, load_candidates, open_model
+from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.flops import copy_bandwidth, denoiser_work, enhancer_work, matmul_ceilings
 from bsdiff_rt.report import environment
@@ -249,8 +250,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     mirror = ", one of the two passes that infer makes of it (--mirror)" if found["mirror"] else ""
     lines = [
         f"{found['device']}; {found['bundle']['name']}, {found['size_px']} px; image: {found['sampler']}, "
-        f"{found['steps']} steps, {stage_2}{mirror}; medians of {found['repeats']} steps and {found['image_repeats']} "
-        "images, measured in turn",
+        f"{step_count(found['steps'])}, {stage_2}{mirror}; medians of {found['repeats']} steps and "
+        f"{found['image_repeats']} images, measured in turn",
         f"one step is {work / 1e9:.4g} GFLOP per image; matrix products here reach, in TFLOP/s: {rates}; "
         f"copies {found['copy_gb_s']:.3g} GB/s",
     ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bsdiff_rt import __version__
-from bsdiff_rt.config import DetailName, InferSettings, SamplerName
+from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
 from bsdiff_rt.errors import BsdiffError
 from bsdiff_rt.progress import BuildProgress, FileProgress
 
@@ -212,7 +212,7 @@ def build_engine(
     typer.echo(
         f"{folder}\n{runner} {precision}, batch {batch}, built in {manifest.build_seconds:.0f} s. Against "
         f"{parity.reference}: single calls within {parity.worst_call:.1e} of the largest output, "
-        f"pictures after {parity.steps} steps of {parity.sampler} {parity.psnr_db:.1f} dB or more."
+        f"pictures after {step_count(parity.steps)} of {parity.sampler} {parity.psnr_db:.1f} dB or more."
     )
 
 

@@ -79,6 +79,11 @@ class SamplerSettings:
     seed: int = 0
 
 
+def step_count(steps: int) -> str:
+    """`1 step`, `20 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """From a radiograph in [0, 1] to the denoiser's input; shared by training and inference, recorded in the bundle.

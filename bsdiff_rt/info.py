@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import open_bundle, shipped_bundles
-from bsdiff_rt.config import RUNNERS
+from bsdiff_rt.config import RUNNERS, step_count
 from bsdiff_rt.engine import ENGINE_RUNNERS, cache_folder, engines_in_cache
 from bsdiff_rt.errors import BundleError, EngineError
 from bsdiff_rt.identity import check_files, check_machine, read_engine
@@ -37,7 +37,7 @@ def describe() -> dict[str, dict[str, str]]:
         manifest = bundle.manifest
         bundles[name] = (
             f"{manifest.preprocessing.size} px, {manifest.schedule.objective}, default {manifest.sampler.name} "
-            f"{manifest.sampler.steps} steps, sha256 {bundle.sha256[:16]}, {manifest.notice}"
+            f"{step_count(manifest.sampler.steps)}, sha256 {bundle.sha256[:16]}, {manifest.notice}"
         )
     return {
         "versions": versions,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bsdiff_rt.bundle import Manifest
+from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.runners.base import Progress, Runner
@@ -145,7 +146,7 @@ def compare(reference: Runner, candidate: Runner, manifest: Manifest, progress: 
     gate = _Gate(reference, candidate, TOLERANCES[name], TOLERANCES["tf32" if on_gpu else "fp32"])
     progress("comparing single calls with eager fp32", None)
     checks = [*gate.denoiser_calls(alpha_bar(manifest.schedule)), *gate.enhancer_calls()]
-    progress(f"comparing {steps} steps of {sampler} with eager fp32", None)
+    progress(f"comparing {step_count(steps)} of {sampler} with eager fp32", None)
     checks += gate.trajectory(table)
     return Parity(f"eager fp32 on {reference.device.type}", name, sampler, steps, tuple(checks))
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bsdiff_rt import __version__
 from bsdiff_rt.batching import Suppressor, auto_batch, without_mirror
 from bsdiff_rt.bundle import file_sha256, open_bundle
-from bsdiff_rt.config import InferSettings
+from bsdiff_rt.config import InferSettings, step_count
 from bsdiff_rt.derived import Derivation, write_derived
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import Choice, choose, load_first
@@ -333,7 +333,7 @@ class Inference:
         return Derivation(
             description=(
                 f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}, "
-                f"{settings.steps} steps, seed {settings.seed}, stage 2 {'on' if settings.enhance else 'off'}, "
+                f"{step_count(self.table.steps)}, seed {settings.seed}, stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
                 f"{f'grey levels to the power {power:.4f}, ' if power is not None else ''}"
                 f"network matrix {size} x {size}, detail from {settings.detail}, "

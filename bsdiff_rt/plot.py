@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.flops import Work
 
@@ -60,7 +61,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     stage_2 = "stage 2 included" if found["enhance"] else "without stage 2"
     figure.suptitle(
         f"{found['device']} · {found['bundle']['name']}, {found['size_px']} px · image: {found['sampler']}, "
-        f"{found['steps']} steps, {stage_2} · {found['conditions']['started'][:10]}",
+        f"{step_count(found['steps'])}, {stage_2} · {found['conditions']['started'][:10]}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
@@ -108,7 +109,7 @@ def _throughput(axes: Any, found: dict[str, Any], names: list[str]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch size")
     axes.set_ylabel("images per second")
-    axes.set_title(f"Whole images, {found['steps']} steps")
+    axes.set_title(f"Whole images, {step_count(found['steps'])}")
 
 
 def _roofline(axes: Any, found: dict[str, Any], names: list[str]) -> None:
