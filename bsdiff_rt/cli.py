@@ -403,5 +403,8 @@ def main() -> None:
         typer.echo(f"bsdiff-rt: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except _Interrupted:
-        typer.echo("bsdiff-rt: interrupted; finished files are complete, the same command resumes", err=True)
+        typer.echo(
+            "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes",
+            err=True,
+        )
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.dicom import is_dicom
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.raster import RASTER_SUFFIXES
-from bsdiff_rt.report import results_in
+from bsdiff_rt.report import FileEntry, path_digest, results_in
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +37,26 @@ class Task:
 
 
 def find_tasks(
-    inputs: Iterable[Path], output: Path, file_format: Literal["auto", "png", "dicom"], reserved: Collection[str] = ()
+    inputs: Iterable[Path],
+    output: Path,
+    file_format: Literal["auto", "png", "dicom"],
+    reserved: Collection[str] = (),
+    *,
+    overwrite: bool = False,
 ) -> list[Task]:
     """Every file to do, in the order given, folders in sorted order.
 
     Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
     what else lies there is not an input, and neither is what an earlier run wrote into a folder below one that is
-    searched. A file named by the user always is one. The output folder is never searched, and no result replaces an
-    input, or a file beside it.
+    searched. A file named by the user always is one. The output folder is never searched. No result replaces an
+    input, a file beside it, or, but with `overwrite`, the result of another input: it may be another patient's.
 
     Args:
         inputs: files and folders.
         output: the output folder.
         file_format: of the results.
         reserved: names of files and folders that the run itself writes into the output folder.
+        overwrite: whether results of an earlier run's other inputs may be replaced.
     """
     found = list(_files(inputs, output))
     sources = {_real(file): file for file, relative, _ in found if relative is not None}
@@ -69,15 +76,20 @@ def find_tasks(
         suffix = ".dcm" if file_format == "dicom" or (file_format == "auto" and is_dicom(file)) else ".png"
         target = relative.parent / (stem_of(relative) + suffix)
         if target in taken:
-            refusal = f"its result {target} would replace that of {taken[target]}; run it apart"
+            refusal = f"its result {target} would replace that of {taken[target]}; give it another --output"
         elif source := sources.get(_real(output / target)):
             refusal = f"its result would replace the X-ray {source}; choose another --output"
         elif beside := _beside(file, output, target, results):
             refusal = f"its result would replace {beside}, which this program did not write; choose another --output"
+        elif not overwrite and (earlier := results.get(target)) and _is_anothers(output / target, earlier, file):
+            refusal = (
+                f"its result {target} would replace that of an earlier run's {earlier.input}, which is another file; "
+                "give it another --output, or --overwrite"
+            )
         elif str(target) in reserved or target.parts[0] in reserved:
             refusal = f"its result {target} would replace the run's own; rename it"
         elif UNCERTAINTY in reserved and (other := mapped.get(deviation := uncertainty_path(Path(), target))):
-            refusal = f"its deviation map {deviation.name} would replace that of {other}; run it apart"
+            refusal = f"its deviation map {deviation.name} would replace that of {other}; give it another --output"
         else:
             taken[target] = mapped[uncertainty_path(Path(), target)] = file
         tasks.append(Task(file, None if refusal else target, refusal))
@@ -91,6 +103,21 @@ def _beside(file: Path, output: Path, target: Path, results: Collection[Path]) -
     """
     path = output / target
     return path if path.exists() and target not in results and _real(path.parent) == _real(file.parent) else None
+
+
+def _is_anothers(result: Path, earlier: FileEntry, file: Path) -> bool:
+    """Whether a result that lies there is of another input than `file`: neither the same path nor the same content.
+
+    What cannot be read will be said by who reads it. Of a report by an older version only the given path is known.
+    """
+    if not result.is_file():
+        return False
+    if earlier.path_sha256 == path_digest(file) or (earlier.path_sha256 is None and earlier.input in ("", str(file))):
+        return False
+    try:
+        return file_sha256(file) != earlier.input_sha256
+    except OSError:
+        return True
 
 
 def is_input(file: Path) -> bool:

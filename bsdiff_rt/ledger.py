@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +20,44 @@ from bsdiff_rt.report import FILE_NAME, FileEntry, Report, results_in
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 5.0
+SAVE_SHARE = 0.05  # of the time at most, however many files the report names
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder: the last to end would write its own report over the others'.
+
+    The lock is the folder's own and ends with the process, however that ends. Where the system has no such locks
+    (Windows, some network drives) nothing is kept out.
+
+    Raises:
+        SettingsError: another run is at work there.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            reason = "another run writes into it; wait for its end, or choose another folder"
+            raise SettingsError(f"--output {folder}: {reason}") from error
+        except OSError as error:
+            logger.debug("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Ledger:
     """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
 
-    The report goes on naming what earlier runs wrote into the folder and still lies there. An input that gives no
-    result keeps no older one: it may be of another patient's file.
+    The report goes on naming what earlier runs wrote into the folder and still lies there. An input that has changed
+    and gives no result keeps no older one: it may be of another patient's file. One that is as it was keeps it: what
+    went wrong, a full disk say, is no fault of the result.
 
     Any thread may add: who finishes a file adds its entry itself, so that an interruption of the main thread cannot
     part the two.
@@ -53,23 +87,25 @@ class Ledger:
         self._results = {*self._earlier, *outputs.values()}
         self._on_file = on_file
         self._lock = threading.RLock()
-        self._started = self._saved = time.monotonic()
+        self._started = time.monotonic()
+        self._next_save = self._started + SAVE_EVERY_S
 
     def add(self, entry: FileEntry) -> None:
         """Take up one file's fate."""
         with self._lock:
             self.report.files.append(entry)
             if entry.output is None:
-                self._remove_older(self._outputs[entry.input])
+                self._remove_older(self._outputs[entry.input], entry)
             elif entry.status == "ok" and self.report.settings.get("samples") == 1:
                 self._remove_older_deviation(Path(entry.output))
             self._on_file(entry)
-            if time.monotonic() - self._saved > SAVE_EVERY_S:
+            if (started := time.monotonic()) >= self._next_save:
                 try:
                     self.save()
                 except SettingsError as error:  # there may be room again when the run ends
                     logger.warning("%s", error)
-                self._saved = time.monotonic()
+                now = time.monotonic()
+                self._next_save = now + max(SAVE_EVERY_S, (now - started) / SAVE_SHARE)
 
     def save(self, busy_s: float = 0.0) -> None:
         """Write the report as it stands; `busy_s` is how long the networks worked, known at the end.
@@ -94,24 +130,27 @@ class Ledger:
         ]
         files = [*self.report.files, *waiting]
         named = {entry.output for entry in files}
-        earlier = {str(path): sha256 for path, sha256 in self._earlier.items() if (self._folder / path).is_file()}
-        earlier = {output: sha256 for output, sha256 in earlier.items() if output not in named}
+        older = [entry for path, entry in self._earlier.items() if str(path) not in named]
+        earlier = [entry for entry in older if (self._folder / str(entry.output)).is_file()]
         try:
             replace(self.report, files=files, earlier=earlier).write(self._folder)
         except OSError as error:
             raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
 
-    def _remove_older(self, output: Path | None) -> None:
-        """Remove an earlier run's result, only while it is what that run wrote."""
-        sha256 = self._earlier.get(output) if output is not None else None
-        if output is None or sha256 is None:
+    def _remove_older(self, output: Path | None, entry: FileEntry) -> None:
+        """Remove the result of what the input was before, only while it is what that run wrote."""
+        earlier = self._earlier.get(output) if output is not None else None
+        if output is None or earlier is None:
+            return
+        inputs = {earlier.input_sha256, entry.input_sha256}
+        if None in inputs or len(inputs) == 1:  # not known to have changed
             return
         path = self._folder / output
         try:
-            if not path.is_file() or file_sha256(path) != sha256:
+            if not path.is_file() or file_sha256(path) != earlier.sha256:
                 return
             path.unlink()
-            logger.info("%s: the result of an earlier run is removed", path)
+            logger.warning("%s: removed; it was made before %s changed", path, entry.input)
         except OSError as error:
             logger.warning("%s: the result of an earlier run cannot be removed (%s)", path, error.strerror)
         self._remove_older_deviation(output)

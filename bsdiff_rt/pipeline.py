@@ -28,13 +28,13 @@ from bsdiff_rt.engine import Choice, choose, load_first
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
-from bsdiff_rt.ledger import Ledger
+from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.preview import ROWS, Preview
 from bsdiff_rt.raster import write_png
 from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of
-from bsdiff_rt.report import FileEntry, Report, environment, finished_before
+from bsdiff_rt.report import FileEntry, Report, environment, finished_before, path_digest
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
@@ -107,7 +107,8 @@ class Inference:
         """Every file to do (`discover.find_tasks`)."""
         reserved = {PREVIEW} if self.settings.preview else set()
         reserved |= {UNCERTAINTY} if self.settings.samples > 1 else set()
-        return find_tasks(inputs, self.settings.output, self.settings.format, reserved)
+        settings = self.settings
+        return find_tasks(inputs, settings.output, settings.format, reserved, overwrite=settings.overwrite)
 
     def plan(self, inputs: Iterable[Path]) -> Iterator[FileEntry]:
         """What `run` would do, without doing it: `ok` would be written, `skipped` and `refused` as they would be."""
@@ -117,7 +118,13 @@ class Inference:
             yield (
                 outcome
                 if isinstance(outcome, FileEntry)
-                else FileEntry(str(task.input), str(task.output), "ok", input_sha256=outcome.input_sha256)
+                else FileEntry(
+                    str(task.input),
+                    str(task.output),
+                    "ok",
+                    input_sha256=outcome.input_sha256,
+                    path_sha256=path_digest(task.input),
+                )
             )
 
     def run(self, tasks: list[Task], on_file: Callable[[FileEntry], None] = lambda _: None) -> Report:
@@ -136,7 +143,7 @@ class Inference:
         _make_output_folder(folder)
         asked = self.settings
         choice, runner = load_first(self.bundle, asked.runner, self.device, asked.precision, asked.engine)
-        with runner:
+        with runner, only_run(folder):
             self._settle(choice)  # not always the one of the plan: what does not load is passed over
             reader = self._reader()
             outputs = {str(task.input): task.output for task in tasks}
@@ -208,7 +215,7 @@ class Inference:
                 return
             reason = f"the networks failed ({one_line(error)}); nothing was written"
             for ready in batch:
-                ledger.add(not_done(ready.task, "failed", reason, started - ready.seconds))
+                ledger.add(not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256))
             return
 
         def finish(ready: Ready, mine: list[Future[NDArray[np.float32]]]) -> None:
@@ -246,7 +253,7 @@ class Inference:
             passes = np.stack([result.result() for result in results])
         except (RuntimeError, MemoryError) as error:
             reason = f"the networks failed ({one_line(error)}); nothing was written"
-            return not_done(ready.task, "failed", reason, started - ready.seconds)
+            return not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256)
         share = (time.monotonic() - started) / files
         return self._write(replace(ready, seconds=ready.seconds + share), passes)
 
@@ -270,9 +277,11 @@ class Inference:
                 write_png(path, soft_tissue, ready.radiograph.bits_stored)
             digest = file_sha256(path)
         except Exception as error:
-            return not_done(ready.task, "failed", reason_of(error, "written"), started - ready.seconds)
+            return not_done(
+                ready.task, "failed", reason_of(error, "written"), started - ready.seconds, ready.input_sha256
+            )
         seconds = round(ready.seconds + time.monotonic() - started, 4)
-        hashes = (digest, ready.input_sha256)
+        hashes = (digest, ready.input_sha256, path_digest(ready.task.input))
         return FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, *hashes, tone_power=power)
 
     def _write_uncertainty(self, ready: Ready, samples: NDArray[np.float32]) -> None:

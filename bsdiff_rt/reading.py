@@ -22,7 +22,7 @@ from bsdiff_rt.errors import BsdiffError, InputRefused
 from bsdiff_rt.intensity import Placement, to_network
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
-from bsdiff_rt.report import FileEntry
+from bsdiff_rt.report import FileEntry, path_digest
 
 READERS = 2
 
@@ -71,12 +71,15 @@ class Reader:
     def read(self, task: Task) -> Ready | FileEntry:
         """Read one file for the networks, or say why not; never raises for what is wrong with a file."""
         started = time.monotonic()
+        digest = None
         try:
             if task.refusal or task.output is None:
                 raise InputRefused(task.refusal or "no output")
             digest = file_sha256(task.input)
             if self._is_finished(task.output, digest):
-                return replace(self.before[str(task.output)], input=str(task.input), status="skipped", seconds=0.0)
+                done = self.before[str(task.output)]
+                path_sha256 = path_digest(task.input)
+                return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped", seconds=0.0)
             radiograph = read_radiograph(task.input, force_view=self._settings.force_view)
             if self._settings.format == "dicom" and radiograph.dataset is None:
                 raise InputRefused("--format dicom needs DICOM input: an image file has no study to belong to")
@@ -84,7 +87,7 @@ class Reader:
             return Ready(task, task.output, radiograph, cxr_net, placement, digest, time.monotonic() - started)
         except Exception as error:
             status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"
-            return not_done(task, status, reason_of(error, "read"), started)
+            return not_done(task, status, reason_of(error, "read"), started, digest)
 
     def _is_finished(self, output: Path, input_sha256: str) -> bool:
         """Whether an earlier run made this output from the same input and it is still what was written."""
@@ -110,9 +113,12 @@ def read_radiograph(path: Path, *, force_view: bool = False) -> Radiograph:
     return read_raster(path)
 
 
-def not_done(task: Task, status: Literal["refused", "failed"], reason: str, started: float) -> FileEntry:
+def not_done(
+    task: Task, status: Literal["refused", "failed"], reason: str, started: float, input_sha256: str | None
+) -> FileEntry:
     """The entry of a file that was not written; `started` in seconds of the monotonic clock."""
-    return FileEntry(str(task.input), None, status, reason, round(time.monotonic() - started, 4))
+    seconds = round(time.monotonic() - started, 4)
+    return FileEntry(str(task.input), None, status, reason, seconds, None, input_sha256, path_digest(task.input))
 
 
 def reason_of(error: Exception, doing: Literal["read", "written"]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import time
 from collections import Counter
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "report.json"
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
 
+EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256")  # what is kept of an earlier run's entry
+
 Status = Literal["ok", "skipped", "refused", "failed"]
 
 
@@ -36,7 +39,8 @@ class FileEntry:
         reason: one line, for refused and failed.
         seconds: reading, its share of the batch, and writing.
         sha256: of the output file.
-        input_sha256: of the input file; a changed input is done again.
+        input_sha256: of the input file, where it could be read; a changed input is done again.
+        path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
         tone_power: what `--scanner-tone` raised the networks' grey levels to; None where it left them.
     """
 
@@ -47,6 +51,7 @@ class FileEntry:
     seconds: float = 0.0
     sha256: str | None = None
     input_sha256: str | None = None
+    path_sha256: str | None = None
     tone_power: float | None = None
 
 
@@ -60,7 +65,7 @@ class Report:
     images_per_second: float = 0.0
     networks_busy: float = 0.0  # share of the run's wall time, from 0 to 1
     files: list[FileEntry] = field(default_factory=list)
-    earlier: dict[str, str | None] = field(default_factory=dict)  # results of runs with other settings: path, SHA-256
+    earlier: list[FileEntry] = field(default_factory=list)  # results of earlier runs that still lie there
     bsdiff_rt: str = __version__
 
     def counts(self) -> Counter[str]:
@@ -73,7 +78,7 @@ class Report:
         tail = {"environment": self.environment, "images_per_second": round(self.images_per_second, 4)}
         tail |= {"networks_busy": round(self.networks_busy, 4)}
         tail |= {"files": [asdict(entry) for entry in self.files]}
-        tail |= {"earlier": [{"output": output, "sha256": sha256} for output, sha256 in self.earlier.items()]}
+        tail |= {"earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier]}
         return json.dumps(head | tail, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -107,19 +112,31 @@ def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
     return done
 
 
-def results_in(folder: Path) -> dict[Path, str | None]:
-    """Results that runs of any version and settings wrote into `folder`, by its report: path below it -> SHA-256.
+def results_in(folder: Path) -> dict[Path, FileEntry]:
+    """Results that runs of any version and settings wrote into `folder`, by its report: path below it -> entry.
 
-    Empty where no run's report.json lies.
+    Of an entry only what `EARLIER` names is known, of one by an older version perhaps not all of that. Empty where no
+    run's report.json lies.
     """
     try:
         content = json.loads((folder / FILE_NAME).read_text())
         if "bsdiff_rt" not in content:
             return {}
         entries = [*content.get("earlier", []), *content["files"]]
-        return {Path(entry["output"]): entry.get("sha256") for entry in entries if entry["output"]}
+        return {
+            Path(entry["output"]): FileEntry(
+                **({"input": ""} | {key: entry[key] for key in EARLIER if key in entry}), status="skipped"
+            )
+            for entry in entries
+            if entry["output"]
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's, or damaged
         return {}
+
+
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file's absolute path without links."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
 
 
 def environment(device: str) -> dict[str, Any]:

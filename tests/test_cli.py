@@ -406,7 +406,8 @@ def test_an_interruption_ends_with_130_and_resumes(infer, toy, tmp_path, number)
     toy.before = lambda call: signal.raise_signal(number) if call == 3 else None
     stopped = infer("--batch", 1)
     assert stopped.code == 130
-    assert lines(stopped.err)[-1] == "bsdiff-rt: interrupted; finished files are complete, the same command resumes"
+    said = "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes"
+    assert lines(stopped.err)[-1] == said
     assert "Traceback" not in stopped.err
     assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok"}
     toy.before = lambda _: None
@@ -430,7 +431,9 @@ def test_an_interruption_of_the_real_program(tiny_bundle, tmp_path):
     program.send_signal(signal.SIGINT)
     _, said = program.communicate(timeout=60)
     assert program.returncode == 130
-    assert lines(said)[-1] == "bsdiff-rt: interrupted; finished files are complete, the same command resumes"
+    assert lines(said)[-1] == (
+        "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes"
+    )
     known = fates(tmp_path / "out")
     assert known["0.png"] == "ok"
     assert tree(tmp_path / "out") == {*known, "report.json"}

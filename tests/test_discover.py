@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import dicom, png
 
+from bsdiff_rt import discover
+from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.discover import find_tasks, uncertainty_path
+from bsdiff_rt.report import path_digest
 
 OUT = Path("/nowhere/out")
 
@@ -123,9 +126,9 @@ def test_a_file_named_twice_is_done_once(folder, second):
 def test_results_that_would_replace_each_other(folder):
     put(folder / "a.jpg", folder / "a.png", folder / "a.tif", folder / "b.png", folder.parent / "b.png")
     assert refusals(folder, Path("b.png")) == {
-        "a.png": f"its result a.png would replace that of {folder / 'a.jpg'}; run it apart",
-        "a.tif": f"its result a.png would replace that of {folder / 'a.jpg'}; run it apart",
-        "b.png": f"its result b.png would replace that of {folder / 'b.png'}; run it apart",
+        "a.png": f"its result a.png would replace that of {folder / 'a.jpg'}; give it another --output",
+        "a.tif": f"its result a.png would replace that of {folder / 'a.jpg'}; give it another --output",
+        "b.png": f"its result b.png would replace that of {folder / 'b.png'}; give it another --output",
     }
 
 
@@ -204,6 +207,73 @@ def test_a_result_never_replaces_a_file_beside_the_x_ray(folder):
     assert not refusals(folder / "a.jpg", output=folder)  # the result of an earlier run
 
 
+def another_run(out, name="a.png", **entry):
+    """A run's result and its report in `out`."""
+    put(out / name)
+    (out / "report.json").write_text(json.dumps({"bsdiff_rt": "1", "files": [{"output": name} | entry]}))
+
+
+def test_a_result_never_replaces_that_of_an_earlier_runs_other_input(folder):
+    """Two folders of X-rays named alike, one after the other into the same output."""
+    out, first, second = folder / "out", folder / "1" / "a.png", folder / "2" / "a.png"
+    put(first, second)
+    second.write_bytes(b"another patient")
+    known = {"input": str(first), "path_sha256": path_digest(first), "input_sha256": file_sha256(first)}
+    another_run(out, **known)
+    refusal = (
+        f"its result a.png would replace that of an earlier run's {first}, which is another file; "
+        "give it another --output, or --overwrite"
+    )
+    assert refusals(first.parent, output=out) == {}
+    assert refusals(second.parent, output=out) == {"a.png": refusal}
+    assert refusals(second.parent, output=out, overwrite=True) == {}
+    second.write_bytes(first.read_bytes())
+    assert refusals(second.parent, output=out) == {}  # the same X-ray, moved
+    first.write_bytes(b"exported again")
+    assert refusals(first.parent, output=out) == {}
+    (out / "a.png").unlink()
+    second.write_bytes(b"another patient")
+    assert refusals(second.parent, output=out) == {}
+
+
+def test_two_files_given_by_the_same_relative_path_are_two(folder, monkeypatch):
+    out = folder / "out"
+    put(folder / "1" / "a.png", folder / "2" / "a.png")
+    (folder / "2" / "a.png").write_bytes(b"another patient")
+    monkeypatch.chdir(folder / "1")
+    known = {"path_sha256": path_digest(Path("a.png")), "input_sha256": file_sha256(Path("a.png"))}
+    another_run(out, input="a.png", **known)
+    assert refusals(Path("a.png"), output=out) == {}
+    monkeypatch.chdir(folder / "2")
+    assert refusals(Path("a.png"), output=out).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    ("known", "refused"),
+    [
+        ({}, False),
+        ({"input": "in/a.png"}, False),
+        ({"input": "b/a.png"}, True),
+        ({"input": "b", "input_sha256": 0}, True),
+    ],
+)
+def test_of_an_older_versions_report_the_given_path_counts(folder, known, refused):
+    put(folder / "a.png")
+    another_run(folder / "out", **known)
+    assert bool(refusals(Path("in/a.png"), output=folder / "out")) == refused
+
+
+def test_an_input_that_cannot_be_read_replaces_nothing_either(folder, monkeypatch):
+    put(folder / "a.png")
+    another_run(folder / "out", input="b/a.png", path_sha256="0")
+
+    def no(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(discover, "file_sha256", no)
+    assert refusals(folder, output=folder / "out").keys() == {"a.png"}
+
+
 def test_a_result_that_the_preview_would_replace(folder):
     put(folder / "preview.png", folder / "sub" / "preview.png")
     assert results(folder).keys() == {str(folder / "preview.png"), str(folder / "sub" / "preview.png")}
@@ -254,7 +324,7 @@ def test_deviation_maps_that_would_replace_each_other(folder):
     tasks = find_tasks([folder], OUT, "auto", reserved=("uncertainty",))
     assert [task.refusal for task in tasks] == [
         None,
-        f"its deviation map x.dcm.png would replace that of {folder / 'x.dcm'}; run it apart",
+        f"its deviation map x.dcm.png would replace that of {folder / 'x.dcm'}; give it another --output",
     ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,11 @@ import pytest
 from bsdiff_rt import ledger as ledger_module
 from bsdiff_rt import report
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.ledger import Ledger
+from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.report import FileEntry, Report, results_in
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
-FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1)
+FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1, None, "3" * 64)
 OUTPUTS = {f"in/{name}.png": Path(f"{name}.png") for name in "abc"}
 
 
@@ -114,9 +117,59 @@ def test_results_of_other_settings_stay_known_while_they_lie_there(tmp_path):
 
 
 @pytest.mark.parametrize("now", [b"pixels", b"mine"])
-def test_an_input_that_gives_no_result_keeps_no_older_one(tmp_path, now):
+def test_a_changed_input_that_gives_no_result_keeps_no_older_one(tmp_path, now, caplog):
     dataclasses.replace(make(), files=[wrote(tmp_path, "b.png")]).write(tmp_path)
     (tmp_path / "b.png").write_bytes(now)
     ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(FAILED)
     assert (tmp_path / "b.png").exists() == (now == b"mine")
+    assert (f"{tmp_path / 'b.png'}: removed; it was made before in/b.png changed" in caplog.text) == (now == b"pixels")
+
+
+@pytest.mark.parametrize("input_sha256", ["2" * 64, None], ids=["as it was", "cannot be read"])
+def test_a_failure_that_is_not_the_inputs_destroys_nothing(tmp_path, input_sha256):
+    """Out of memory, a full disk, a share that is not there for a moment: older results are as good as before."""
+    dataclasses.replace(make(), files=[wrote(tmp_path, "b.png")]).write(tmp_path)
+    older = results_in(tmp_path)
+    ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(dataclasses.replace(FAILED, input_sha256=input_sha256))
+    ledger.save()
+    assert (tmp_path / "b.png").read_bytes() == b"pixels"
+    assert results_in(tmp_path) == older
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """A report of a hundred thousand files takes seconds to write."""
+    now, saves = [100.0], []
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now[0])
+
+    def slow(*_):
+        saves.append(now[0])
+        now[0] += 3.0
+
+    monkeypatch.setattr(report, "write_atomically", slow)
+    ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
+    while now[0] < 400:
+        now[0] += 1.0
+        ledger.add(FAILED)
+    assert saves == [105.0, 168.0, 231.0, 294.0, 357.0]
+
+
+def test_one_run_at_a_time(tmp_path):
+    refusal = f"--output {tmp_path}: another run writes into it; wait for its end, or choose another folder"
+    with only_run(tmp_path), pytest.raises(SettingsError, match=re.escape(refusal)), only_run(tmp_path):
+        pass
+    with only_run(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    def no(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    with only_run(tmp_path):
+        pass
+    monkeypatch.setattr(sys, "platform", "win32")
+    with only_run(tmp_path / "absent"):  # not even opened
+        pass

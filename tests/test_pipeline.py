@@ -25,8 +25,10 @@ from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
 from bsdiff_rt.intensity import to_network
+from bsdiff_rt.ledger import only_run
 from bsdiff_rt.pipeline import Inference
 from bsdiff_rt.raster import read_raster
+from bsdiff_rt.report import path_digest
 from bsdiff_rt.schedule import sampler_table
 
 # Results of two runs that compute the same in another order (batch size, runner) may fall on either side of a rounding:
@@ -142,7 +144,8 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "reason": "not a PNG, JPEG or TIFF file",
         "seconds": 0,
         "sha256": None,
-        "input_sha256": None,
+        "input_sha256": pipeline.file_sha256(tmp_path / "in" / "c.png"),
+        "path_sha256": path_digest(tmp_path / "in" / "c.png"),
         "tone_power": None,
     }
     assert report["settings"] == {
@@ -509,6 +512,35 @@ def test_no_older_result_stays_for_an_input_that_gives_none(run, finished, tmp_p
     path.write_bytes(path.read_bytes()[:-30])
     assert run(**settings)["b.png"].status == "failed"
     assert sorted(each.name for each in out.glob("*.png")) == [name for name in kept if name != "b.png"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 5}])
+def test_another_folders_file_of_the_same_name_replaces_no_result(run, finished, tmp_path, settings):
+    """The next patient's study, into the same output folder."""
+    png(tmp_path / "next" / "b.png", seed=99)
+    before = (finished / "b.png").read_bytes()
+    assert run(tmp_path / "next", **settings)["b.png"].status == "refused"
+    assert (finished / "b.png").read_bytes() == before
+    assert report_of(finished)["files"][0]["reason"].endswith("give it another --output, or --overwrite")
+    assert statuses(run(**settings)) == (dict.fromkeys(SKIPPED, "ok") if settings else SKIPPED)
+    assert statuses(run(tmp_path / "next", overwrite=True, **settings)) == {"b.png": "ok"}
+    assert (finished / "b.png").read_bytes() != before
+
+
+def test_a_network_that_fails_destroys_no_result_of_other_settings(run, toy, finished):
+    def broken(_):
+        raise RuntimeError("no more memory")
+
+    before = {path.name: path.read_bytes() for path in finished.glob("*.png")}
+    toy.before = broken
+    assert statuses(run(seed=5)) == dict.fromkeys(SKIPPED, "failed")
+    assert {path.name: path.read_bytes() for path in finished.glob("*.png")} == before
+
+
+def test_two_runs_into_one_folder(run, toy, finished, tmp_path):
+    with only_run(finished), pytest.raises(SettingsError, match="another run writes into it"):
+        run()
+    assert statuses(run()) == SKIPPED
 
 
 def test_a_file_that_no_run_wrote_stays(run, finished, tmp_path):

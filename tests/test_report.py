@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bsdiff_rt import __version__
-from bsdiff_rt.report import FileEntry, Report, environment, finished_before, package_versions, results_in
+from bsdiff_rt.report import FileEntry, Report, environment, finished_before, package_versions, path_digest, results_in
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
 FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1)
@@ -123,13 +123,32 @@ def test_a_folder_in_the_reports_place(tmp_path, caplog):
 
 
 def test_results_are_those_of_every_run(tmp_path):
-    older = dataclasses.replace(make([DONE, FAILED]), earlier={"sub/c.png": "3" * 64, "d.png": None})
-    older.write(tmp_path)
-    assert results_in(tmp_path) == {Path("a.png"): "1" * 64, Path("sub/c.png"): "3" * 64, Path("d.png"): None}
-    document = json.loads((tmp_path / "report.json").read_text())
-    del document["earlier"]  # a report of version 0.1.0 and before
+    former = dataclasses.replace(DONE, output="sub/c.png", status="skipped", seconds=0.0, path_sha256="4" * 64)
+    dataclasses.replace(make([DONE, FAILED]), earlier=[former]).write(tmp_path)
+    done = dataclasses.replace(DONE, status="skipped", seconds=0.0)
+    assert results_in(tmp_path) == {Path("sub/c.png"): former, Path("a.png"): done}
+
+
+def test_results_of_a_report_by_an_older_version(tmp_path):
+    entry = {"input": "in/a.png", "output": "a.png", "sha256": "1" * 64}
+    document = {"bsdiff_rt": "0", "files": [entry], "earlier": [{"output": "d.png", "sha256": None}]}
     (tmp_path / "report.json").write_text(json.dumps(document))
-    assert results_in(tmp_path) == {Path("a.png"): "1" * 64}
+    assert results_in(tmp_path) == {
+        Path("a.png"): FileEntry("in/a.png", "a.png", "skipped", sha256="1" * 64),
+        Path("d.png"): FileEntry("", "d.png", "skipped"),
+    }
+    del document["earlier"]  # 0.1.0 and before
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert results_in(tmp_path).keys() == {Path("a.png")}
+
+
+def test_a_path_is_known_by_whatever_name(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    names = (Path("a.png"), Path("./sub/../a.png"), tmp_path / "a.png", Path("link"))
+    assert len({path_digest(name) for name in names}) == 1
+    assert path_digest(Path("b.png")) != path_digest(Path("a.png"))
+    assert len(path_digest(Path(b"\xff.png".decode(errors="surrogateescape")))) == 64
 
 
 def test_the_environment_names_no_user_and_no_host(monkeypatch):
