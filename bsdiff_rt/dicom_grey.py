@@ -3,9 +3,10 @@
 Modality LUT or rescale (PS3.3 C.11.1), VOI LUT or window (C.11.2), polarity (C.7.6.3.1.2, C.11.6),
 padding (C.7.5.1.1.2).
 
-Without a VOI LUT or window the full range is shown: that of the smallest depth which holds the stored values, at most
-Bits Stored. Not the range between smallest and largest value: one marker or one dead pixel would change the picture's
-tone. Not the range of Bits Stored either: 12-bit pictures declared as 16 bits would be black. raster.py does the same.
+Without a VOI LUT or window the full range is shown: that of the smallest depth which holds the stored values but for
+stray ones, at most Bits Stored. Not the range between smallest and largest value: one marker or one dead pixel would
+change the picture's tone. Not the range of Bits Stored either: 12-bit pictures declared as 16 bits would be black.
+raster.py does the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from bsdiff_rt.errors import InputFailed
+from bsdiff_rt.radiograph import depth_of, range_of
 
+NOISE_BELOW_ZERO = 1 / 16  # of the highest value
 _WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -69,12 +72,16 @@ def _as_stored(value: int, dataset: Dataset) -> int:
 
 
 def _full_range(stored: NDArray[np.int32], bits_stored: int) -> tuple[float, float]:
-    """The range of the smallest depth, 8 to `bits_stored` bits, that holds the values; signed where one is negative."""
+    """The range of the smallest depth, 8 to `bits_stored` bits, that holds the values but for stray ones.
+
+    It is signed where the values reach as far below zero as tells: a detector's offset may leave a little noise there,
+    and the signed range would show that picture in its upper half.
+    """
     if not stored.size:
         return 0.0, 1.0
-    low, high = int(stored.min()), int(stored.max())
-    if low >= 0:
-        return 0.0, float(2 ** min(max(high.bit_length(), 8), bits_stored) - 1)
+    low, high = range_of(stored)
+    if low >= 0 or -low < high * NOISE_BELOW_ZERO:
+        return 0.0, float(2 ** min(depth_of(high), bits_stored) - 1)
     bits = min(max((-low - 1).bit_length(), high.bit_length(), 7), bits_stored - 1)
     return float(-(2**bits)), float(2**bits - 1)
 
@@ -99,9 +106,6 @@ def _voi(values: NDArray[np.float32], full: tuple[float, float], dataset: Datase
     """The first VOI LUT, else the first window, else the full range; [H, W], float32, in [0, 1]."""
     if dataset.get("VOILUTSequence"):
         table, first, bits = _lookup_table(dataset.VOILUTSequence[0], dataset, signed=_rescaled_below_zero(dataset))
-        # Some writers declare 16 bits over entries of 12, which to the letter is black. One bit less may be meant.
-        used = max(8, int(table.max()).bit_length())
-        bits = used if used <= bits - 2 else bits
         index = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
         return table[index].astype(np.float32) / np.float32(2**bits - 1)
     center, width = _number(dataset, "WindowCenter", None), _number(dataset, "WindowWidth", None)
@@ -156,8 +160,11 @@ def _lookup_table(item: Dataset, dataset: Dataset, *, signed: bool) -> tuple[NDA
     table = entries[:count].astype(np.int64) & 0xFFFF
     if len(table) < count or not 1 <= bits <= 16:
         raise InputFailed("a lookup table is damaged: it has fewer entries than it says")
-    # Some writers declare fewer bits than the entries have.
-    bits = max(bits, int(table.max()).bit_length())
+    # Some writers declare fewer bits than the entries have; others 16 bits over entries of 12, which to the letter is
+    # black. One bit less may be meant.
+    used = int(table.max()).bit_length()
+    if used > bits or depth_of(int(table.max())) <= bits - 2:
+        bits = max(used, min(bits, 8))
     return table, first - 65536 if signed and first > 32767 else first, bits
 
 

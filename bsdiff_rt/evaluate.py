@@ -76,8 +76,8 @@ def evaluate(matches: list[Match], size: int = SIZE_PX) -> Iterator[tuple[str, Q
 def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
     """A result of `infer` on the grey scale of its X-ray, [H, W], float32, in [0, 1].
 
-    A 16-bit PNG does not say its depth. Read by itself, 1.0 is the largest value of the smallest depth that holds it,
-    and a result that stays below half its X-ray's range would come out twice as bright as it is.
+    A 16-bit PNG does not say its depth. Read by itself, 1.0 is the largest value of the smallest depth that holds its
+    values, and a result that stays below half its X-ray's range would come out twice as bright as it is.
 
     Args:
         path: the result.
@@ -86,7 +86,7 @@ def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
     Raises:
         InputRefused, InputFailed: it cannot be read; names the file.
     """
-    return _scaled(_read(path), bits_stored)
+    return _read(path, bits_stored).cxr
 
 
 def by_name(path: Path, role: str) -> dict[str, Path]:
@@ -120,22 +120,20 @@ def _name(path: Path) -> str:
 def _pictures(one: Match) -> list[NDArray[np.float32]]:
     """X-ray, truth and prediction. Image files share the deepest one's grey scale; DICOM files say their own, and
     `infer --format png` writes at its DICOM source's depth."""
-    cxr, soft_tissue, predicted = three = [_read(path) for path in (one.cxr, one.soft_tissue, one.predicted)]
+    paths = one.cxr, one.soft_tissue, one.predicted
+    cxr, soft_tissue, _ = three = [_read(path) for path in paths]
     if cxr.dataset is not None:
-        return [cxr.cxr, soft_tissue.cxr, _scaled(predicted, cxr.bits_stored)]
+        return [cxr.cxr, soft_tissue.cxr, read_result(one.predicted, cxr.bits_stored)]
     deepest = max(picture.bits_stored for picture in three if picture.dataset is None)
-    return [_scaled(picture, deepest) for picture in three]
+    return [
+        picture.cxr if picture.bits_stored == deepest else read_result(path, deepest)
+        for path, picture in zip(paths, three, strict=True)
+    ]
 
 
-def _scaled(picture: Radiograph, bits_stored: int) -> NDArray[np.float32]:
-    """A picture on the scale of a depth it was written at, if it comes from a file that does not say it."""
-    if picture.dataset is not None or not 8 < picture.bits_stored < bits_stored:
-        return picture.cxr
-    return picture.cxr * np.float32((2**picture.bits_stored - 1) / (2**bits_stored - 1))
-
-
-def _read(path: Path) -> Radiograph:
+def _read(path: Path, at_least: int = 8) -> Radiograph:
+    """A file of any kind; `at_least` as many bits if it is one that does not say its depth."""
     try:
-        return read_dicom(path, derived=True) if is_dicom(path) else read_raster(path)
+        return read_dicom(path, derived=True) if is_dicom(path) else read_raster(path, at_least)
     except BsdiffError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -7,7 +7,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from bsdiff_rt.errors import InputFailed, InputRefused
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+# Share of the pixels, at either end, that says nothing of a picture's range: hot and dead ones, specks. A lead marker
+# has more.
+STRAY = 5e-4
 MIN_SIDE_PX = 32  # smaller than this is a thumbnail or a damaged header, not a chest X-ray
 
 
@@ -41,6 +44,17 @@ def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
     """SHA-256 over shape, dtype and little-endian C-order bytes of decoded pixels, [H, W], any integer dtype."""
     little = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     return hashlib.sha256(f"{little.shape}{little.dtype.str}".encode() + little.tobytes()).digest()
+
+
+def range_of(stored: NDArray[np.integer[Any]]) -> tuple[int, int]:
+    """Smallest and largest of stored values, [H, W] or [N], but for a share of `STRAY` at either end."""
+    low, high = np.quantile(stored, (STRAY, 1 - STRAY), method="nearest")
+    return int(low), int(high)
+
+
+def depth_of(highest: int) -> int:
+    """The smallest depth, from 8 bits on, that holds a value."""
+    return max(highest.bit_length(), 8)
 
 
 def check_picture(cxr: NDArray[np.float32]) -> None:

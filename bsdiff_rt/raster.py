@@ -23,7 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
-from bsdiff_rt.radiograph import Radiograph, check_picture, pixel_digest, to_stored, write_atomically
+from bsdiff_rt.radiograph import (
+    Radiograph,
+    check_picture,
+    depth_of,
+    pixel_digest,
+    range_of,
+    to_stored,
+    write_atomically,
+)
 
 _Grey = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -46,12 +54,16 @@ _UPRIGHT = (0, 1)  # 0 is not defined: some writers leave it where they know not
 _TIFF_INTEGERS = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # field type: struct code, bytes
 
 
-def read_raster(path: Path) -> Radiograph:
+def read_raster(path: Path, at_least: int = 8) -> Radiograph:
     """Read a grey picture of 8 or 16 bits.
 
-    Grey saved as RGB or RGBA is taken as grey. An 8-bit file has 8 bits stored; a 16-bit file has the smallest depth of
-    9 to 16 that holds its largest value, because 10- to 15-bit X-rays are commonly saved in 16 bits without scaling.
-    1.0 is the largest value of that depth.
+    Grey saved as RGB or RGBA is taken as grey. An 8-bit file has 8 bits stored; a 16-bit file does not say its depth,
+    and has the smallest of 8 to 16 that holds its values but for stray ones (`range_of`), because X-rays of 8 to 15
+    bits are commonly saved in 16 without scaling. 1.0 is the largest value of that depth, and of what is above.
+
+    Args:
+        path: the file.
+        at_least: bits of a 16-bit file, where they are known: it may be darker than its range.
 
     Raises:
         InputRefused: not PNG, JPEG or TIFF, or not a single, upright, grey picture of 8 or 16 bits.
@@ -69,10 +81,10 @@ def read_raster(path: Path) -> Radiograph:
     except (struct.error, IndexError) as error:
         raise InputFailed(f"the {name} file is truncated or damaged: its structure leads out of the file") from error
     grey = _decode(name, content)
-    bits_stored = 8 if grey.dtype == np.uint8 else min(max(int(grey.max()).bit_length(), 9), 16)
-    cxr = grey.astype(np.float32) / np.float32(2**bits_stored - 1)
+    depth = 8 if grey.dtype == np.uint8 else max(depth_of(range_of(grey)[1]), at_least)
+    cxr = np.minimum(grey.astype(np.float32) / np.float32(2**depth - 1), 1)
     check_picture(cxr)
-    return Radiograph(cxr, bits_stored, pixel_digest(grey))
+    return Radiograph(cxr, depth, pixel_digest(grey))
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -106,13 +118,9 @@ def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:
     pictures = [read_raster(path) for path in paths]
     deepest = max(picture.bits_stored for picture in pictures)
     return [
-        picture.cxr if picture.bits_stored == 8 else picture.cxr * _range_ratio(picture.bits_stored, deepest)
-        for picture in pictures
+        (picture if picture.bits_stored == deepest else read_raster(path, deepest)).cxr
+        for path, picture in zip(paths, pictures, strict=True)
     ]
-
-
-def _range_ratio(bits: int, deepest: int) -> np.float32:
-    return np.float32((2**bits - 1) / (2**deepest - 1))
 
 
 def write_png(path: Path, soft_tissue: NDArray[np.float32], bits_stored: int) -> None:

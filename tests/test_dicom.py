@@ -95,6 +95,8 @@ def test_jpeg_ls(tmp_path):
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "J2K_pixelrep_mismatch.dcm", "JPEG2000.dcm"])
 def test_12_bit_jpeg_and_lossy_jpeg_2000_of_other_encoders(tmp_path, name):
     header = _as_chest(name)
+    if name == "JPGExtended.dcm":  # a few of its pixels are just above 8 bits: stray ones
+        header.WindowCenter, header.WindowWidth = 2048, 4096
     dcmwrite(tmp_path / "a.dcm", header)
     radiograph = read_dicom(tmp_path / "a.dcm")
     values = header.pixel_array.astype(np.float64)  # pydicom's own choice of decoder
@@ -315,6 +317,32 @@ def test_without_window_the_depth_that_holds_the_values_is_the_range(tmp_path):
         got = read(tmp_path, dataset(values, 16)).cxr
         np.testing.assert_allclose(got, values / 4095, atol=1e-6)
     assert read(tmp_path, dataset(VALUES, 16)).bits_stored == 16
+
+
+@pytest.mark.parametrize(("stray", "shown"), [(65535, 1.0), (0, 0.0)])
+def test_stray_pixels_set_no_range(tmp_path, stray, shown):
+    values = stored(PICTURE * 0.9 + 0.05, 12)
+    expected = values / 4095
+    values[5, 7], expected[5, 7] = stray, shown
+    np.testing.assert_allclose(read(tmp_path, dataset(values, 16)).cxr, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("below", [1, 500])
+def test_noise_below_zero_makes_no_signed_range(tmp_path, below):
+    """An offset that leaves unexposed pixels a little below zero: the picture would lie in the upper half."""
+    values = stored(PICTURE, 12)
+    values.reshape(-1)[:below] = -30
+    expected = np.clip(values, 0, None) / 4095
+    np.testing.assert_allclose(read(tmp_path, dataset(values, 16, signed=True)).cxr, expected, atol=1e-6)
+    values.reshape(-1)[:500] = -400  # a tenth of the highest value: meant
+    expected = (values + 4096.0) / 8191
+    np.testing.assert_allclose(read(tmp_path, dataset(values, 16, signed=True)).cxr, expected, atol=1e-6)
+
+
+def test_a_modality_lut_that_declares_more_bits_than_its_entries_have(tmp_path):
+    table = np.arange(4096)[::-1].copy()
+    header = dataset(VALUES, ModalityLUTSequence=[lookup_table("modality", table, 0, 16)])
+    np.testing.assert_allclose(read(tmp_path, header).cxr, table[VALUES] / 4095, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,35 @@ def test_depth_is_the_smallest_that_holds_the_maximum(tmp_path, suffix, bits):
     np.testing.assert_array_equal(radiograph.cxr, (picture / np.float32(2**bits - 1)).astype(np.float32))
 
 
-def test_a_dark_16_bit_picture_has_at_least_9_bits(tmp_path):
-    assert read_raster(put(tmp_path, encode(".png", (GREY_8 // 4).astype(np.uint16)))).bits_stored == 9
+def test_8_bit_values_saved_in_16_bits_are_8_bits(tmp_path):
+    """Half as bright otherwise."""
+    wide = read_raster(put(tmp_path, encode(".png", GREY_8.astype(np.uint16))))
+    assert wide.bits_stored == 8
+    np.testing.assert_array_equal(wide.cxr, read_raster(put(tmp_path, encode(".png", GREY_8))).cxr)
+    assert read_raster(put(tmp_path, encode(".png", (GREY_8 // 4).astype(np.uint16)))).bits_stored == 8
+
+
+def test_a_hot_pixel_does_not_make_a_picture_dark(tmp_path):
+    picture = np.rint(chest(96, 80) * 4095).astype(np.uint16)
+    expected = read_raster(put(tmp_path, encode(".png", picture)))
+    picture[5, 7] = 65535
+    found = read_raster(put(tmp_path, encode(".png", picture)))
+    assert found.bits_stored == 12
+    assert found.cxr[5, 7] == 1
+    expected.cxr[5, 7] = 1
+    np.testing.assert_array_equal(found.cxr, expected.cxr)
+
+
+def test_a_lead_marker_counts(tmp_path):
+    picture = np.rint(chest(96, 80) * 4095).astype(np.uint16)
+    picture[2:6, 2:6] = 16000  # 0.2 % of the pixels
+    assert read_raster(put(tmp_path, encode(".png", picture))).bits_stored == 14
+
+
+def test_a_depth_that_is_known(tmp_path):
+    picture = np.rint(chest(96, 80) * 1000).astype(np.uint16)
+    np.testing.assert_allclose(read_raster(put(tmp_path, encode(".png", picture)), 12).cxr, picture / 4095, atol=1e-6)
+    np.testing.assert_array_equal(read_raster(put(tmp_path, encode(".png", GREY_8)), 12).cxr, GREY_8 / np.float32(255))
 
 
 def test_the_digest_is_of_the_pixels_not_of_the_file(tmp_path):
