@@ -303,14 +303,26 @@ def evaluate(
     from bsdiff_rt.evaluate import match
     from bsdiff_rt.metrics import mean_quality
 
-    rows = list(compare(match(predicted, soft_tissue, cxr), size))
+    rows, failed = [], {}
+    for name, outcome in compare(match(predicted, soft_tissue, cxr), size):
+        if isinstance(outcome, BsdiffError):
+            failed[name] = outcome
+        else:
+            rows.append((name, outcome))
+    if not rows:
+        raise next(iter(failed.values()))
     mean = mean_quality([row for _, row in rows])
     if as_json:
         images = [{"name": name} | _numbers(row) for name, row in rows]
-        typer.echo(json.dumps({"size_px": size, "images": images, "mean": _numbers(mean)}, indent=1))
-        return
-    table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
-    _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
+        reasons = [{"name": name, "reason": str(error)} for name, error in failed.items()]
+        typer.echo(json.dumps({"size_px": size, "images": images, "mean": _numbers(mean), "failed": reasons}, indent=1))
+    else:
+        table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
+        _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
+    for error in failed.values():
+        typer.echo(f"bsdiff-rt: {error}", err=True)
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command()

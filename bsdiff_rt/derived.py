@@ -32,9 +32,6 @@ from pydicom.uid import (
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLSNearLossless,
     SecondaryCaptureImageStorage,
 )
 
@@ -59,7 +56,9 @@ _DROPPED = _tags(
     VOILUTSequence VOILUTFunction WindowCenter WindowWidth WindowCenterWidthExplanation ModalityLUTSequence
     RescaleSlope RescaleIntercept RescaleType PresentationLUTSequence SoftcopyVOILUTSequence
     SmallestValidPixelValue LargestValidPixelValue SmallestImagePixelValue LargestImagePixelValue
-    SmallestPixelValueInSeries LargestPixelValueInSeries PixelPaddingValue PixelPaddingRangeLimit PlanarConfiguration
+    SmallestPixelValueInSeries LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane
+    PixelPaddingValue PixelPaddingRangeLimit PlanarConfiguration
+    RealWorldValueMappingSequence PixelIntensityRelationshipLUTSequence
     NumberOfFrames FrameIncrementPointer PixelDataProviderURL ICCProfile IconImageSequence HistogramSequence
     DigitalSignaturesSequence MACParametersSequence EncryptedAttributesSequence DataSetTrailingPadding
     SourceImageSequence DerivationDescription DerivationCodeSequence SeriesDescriptionCodeSequence
@@ -166,7 +165,7 @@ def write_derived(
     try:
         with quiet_pydicom():
             derived = _header(source, sop, resized=pixels.shape != radiograph.cxr.shape)
-            _describe_object(derived, source, derivation)
+            _describe_object(derived, source, radiograph.pixel_digest, derivation)
             _describe_pixels(derived, source, pixels, radiograph.bits_stored)
             buffer = io.BytesIO()
             dcmwrite(buffer, derived, enforce_file_format=True)
@@ -226,13 +225,14 @@ def _is_copied(tag: BaseTag, as_source: bool, resized: bool) -> bool:
     return as_source or tag.group in (0x0010, 0x0012) or tag in _SC_COPIED
 
 
-def _describe_object(derived: Dataset, source: Dataset, derivation: Derivation) -> None:
+def _describe_object(derived: Dataset, source: Dataset, pixel_digest: bytes, derivation: Derivation) -> None:
     """Identity, provenance and warnings (PS3.3 C.7.3.1, C.7.6.1, C.12.1)."""
     created = (derivation.created or datetime.now()).astimezone(_timezone(source))
     date, time = created.strftime("%Y%m%d"), created.strftime("%H%M%S")
     made_by = (derivation.bundle_sha256, derivation.settings_digest, derivation.software_version, derived.SOPClassUID)
 
-    derived.SOPInstanceUID = derived_uid("instance", source.SOPInstanceUID, *made_by)
+    # With the pixels: a source sent again, processed anew under its old UID, gives another object.
+    derived.SOPInstanceUID = derived_uid("instance", source.SOPInstanceUID, pixel_digest.hex(), *made_by)
     derived.SeriesInstanceUID = derived_uid(
         "series", source.StudyInstanceUID, str(source.get("SeriesInstanceUID") or ""), *made_by
     )
@@ -349,10 +349,6 @@ def _describe_pixels(
         derived.RescaleSlope, derived.RescaleIntercept, derived.RescaleType = "1", "0", "US"
     if "PixelIntensityRelationshipSign" in derived or derived.SOPClassUID == DigitalXRayImageStorageForPresentation:
         derived.PixelIntensityRelationshipSign = -1  # higher values: less X-ray intensity
-    # Lossy stays lossy (C.7.6.1.1.5), whatever the source says of itself.
-    lossy = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
-    if source.file_meta.get("TransferSyntaxUID") in lossy:
-        derived.LossyImageCompression = "01"
     factors = (int(source.Rows) / rows, int(source.Columns) / columns)
     if factors != (1, 1):
         for keyword in _SPACINGS:

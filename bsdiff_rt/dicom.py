@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
+    JPEG2000,
     UID,
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
@@ -30,6 +31,9 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSNearLossless,
     MediaStorageDirectoryStorage,
     MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
@@ -86,6 +90,13 @@ _OTHER_REGIONS = _words(
     "T-D4000 T-15750 T-04000 T-11501 T-15430 T-12710 T-D9700 T-D8500 T-D8700 T-D1100 T-15710 T-D9200 T-11503 T-D1600 "
     "T-D6000 T-15410 T-11100 T-15460"
 )
+_JPEG_2000 = "ISO_15444_1"
+_LOSSY_METHODS = {  # by transfer syntax; PS3.3 C.7.6.1.1.5.1
+    JPEGBaseline8Bit: "ISO_10918_1",
+    JPEGExtended12Bit: "ISO_10918_1",
+    JPEGLSNearLossless: "ISO_14495_1",
+    JPEG2000: _JPEG_2000,
+}
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -146,6 +157,7 @@ def read_dicom(path: Path, *, force_view: bool = False, derived: bool = False) -
                 _check_view(dataset)
             stored = _stored_values(dataset)
             cxr = shown_picture(stored, dataset)
+            _say_lossy(dataset)
             del dataset.PixelData
     except BsdiffError:
         raise
@@ -300,9 +312,26 @@ def _stored_values(dataset: Dataset) -> NDArray[np.int32]:
     return np.asarray(values, dtype=np.int32)
 
 
+def _say_lossy(dataset: Dataset) -> None:
+    """Lossy stays lossy (PS3.3 C.7.6.1.1.5): enter what the header leaves out of how the pixels were compressed.
+
+    JPEG 2000 is lossy where the header says so.
+    """
+    method = _LOSSY_METHODS.get(dataset.file_meta.TransferSyntaxUID)
+    said = str(dataset.get("LossyImageCompression") or "").strip() == "01"
+    if method is None or (method == _JPEG_2000 and not said):
+        return
+    dataset.LossyImageCompression = "01"
+    if not dataset.get("LossyImageCompressionRatio"):
+        size = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) / 8
+        dataset.LossyImageCompressionRatio = f"{size / len(dataset.PixelData):.4g}"
+    if not dataset.get("LossyImageCompressionMethod"):
+        dataset.LossyImageCompressionMethod = method
+
+
 def _check_codestream_end(pixel_data: bytes) -> None:
     """Find a truncated picture: JPEG, JPEG-LS and JPEG 2000 all end with FF D9, and their decoders pad silently."""
-    if b"\xff\xd9" not in pixel_data[-16:]:  # behind it: padding to even length, a sequence delimiter
+    if b"\xff\xd9" not in pixel_data.rstrip(b"\0")[-16:]:  # behind it: padding, a sequence delimiter
         raise InputFailed("the compressed picture is truncated: it has no end marker")
 
 

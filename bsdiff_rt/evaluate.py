@@ -55,22 +55,28 @@ def match(predicted: Path, soft_tissue: Path, cxr: Path) -> list[Match]:
     return [Match(name, file, truths[name], sources[name]) for name, file in predictions.items()]
 
 
-def evaluate(matches: list[Match], size: int = SIZE_PX) -> Iterator[tuple[str, Quality]]:
+def evaluate(matches: list[Match], size: int = SIZE_PX) -> Iterator[tuple[str, Quality | BsdiffError]]:
     """Name and quality of each match, with every image brought to `size` px on its longer side first.
 
-    Raises:
-        SettingsError: images of one patient differ in aspect ratio.
-        InputRefused, InputFailed: a file that cannot be read.
+    Where there is none, the reason: an InputRefused or InputFailed for a file that cannot be read, a SettingsError for
+    images of one patient that differ in aspect ratio.
     """
     for one in matches:
-        images = _pictures(one)
-        ratios = [image.shape[0] / image.shape[1] for image in images]
-        if max(ratios) / min(ratios) > 1.02:
-            shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (image.shape for image in images))
-            raise SettingsError(f"{one.name}: X-ray, truth and prediction differ in aspect ratio ({shapes})")
-        placement = place(images[0].shape, size)
-        shape = placement.height, placement.width
-        yield one.name, quality(*(np.clip(resize(image, shape), 0, 1) for image in images))
+        try:
+            yield one.name, _compared(one, size)
+        except BsdiffError as error:
+            yield one.name, error
+
+
+def _compared(one: Match, size: int) -> Quality:
+    images = _pictures(one)
+    ratios = [image.shape[0] / image.shape[1] for image in images]
+    if max(ratios) / min(ratios) > 1.02:
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (image.shape for image in images))
+        raise SettingsError(f"{one.name}: X-ray, truth and prediction differ in aspect ratio ({shapes})")
+    placement = place(images[0].shape, size)
+    shape = placement.height, placement.width
+    return quality(*(np.clip(resize(image, shape), 0, 1) for image in images))
 
 
 def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
@@ -134,6 +140,6 @@ def _pictures(one: Match) -> list[NDArray[np.float32]]:
 def _read(path: Path, at_least: int = 8) -> Radiograph:
     """A file of any kind; `at_least` as many bits if it is one that does not say its depth."""
     try:
-        return read_dicom(path, derived=True) if is_dicom(path) else read_raster(path, at_least)
+        return read_dicom(path, force_view=True, derived=True) if is_dicom(path) else read_raster(path, at_least)
     except BsdiffError as error:
         raise type(error)(f"{path}: {error}") from error

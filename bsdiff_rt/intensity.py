@@ -100,7 +100,7 @@ def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[n
         [size, size], float32, in [-1, 1], and where the picture lies in it.
     """
     placement = place(cxr.shape, prep.size)
-    picture = resize(cxr, (placement.height, placement.width))
+    picture = _unit(resize(cxr, (placement.height, placement.width)))  # enlarging overshoots at edges
     if prep.clahe_clip_limit > 0:
         picture = equalize(picture, prep.clahe_clip_limit, prep.clahe_tiles)
     bottom = prep.size - placement.height - placement.top

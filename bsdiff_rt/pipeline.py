@@ -342,7 +342,8 @@ class Inference:
         return Derivation(
             description=(
                 f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}, "
-                f"{step_count(self.table.steps)}, seed {settings.seed}, stage 2 {'on' if settings.enhance else 'off'}, "
+                f"{step_count(self.table.steps)}, {_seeds(settings.seed, settings.samples)}, "
+                f"stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
                 f"{f'grey levels to the power {power:.4f}, ' if power is not None else ''}"
                 f"network matrix {size} x {size}, detail from {settings.detail}, "
@@ -365,6 +366,10 @@ def _batch(asked: int | None, runner: Runner) -> int:
     if asked is not None and most is not None and asked > most:
         raise SettingsError(f"--batch {asked}: this {runner.name} engine takes at most {most}; build a larger one")
     return asked or auto_batch(runner)
+
+
+def _seeds(first: int, samples: int) -> str:
+    return f"seed {first}" if samples == 1 else f"mean of {samples} samples, seeds {first} to {first + samples - 1}"
 
 
 def _check_result(soft_tissue_net: NDArray[np.float32]) -> None:

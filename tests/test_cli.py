@@ -508,9 +508,21 @@ def test_evaluate_refuses(cli, tmp_path, options, code, message):
 
 def test_evaluate_names_the_file_that_is_bad(cli, pairs):
     truncated(pairs[0] / "p1.png")
-    refused = cli("evaluate", *pairs)
-    assert refused.code == 3
-    assert lines(refused.err)[-1].startswith(f"bsdiff-rt: {pairs[0] / 'p1.png'}: ")
+    for options in ([], ["--json"]):
+        done = cli("evaluate", *pairs, *options)
+        assert done.code == 3
+        assert lines(done.err)[-1].startswith(f"bsdiff-rt: {pairs[0] / 'p1.png'}: the PNG file is truncated")
+        if options:  # the others' figures are not lost
+            found = json.loads(done.out)
+            assert [image["name"] for image in found["images"]] == ["p0"]
+            assert found["mean"] == {key: value for key, value in found["images"][0].items() if key != "name"}
+            assert [failed["name"] for failed in found["failed"]] == ["p1"]
+        else:
+            assert [row.split()[0] for row in lines(done.out)[1:]] == ["p0", "mean"]
+    truncated(pairs[0] / "p0.png")
+    done = cli("evaluate", *pairs)
+    assert (done.code, done.out) == (3, "")
+    assert lines(done.err)[-1].startswith(f"bsdiff-rt: {pairs[0] / 'p0.png'}: ")
 
 
 def test_info(cli):

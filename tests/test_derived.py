@@ -11,11 +11,13 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    JPEG2000,
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
     SecondaryCaptureImageStorage,
@@ -167,6 +169,9 @@ def _with_everything():
     source.DerivationDescription = "edge enhancement"
     source.DigitalSignaturesSequence = [Dataset()]
     source.BurnedInAnnotation = "YES"
+    source.RealWorldValueMappingSequence = Sequence([Dataset()])
+    source.PixelIntensityRelationshipLUTSequence = Sequence([Dataset()])
+    source.SmallestImagePixelValueInPlane, source.LargestImagePixelValueInPlane = 0, 4095
     source.IrradiationEventUID = "1.2.3.4"
     source.ShutterShape = "RECTANGULAR"
     source.ShutterLeftVerticalEdge = "3"
@@ -179,6 +184,8 @@ def test_what_described_other_pixels_is_left_out(tmp_path, sop):
     for keyword in (
         *("VOILUTSequence", "VOILUTFunction", "RescaleSlope", "RescaleType", "WindowCenterWidthExplanation"),
         *("SmallestImagePixelValue", "LargestImagePixelValue", "PixelPaddingValue", "IconImageSequence"),
+        *("RealWorldValueMappingSequence", "PixelIntensityRelationshipLUTSequence"),
+        *("SmallestImagePixelValueInPlane", "LargestImagePixelValueInPlane"),
         "DigitalSignaturesSequence",
     ):
         assert keyword not in derived, keyword
@@ -248,7 +255,28 @@ def test_lossy_stays_lossy(tmp_path, syntax, flag, expected):
     source = dataset(stored(PICTURE, 8), 8)
     if flag:
         source.LossyImageCompression, source.LossyImageCompressionRatio = flag, "10"
-    assert derive(tmp_path, source, syntax=syntax).get("LossyImageCompression") == expected
+    derived = derive(tmp_path, source, syntax=syntax)
+    assert derived.get("LossyImageCompression") == expected
+    # Required beside 01 (type 1C). What the source says of it stays.
+    if syntax == JPEGBaseline8Bit:
+        ratio = PICTURE.size / len(dcmread(tmp_path / "SECRET.dcm").PixelData)
+        assert derived.LossyImageCompressionMethod == "ISO_10918_1"
+        assert derived.LossyImageCompressionRatio == pytest.approx(10 if flag else ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("flag", [None, "01"])
+def test_jpeg_2000_is_lossy_where_it_says_so(tmp_path, flag):
+    source = dataset(stored(PICTURE, 12))
+    if flag:
+        source.LossyImageCompression = flag
+    source = dcmread(save(tmp_path / "a.dcm", source, JPEG2000Lossless))
+    source.file_meta.TransferSyntaxUID = JPEG2000  # allows both
+    source.save_as(tmp_path / "b.dcm")
+    write_derived(tmp_path / "o.dcm", read_dicom(tmp_path / "b.dcm"), SOFT, DERIVATION)
+    derived = dcmread(tmp_path / "o.dcm")
+    assert derived.get("LossyImageCompressionMethod") == (flag and "ISO_15444_1")
+    if flag:
+        assert derived.LossyImageCompressionRatio == pytest.approx(2 * PICTURE.size / len(source.PixelData), rel=1e-3)
 
 
 def test_uids_depend_on_source_bundle_and_settings_only(tmp_path):
@@ -269,6 +297,9 @@ def test_uids_depend_on_source_bundle_and_settings_only(tmp_path):
         assert other[1] != series
     second, same_series = uids(dataset(stored(PICTURE, 12), SOPInstanceUID="1.2.3.9"))
     assert second != instance
+    assert same_series == series
+    reprocessed, same_series = uids(dataset(stored(PICTURE**2, 12)))  # sent again under its old UID
+    assert reprocessed != instance
     assert same_series == series
     for uid in (instance, series, derived_uid("implementation")):
         assert uid.is_valid

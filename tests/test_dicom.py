@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.data import get_testdata_file
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.uid import (
     CTImageStorage,
     DigitalMammographyXRayImageStorageForPresentation,
@@ -556,12 +556,23 @@ def test_truncated_at_any_length(tmp_path, syntax, caplog):
 def test_a_truncated_codestream_in_a_whole_file(tmp_path, syntax):
     header = dataset(stored(PICTURE, 8), 8)
     save(tmp_path / "a.dcm", header, syntax)
-    codestream = header.PixelData[16:]
+    *_, codestream = generate_fragments(header.PixelData)
     header.PixelData = encapsulate([codestream[: len(codestream) // 2]])
     header["PixelData"].is_undefined_length = True
     dcmwrite(tmp_path / "a.dcm", header, enforce_file_format=True)
     with pytest.raises(InputFailed, match="truncated"):
         read_dicom(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLosslessSV1])
+def test_zeros_behind_a_whole_codestream_are_no_damage(tmp_path, syntax):
+    path = save(tmp_path / "a.dcm", dataset(VALUES), syntax)
+    expected, header = read_dicom(path).pixel_digest, dcmread(path)
+    *_, codestream = generate_fragments(header.PixelData)
+    header.PixelData = encapsulate([codestream + bytes(64)])
+    header["PixelData"].is_undefined_length = True
+    dcmwrite(tmp_path / "b.dcm", header, enforce_file_format=True)
+    assert read_dicom(tmp_path / "b.dcm").pixel_digest == expected
 
 
 def test_random_damage_never_escapes(tmp_path):

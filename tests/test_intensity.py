@@ -105,6 +105,14 @@ def test_placement_keeps_the_aspect_and_centres(rows, columns, expected):
     assert (placement.rows, placement.columns, placement.size) == (rows, columns, 256)
 
 
+def test_enlarging_keeps_the_range():
+    """Bicubic interpolation overshoots at sharp edges; the networks have seen nothing outside [-1, 1]."""
+    edges = np.zeros((40, 40), np.float32)
+    edges[::7, :], edges[:, 20:] = 1, 1
+    square, _ = to_network(edges, Preprocessing(size=64))
+    assert (square.min(), square.max()) == (-1, 1)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1955, 1841), (700, 901), (333, 77), (120, 95), (64, 256)])
 def test_smooth_pictures_survive_the_round_trip(rows, columns):
     y, x = np.mgrid[0:rows, 0:columns]

@@ -281,7 +281,8 @@ def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy,
 def test_force_takes_what_the_header_speaks_against(run, toy, tmp_path):
     dicom(tmp_path / "in" / "a.dcm", ViewPosition="LL")
     assert "not a frontal view" in run()["a.dcm"].reason
-    assert run(force_view=True)["a.dcm"].status == "ok"
+    assert run(force_view=True, preview=True)["a.dcm"].status == "ok"
+    assert (tmp_path / "out" / "preview.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -818,6 +819,13 @@ def test_samples_are_averaged_and_their_deviation_is_written(run, toy, tmp_path,
     assert [entry.status for entry in again.values()] == ["skipped"] * 2
     run(seed=7, samples=3, overwrite=True)
     assert pixels(tmp_path / "out" / "uncertainty" / "sub" / "0.png").shape == SHAPE
+
+
+def test_a_derived_image_says_what_it_is_the_mean_of(run, toy, tmp_path):
+    dicom(tmp_path / "in" / "a.dcm", 12)
+    run(seed=7, samples=3)
+    said = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
+    assert "ddim, 3 steps, mean of 3 samples, seeds 7 to 9, stage 2 on" in said
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
