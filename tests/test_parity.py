@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import randomise
+from safetensors.torch import load_file
 from torch import nn
 
 from bsdiff_rt import parity
@@ -17,7 +18,7 @@ from bsdiff_rt.config import PRESETS, Precision, SamplerSettings, Schedule
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.parity import DIFFERENCE, PSNR, Parity, compare
+from bsdiff_rt.parity import DIFFERENCE, PSNR, TAKEN, Parity, compare
 from bsdiff_rt.runners.aoti import DTYPES, lower_precision
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampler import sample
@@ -79,7 +80,8 @@ def gate(reference: EagerRunner, candidate: EagerRunner, manifest: Manifest) -> 
 
 
 def names(checks) -> list[str]:
-    return [check.what for check in checks]
+    """What was compared, each once: a picture has two figures."""
+    return list(dict.fromkeys(check.what for check in checks))
 
 
 def test_the_same_networks_pass(reference, manifest):
@@ -184,6 +186,40 @@ def test_calls_within_tolerance_and_a_picture_that_is_not(reference, manifest):
     assert str(check).endswith("at least 45 is needed")
 
 
+@pytest.mark.parametrize(("share", "passes"), [(0.55, False), (0.85, False), (0.95, True)])
+def test_an_engine_that_leaves_bone_is_rejected(monkeypatch, share, passes):
+    """Half of it may be within 45 dB: bones are a small part of a picture. The demo model at a quarter of its side."""
+    bundle = open_bundle("demo")
+    preset = PRESETS["demo"]
+    both = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
+    for network, name in zip(both, ("denoiser", "enhancer"), strict=True):
+        network.load_state_dict(load_file(bundle.folder / f"{name}.safetensors"))
+
+    class Weak(EagerRunner):
+        def denoise(self, x_t, cxr, t, out):
+            super().denoise(x_t, cxr, t, out)
+            out.copy_(cxr + share * (out - cxr))
+
+    weak = Weak(*both, 64, CPU)
+    weak.precision = "bf16"
+    monkeypatch.setitem(parity.TOLERANCES, "bf16", replace(parity.TOLERANCES["bf16"], psnr_db=20.0))
+    found = gate(EagerRunner(*both, 64, CPU), weak, bundle.manifest)
+    taken = [check for check in found.checks if check.figure == TAKEN]
+    assert taken[0].value == pytest.approx(1 - share, rel=0.1)
+    assert [check.passed for check in taken] == [passes] * 2
+
+
+def test_a_network_that_takes_nothing_away(manifest):
+    """A grey level is what a difference is then compared with."""
+
+    class Same(nn.Module):
+        def forward(self, x, cxr=None, *_):
+            return x if cxr is None else cxr
+
+    candidate = EagerRunner(Same(), Same(), SIZE, CPU)
+    assert gate(candidate, candidate, manifest).failed == []
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_single_call_that_is_not_finite(reference, manifest, bad):
     candidate = Candidate()
@@ -261,7 +297,8 @@ def test_json_holds_every_figure(reference, manifest):
     candidate.distort = lambda out, t: out.fill_(float("nan")) if t == 0 else None
     found = gate(reference, candidate, manifest)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert [check["what"] for check in content["checks"]] == NAMES
+    assert list(dict.fromkeys(check["what"] for check in content["checks"])) == NAMES
+    assert [check["figure"] for check in content["checks"][-4:]] == [PSNR, TAKEN] * 2
     first, second = content["checks"][:2]
     assert (first["value"], first["passed"], first["note"]) == (None, False, "the output is NaN or infinite")
     assert (second["figure"], second["limit"], second["passed"]) == (DIFFERENCE, 1e-4, True)

@@ -197,7 +197,7 @@ def _compile(
     Raises:
         EngineError: torch cannot.
     """
-    from torch._inductor import aoti_compile_and_package
+    from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.utils import fresh_cache
 
     what = package.stem
@@ -206,8 +206,14 @@ def _compile(
         dynamic = torch.export.Dim("batch", min=batch[0], max=batch[1])
         shapes = tuple({0: dynamic} for _ in example)
     failure: Exception | None = None
-    # A cache of its own: torch would leave sources and weights in the temporary folder of the machine.
-    with torch.no_grad(), warnings.catch_warnings(), fresh_cache(dir=str(package.parent)):
+    # A cache of its own: torch would leave sources and weights in the temporary folder of the machine. Dynamic threads:
+    # an engine built where there is one core, in a batch job say, would use one for good.
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        fresh_cache(dir=str(package.parent)),
+        config.patch("cpp.dynamic_threads", True),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own functions
         try:
             progress(f"exporting the {what}", done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -133,6 +134,17 @@ def test_what_it_says_of_itself_and_closing(tiny_engine):
 @pytest.mark.slow
 def test_what_was_built(tiny_engine):
     assert set(os.listdir(tiny_engine)) == {"denoiser.pt2", "enhancer.pt2", "engine.json"}  # no compiler's cache
+
+
+@pytest.mark.slow
+def test_the_compiled_code_takes_the_threads_of_the_day(tiny_engine):
+    """Not those of the machine, or the batch job, that built it."""
+    pragmas = set()
+    for package in tiny_engine.glob("*.pt2"):
+        with zipfile.ZipFile(package) as content:
+            sources = [content.read(name).decode() for name in content.namelist() if name.endswith(".cpp")]
+        pragmas |= {line.strip() for source in sources for line in source.splitlines() if "omp parallel" in line}
+    assert pragmas == {"#pragma omp parallel"}
 
 
 @pytest.mark.slow
