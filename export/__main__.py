@@ -98,7 +98,12 @@ def export_checkpoints(
     detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = "network",
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
     mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
-    clahe: Annotated[float, typer.Option(min=0, help="CLAHE clip limit of the training data; 0: none.")] = 0.0,
+    clahe: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="CLAHE clip limit of the training data; 0: none.", show_default="the data set's, else 0"
+        ),
+    ] = None,
     tone: Annotated[
         Path | None,
         typer.Option(help="The training pairs, where their scanner equalises each image: for infer --scanner-tone."),
@@ -109,10 +114,13 @@ def export_checkpoints(
     """Make a bundle; refused unless ONNX Runtime agrees with eager."""
     provenance = {} if training is None else read_provenance(training)
     first, state = averaged_weights(checkpoints / "denoiser.pt")
-    second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
+    if enhance or (checkpoints / "enhancer.pt").exists():
+        second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
+    else:
+        second, enhancer_state = untrained_enhancer(checkpoints, first)
     check_stages(checkpoints, first, second, stage_one=weights_digest(state) if enhance else None)
     preset, schedule = PRESETS[first["preset"]], Schedule(**first["schedule"])
-    preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe)
+    preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe_of(first, clahe))
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     denoiser.load_state_dict(state)
     enhancer.load_state_dict(enhancer_state)
@@ -125,7 +133,7 @@ def export_checkpoints(
         enhance=enhance,
         mirror=mirror,
         licence=licence,
-        training=provenance | steps_of(first, second),
+        training=provenance | told_by(first, second),
     )
     manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
     typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
@@ -152,10 +160,40 @@ def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any
         raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
 
 
-def steps_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:
-    """What the two checkpoints' headers say of their training: steps, and the bundle that stage 1 started from."""
-    steps = {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
-    return steps | ({"denoiser_start": first["start"]} if first["start"] else {})
+def untrained_enhancer(checkpoints: Path, first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and weights of a stage 2 that returns its input, for a bundle that leaves it off.
+
+    Raises:
+        SettingsError: the preset's stage 2 does not begin as that.
+    """
+    preset = PRESETS.get(first["preset"])
+    if preset is None or not preset.enhancer.residual:
+        raise SettingsError(f"{checkpoints / 'enhancer.pt'}: no such checkpoint; `python -m train enhancer` writes it")
+    header = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
+    return header, Enhancer(preset.enhancer).state_dict()
+
+
+def clahe_of(first: dict[str, Any], asked: float | None) -> float:
+    """CLAHE clip limit of the networks' input: what stage 1 was trained on, where its checkpoint says so.
+
+    Raises:
+        SettingsError: another one is asked for.
+    """
+    known = first["clahe"]
+    if None not in (known, asked) and known != asked:
+        raise SettingsError(
+            f"--clahe {asked:g}: the data set was prepared with {known:g}; leave the option out, or train anew"
+        )
+    return float((asked if known is None else known) or 0.0)
+
+
+def told_by(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:
+    """What the two checkpoints' headers say of their training: steps, the bundle that stage 1 started from, and the
+    digests of the X-rays that either learned from."""
+    told: dict[str, object] = {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
+    told |= {"denoiser_start": first["start"]} if first["start"] else {}
+    trained_on = {*(first["trained_on"] or ()), *(second["trained_on"] or ())}
+    return told | ({"trained_on": sorted(trained_on)} if trained_on else {})
 
 
 def read_provenance(path: Path) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,8 @@ def write_bundle(
     size = options.preprocessing.size
     image = torch.zeros(2, 1, size, size)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".bundle-") as temporary:
-        work = Path(temporary)
+        work = Path(temporary) / "work"
+        work.mkdir()
         denoiser, enhancer = denoiser.eval(), enhancer.eval()
         export_graph(
             denoiser,
@@ -86,12 +86,28 @@ def write_bundle(
             schedule.train_steps,
         )
         manifest = _manifest(preset, schedule, options, agreement, work)
+        made = Path(temporary) / "made"
+        made.mkdir()
         (work / MANIFEST).write_text(manifest.to_json())
-        folder.mkdir(exist_ok=True)
         for name in (*FILES, MANIFEST):
             (work / name).chmod(0o644)  # safetensors writes for the owner alone
-            shutil.move(work / name, folder / name)
+            (work / name).rename(made / name)
+        _put(made, folder, Path(temporary) / "previous")
     return manifest
+
+
+def _put(made: Path, folder: Path, aside: Path) -> None:
+    """One rename; a bundle in its place is moved aside first, and back if that fails. Files beside its own stay."""
+    try:
+        if folder.exists():
+            folder.rename(aside)
+        made.rename(folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
+    for other in [path for path in aside.glob("*") if path.name not in (*FILES, MANIFEST)]:
+        other.rename(folder / other.name)
 
 
 def _manifest(

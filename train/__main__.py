@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,28 @@ from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.raster import find_pairs
 from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
-from train.data import AUGMENTATION_SETS, Augmentation, Batches, Pair, load_dataset, load_pair
+from train.data import (
+    AUGMENTATION_SETS,
+    STORED_PX,
+    Augmentation,
+    Batches,
+    Pair,
+    dataset_settings,
+    load_dataset,
+    load_pair,
+)
 from train.denoiser import dry_run_denoiser, train_denoiser
 from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
 from train.loop import TrainOptions, crops_of, load_checkpoint, mixed_precision
 from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantom_pool import HELD_OUT_PHANTOM_SEED, held_out_phantoms, phantom_pool
-from train.phantoms import phantom, write_pairs
+from train.phantoms import SMALLEST_PX, phantom, write_pairs
 from train.prepare import PrepareOptions, parse_split, prepare, read_exclusions
 from train.recipe import CHECK_EPOCHS, RECIPES, VERSIONS_PER_PAIR, Recipe
 from train.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -51,7 +63,8 @@ def split_pairs(folder: Path | None, hold_out: list[str], size: int) -> tuple[li
     unknown = set(hold_out) - {name for name, _, _ in found}
     if unknown:
         raise SettingsError(f"--hold-out {', '.join(sorted(unknown))}: no such pair in {folder}")
-    train = [load_pair(*entry) for entry in found if entry[0] not in hold_out]
+    stored = max(STORED_PX, size * 3 // 2)  # room to zoom in
+    train = [load_pair(*entry, size=stored) for entry in found if entry[0] not in hold_out]
     held_out = [load_pair(*entry, size=size) for entry in found if entry[0] in hold_out]
     return train, held_out
 
@@ -62,12 +75,15 @@ def real_pairs(
     """Training pairs, and pairs to validate on at the network's size: of a folder of pairs, or of a data set.
 
     Raises:
-        SettingsError: both are given, or the data set's train part is empty.
+        SettingsError: both are given, or the data set's train part is empty, or smaller than the network's size.
     """
     if dataset is None:
         return split_pairs(pairs, hold_out or [], size)
     if pairs or hold_out:
         raise SettingsError("--dataset brings its own parts: give it without --pairs and --hold-out")
+    made, _ = dataset_settings(dataset)
+    if made < size:
+        raise SettingsError(f"--size {size}: {dataset} was prepared at {made} px; prepare it anew, at {size} or more")
     train = load_dataset(dataset, "train")
     if not train:
         raise SettingsError(f"{dataset}: its train part is empty")
@@ -123,13 +139,16 @@ def given(**options: Any) -> dict[str, Any]:
 def options_of(recipe: Recipe, stage: TrainOptions, pairs: int, **options: Any) -> TrainOptions:
     """A stage's options: the recipe's for that number of training pairs, and what was given on the command line.
 
-    Where the recipe counts epochs, given steps stand for all of them: checkpoints keep their share of the run.
+    Where the recipe counts epochs, given steps stand for all of them: checkpoints keep their share of the run. More
+    checkpoints, each judged, do not end a training sooner: as many more go by without a better one.
     """
-    steps = options["steps"]
+    steps, save_every = options["steps"], options["save_every"]
     if steps and recipe.epochs:
         counted = replace(stage, save_every=max(1, steps * CHECK_EPOCHS // recipe.epochs))
     else:
         counted = stage if steps else recipe.options(stage, pairs, PartialState().num_processes)
+    if save_every:
+        counted = replace(counted, patience=math.ceil(counted.patience * counted.save_every / save_every))
     return replace(counted, **given(**options))
 
 
@@ -139,15 +158,37 @@ def source_of(recipe: Recipe, phantoms: int | None, real_share: float | None, au
     return replace(recipe, **given(phantoms=phantoms, real_share=real_share, augmentation=augmentation))
 
 
-def batches_of(recipe: Recipe, real: list[Pair], folder: Path, size: int, seed: int, keep: bool = True) -> Batches:
-    """The training samples of a recipe; its phantoms are made by one process and kept in `folder` (`phantom_pool`)."""
+def batches_of(
+    recipe: Recipe, real: list[Pair], dataset: Path | None, folder: Path, size: int, seed: int, keep: bool = True
+) -> Batches:
+    """The training samples of a recipe; its phantoms are made by one process and kept in `folder` (`phantom_pool`).
+
+    Raises:
+        SettingsError: see `Batches`; or images smaller than phantoms can be.
+    """
+    if recipe.phantoms and size < SMALLEST_PX:
+        raise SettingsError(f"--size {size}: phantoms are drawn from {SMALLEST_PX} px on; give --phantoms 0")
+    _, clahe = dataset_settings(dataset) if dataset else (0, None)
     with PartialState().main_process_first():
         pool = phantom_pool(folder, recipe.phantoms, size, keep)
-    return Batches(real, pool, recipe.real_share, recipe.augmentation, seed)
+    return Batches(real, pool, recipe.real_share, recipe.augmentation, seed, clahe)
 
 
-def groups_of(held_out: list[Pair], phantoms: int, size: int) -> dict[str, list[Pair]]:
-    """What is validated on: held-out pairs, and phantoms where phantoms are trained on or there are no such pairs."""
+def groups_of(held_out: list[Pair], phantoms: int, size: int, patience: int) -> dict[str, list[Pair]]:
+    """What is validated on: held-out pairs, and phantoms where phantoms are trained on or there are no such pairs.
+
+    Raises:
+        SettingsError: nothing is held out, and what is validated on decides when training ends, or is too small to
+            be drawn.
+    """
+    if not held_out and not phantoms:
+        if patience:
+            raise SettingsError(
+                "no pair is held out to say when to stop: give --hold-out, or a data set with pairs in its val part"
+            )
+        logger.warning("no pair is held out: progress is judged on drawn phantoms")
+        if size < SMALLEST_PX:
+            raise SettingsError(f"--size {size}: phantoms are drawn from {SMALLEST_PX} px on; give --hold-out")
     drawn = {"phantoms": held_out_phantoms(8, size)} if phantoms or not held_out else {}
     return drawn | ({"pairs": held_out} if held_out else {})
 
@@ -191,15 +232,16 @@ def denoiser(
     of_run = {"steps": steps, "learning_rate": learning_rate, "save_every": save_every}
     crops = None if crop is None else crops_of(crop, size)
     options = options_of(chosen, chosen.denoiser, len(real), **of_run, **fixed, crops=crops)
+    options.crop(0, size)  # refuses a side the networks do not take, before phantoms are drawn
     diffusion = replace(chosen.schedule, **given(name=schedule, objective=objective))
     shape = preset_of(preset or chosen.preset)
     source = source_of(chosen, phantoms, real_share, augment)
-    batches = batches_of(source, real, output, size, seed, keep=not dry_run)
+    batches = batches_of(source, real, dataset, output, size, seed, keep=not dry_run)
     if dry_run:
         typer.echo(dry_run_denoiser(shape, diffusion, batches, options, size))
         return
     output.mkdir(parents=True, exist_ok=True)
-    validation = Validation(groups_of(held_out, source.phantoms, size), diffusion, chosen.validation)
+    validation = Validation(groups_of(held_out, source.phantoms, size, options.patience), diffusion, chosen.validation)
     train_denoiser(output, shape, diffusion, batches, validation, options, size, start)
 
 
@@ -251,11 +293,13 @@ def enhancer(
         return
     stage = StageOne.load(output / "denoiser.pt", shape)
     source = source_of(chosen, phantoms, real_share, augment)
-    batches = batches_of(source, real, output, size, seed + 1)
+    batches = batches_of(source, real, dataset, output, size, seed + 1)
     sampler = replace(chosen.stage_one, steps=stage_one_steps or chosen.stage_one.steps)
     samples = samples or chosen.samples or VERSIONS_PER_PAIR * len(real)
     outputs = stage_one_outputs(output, stage, batches, samples, size, sampler)
-    validation = Validation(groups_of(held_out, source.phantoms, size), stage.schedule, chosen.validation)
+    validation = Validation(
+        groups_of(held_out, source.phantoms, size, options.patience), stage.schedule, chosen.validation
+    )
     train_enhancer(output, stage, outputs, validation, options, weights, vgg, chosen.clean_share)
 
 
@@ -340,8 +384,8 @@ def comparator(
         return
     output.mkdir(parents=True, exist_ok=True)
     source = source_of(chosen, phantoms, real_share, augment)
-    batches = batches_of(source, real, output, size, seed)
-    validation = Validation(groups_of(held_out, source.phantoms, size), chosen.schedule)
+    batches = batches_of(source, real, dataset, output, size, seed)
+    validation = Validation(groups_of(held_out, source.phantoms, size, options.patience), chosen.schedule)
     typer.echo(train_comparator(output, name, batches, validation, options, size, side))
 
 
@@ -359,7 +403,7 @@ def demo(
 def make_phantoms(
     folder: Annotated[Path, typer.Argument(help="Where NAME_cxr.png and NAME_soft_tissue.png are written.")],
     count: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 10,
-    size: Annotated[int, typer.Option(min=64, help="Side of the images, px.")] = 256,
+    size: Annotated[int, typer.Option(min=SMALLEST_PX, help="Side of the images, px.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first one; the rest follow.")] = HELD_OUT_PHANTOM_SEED,
     dicom: Annotated[bool, typer.Option("--dicom", help="Also NAME_cxr.dcm: CR, 14 bits, MONOCHROME1.")] = False,
 ) -> None:

@@ -27,6 +27,7 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, to_network, tone_of
+from bsdiff_rt.radiograph import pixel_digest
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
@@ -42,12 +43,16 @@ DATASET_BITS = 16
 
 @dataclass(frozen=True)
 class Pair:
-    """One patient: X-ray, truth, and the truth in the X-ray's own tone. All [S, S] float32 in [0, 1]."""
+    """One patient: X-ray, truth, and the truth in the X-ray's own tone. All [S, S] float32 in [0, 1].
+
+    `digest` is `xray_digest` of the X-ray as it was read; "" for a phantom.
+    """
 
     name: str
     cxr: Image
     soft_tissue: Image
     tone_matched: Image
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,22 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
         )
     squares = (to_network(image, Preprocessing(size))[0] for image in images)
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
-    return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue))
+    return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
+
+
+def xray_digest(cxr: Image) -> str:
+    """Names an X-ray, [H, W] in [0, 1], by its pixels: 16 hexadecimal digits. benchmarks/table1.py does the same."""
+    return pixel_digest(np.rint(cxr * 65535).astype(np.uint16)).hex()[:16]
+
+
+def dataset_settings(folder: Path) -> tuple[int, float]:
+    """Side in px and CLAHE clip limit (0: none) of what `python -m train prepare` wrote.
+
+    Raises:
+        SettingsError: there is no such data set.
+    """
+    _, settings = _record(folder)
+    return int(settings["size"]), float(settings["clahe"])
 
 
 def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]:
@@ -124,22 +144,30 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
         SettingsError: there is no such data set.
         InputFailed: a file of it is missing or damaged.
     """
+    pairs = []
+    parts, _ = _record(folder)
+    for name in (name for name, its in parts if its == part):
+        cxr, soft_tissue = (
+            read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
+        )
+        digest = xray_digest(cxr)
+        if size is not None:
+            cxr, soft_tissue = (np.clip(resize(image, (size, size)), 0, 1) for image in (cxr, soft_tissue))
+        pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), digest))
+    return pairs
+
+
+def _record(folder: Path) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    """Name and part of each pair of a data set, and its size and CLAHE."""
     path = folder / DATASET_FILE
     try:
-        names = [entry["name"] for entry in json.loads(path.read_text())["pairs"] if entry["part"] == part]
+        record = json.loads(path.read_text())
+        settings = {name: record["settings"][name] for name in ("size", "clahe")}
+        return [(entry["name"], entry["part"]) for entry in record["pairs"]], settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"{path}: not the record of a data set ({type(error).__name__}); make one with `python -m train prepare`"
         ) from None
-    pairs = []
-    for name in names:
-        cxr, soft_tissue = (
-            read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
-        )
-        if size is not None:
-            cxr, soft_tissue = (np.clip(resize(image, (size, size)), 0, 1) for image in (cxr, soft_tissue))
-        pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue)))
-    return pairs
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
@@ -160,6 +188,10 @@ class Batches:
         real_share: share of real samples in a batch; 0 when there are no pairs.
         augmentation: see `Augmentation`.
         seed: every batch is a function of this and its step.
+        clahe: clip limit the pairs were equalised with; 0: they were not; None: not known.
+
+    Raises:
+        SettingsError: no samples; or phantoms that nothing draws from, or that are not equalised as the pairs are.
     """
 
     def __init__(
@@ -169,9 +201,21 @@ class Batches:
         real_share: float,
         augmentation: Augmentation,
         seed: int,
+        clahe: float | None = None,
     ) -> None:
         if not real and not len(phantoms):
             raise SettingsError("nothing to train on: give a folder of pairs, a number of phantoms, or both")
+        if real and len(phantoms) and real_share == 1:
+            raise SettingsError(
+                f"{len(phantoms)} phantoms, but all samples are to be real ones; give --real-share below 1, or "
+                "--phantoms 0"
+            )
+        if clahe and len(phantoms):
+            raise SettingsError(
+                f"the data set is equalised (CLAHE {clahe:g}), phantoms are not: give --phantoms 0, or prepare it "
+                "with --clahe 0"
+            )
+        self.clahe = clahe
         self.real = real
         self.phantoms = phantoms
         self.real_share = real_share if real else 0.0
@@ -181,14 +225,27 @@ class Batches:
         self.seed = seed
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything a sample depends on but its step."""
+        """SHA-256 over everything a sample depends on but its step.
+
+        Of the pairs what was read, at 16 bits: the last bits of what is computed from it depend on the processor.
+        """
         rest = (self.seed, self.real_share, asdict(self.augmentation), self.phantoms.shape, len(self.real))
         digest = hashlib.sha256(repr(rest).encode())
         digest.update(np.ascontiguousarray(self.phantoms).data)
         for pair in self.real:
-            for image in (pair.cxr, pair.soft_tissue, pair.tone_matched):
-                digest.update(np.ascontiguousarray(image).data)
+            for image in (pair.cxr, pair.soft_tissue):
+                digest.update(np.rint(image * 65535).astype("<u2").data)
         return digest.hexdigest()
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of the samples, plain values; `trained_on` holds the X-rays' digests."""
+        return {
+            "clahe": self.clahe,
+            "phantoms": len(self.phantoms),
+            "real_share": self.real_share,
+            "augmentation": asdict(self.augmentation),
+            "trained_on": sorted(pair.digest for pair in self.real),
+        }
 
     def batch(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
         """`count` augmented samples for `step`: [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.

@@ -17,6 +17,7 @@ import numpy as np
 from train.anatomy import MARGIN, Array, draw_build, skeleton
 from train.tissue import devices_mm, octaves, soft_tissue_mm
 
+SMALLEST_PX = 64  # a phantom's side
 SOFT_PER_MM = 0.019  # attenuation of soft tissue at the standard exposure
 BONE_EXCESS_PER_MM = 0.060  # cortical bone minus the soft tissue it displaces
 
@@ -142,13 +143,13 @@ def phantom(seed: int, size: int = 256) -> Phantom:
 
     Args:
         seed: patient and exposure; the same seed at another size is the same patient under the same exposure.
-        size: side of the images in pixels, at least 64.
+        size: side of the images in pixels, at least SMALLEST_PX.
 
     Returns:
         The pair. It depends on the arguments alone.
     """
-    if size < 64:
-        raise ValueError(f"phantom size is {size} pixels; at least 64 are needed")
+    if size < SMALLEST_PX:
+        raise ValueError(f"phantom size is {size} pixels; at least {SMALLEST_PX} are needed")
     streams = [np.random.default_rng([seed, part]) for part in range(7)]
     pixels = 2 * round(size * (1 + 2 * MARGIN) * (1.2 if size <= 384 else 1.0) / 2)
     build = draw_build(streams[0])

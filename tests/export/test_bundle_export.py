@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,8 +114,31 @@ def test_a_bundle_that_was_there_stays_when_the_new_one_is_refused(write, tmp_pa
 
 def test_a_bundle_is_replaced_by_a_bundle(write, tmp_path):
     write()
+    (tmp_path / "new" / "model card.md").write_text("mine")
     write(options=dataclasses.replace(OPTIONS, name="newer"))
     assert open_bundle(tmp_path / "new").manifest.name == "newer"
+    assert (tmp_path / "new" / "model card.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_interruption_leaves_the_old_bundle_or_the_new_one(write, tmp_path, monkeypatch, number):
+    write()
+    before = open_bundle(tmp_path / "new").sha256
+    renamed = []
+    real = Path.rename
+
+    def rename(path, target):
+        if path.is_dir():
+            renamed.append(path)
+            if len(renamed) == number:
+                raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        write(options=dataclasses.replace(OPTIONS, name="newer"))
+    assert open_bundle(tmp_path / "new").sha256 == before
 
 
 def test_an_empty_folder_is_taken(write, tmp_path):

@@ -15,13 +15,13 @@ HEADER = {"preset": "tiny", "step": 7, "size": 64}
 
 def test_header_and_averaged_weights(tmp_path):
     weights = {"a": torch.rand(3)}
-    first = {"schedule": {"name": "cosine"}, "start": "ab" * 32}
+    first = {"schedule": {"name": "cosine"}, "start": "ab" * 32, "clahe": 2.0, "trained_on": ["ab"]}
     torch.save(HEADER | first | {"averaged": weights, "model": {}}, tmp_path / "d.pt")
     header, averaged = averaged_weights(tmp_path / "d.pt")
     assert header == HEADER | first | {"stage_one": None}
     assert torch.equal(averaged["a"], weights["a"])
     torch.save(HEADER | {"averaged": weights}, tmp_path / "e.pt")
-    assert averaged_weights(tmp_path / "e.pt")[0] == HEADER | {"schedule": None, "stage_one": None, "start": None}
+    assert averaged_weights(tmp_path / "e.pt")[0] == HEADER | dict.fromkeys([*first, "stage_one"])
 
 
 def test_no_checkpoint(tmp_path):

@@ -75,7 +75,33 @@ def test_the_training_datas_clahe_goes_into_the_bundle(tmp_path, monkeypatch):
     )
     command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=2.5)
     command.export_checkpoints(tmp_path, tmp_path / "bundle")
-    assert [options.preprocessing.clahe_clip_limit for options in given] == [2.5, 0.0]
+    first, second = (GOOD | {"averaged": dict(state), "trained_on": ["b", "c"]} for state in networks)
+    save(tmp_path, first | {"clahe": 2.0}, second | {"trained_on": ["a", "b"]})
+    command.export_checkpoints(tmp_path, tmp_path / "bundle")
+    command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=2.0)
+    assert [options.preprocessing.clahe_clip_limit for options in given] == [2.5, 0.0, 2.0, 2.0]
+    assert [options.training.get("trained_on") for options in given] == [None, None, *[["a", "b", "c"]] * 2]
+    with pytest.raises(SettingsError, match="--clahe 0: the data set was prepared with 2; leave the option out"):
+        command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=0.0)
+
+
+def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        command, "write_bundle", lambda *arguments: given.append(arguments) or SimpleNamespace(name="", agreement={})
+    )
+    demo = Denoiser(PRESETS["demo"].denoiser).state_dict()
+    torch.save(GOOD | {"preset": "demo", "averaged": dict(demo)}, tmp_path / "denoiser.pt")
+    command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
+    (_, preset, _, _, enhancer, options) = given[0]
+    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(enhancer.eval()(x), x)  # as good as none
+    assert (preset.name, options.training["enhancer_steps"], options.enhance) == ("demo", 0, False)
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: no such checkpoint"):
+        command.export_checkpoints(tmp_path, tmp_path / "bundle")
+    torch.save(GOOD, tmp_path / "denoiser.pt")  # its stage 2 does not begin as the identity
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: no such checkpoint; `python -m train enhancer` writes it"):
+        command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
 
 
 @pytest.mark.slow

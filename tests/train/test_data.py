@@ -1,26 +1,30 @@
 """Training data: pairs found and read, tone matched, augmentation that keeps the two images of a pair together."""
 
 import json
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields, replace
 
 import cv2
 import numpy as np
 import pytest
 
 from bsdiff_rt.errors import InputFailed, SettingsError
+from bsdiff_rt.raster import find_pairs
 from train.data import (
     AUGMENTATION_SETS,
     Augmentation,
     Batches,
     Pair,
+    dataset_settings,
     degrade,
     load_dataset,
     load_pair,
     match_tone,
     tone_curve,
     warp,
+    xray_digest,
 )
-from train.phantoms import phantom
+from train.phantoms import phantom, write_pairs
 
 PLAIN = Augmentation(geometry=0.0, foreign=0.0, swap_bones=0.0, blur_noise=0.0)
 
@@ -195,7 +199,7 @@ def written(folder, largest=65535):
         values = np.rint(np.linspace(0, largest, 64 * 64).reshape(64, 64) * share).astype(np.uint16)
         cv2.imwrite(str(folder / "train" / f"[a]_{role}.png"), values)
     pairs = [{"name": "[a]", "part": "train"}, {"name": "b", "part": None}]
-    (folder / "dataset.json").write_text(json.dumps({"pairs": pairs}))
+    (folder / "dataset.json").write_text(json.dumps({"pairs": pairs, "settings": {"size": 64, "clahe": 2.0}}))
 
 
 def test_a_data_set_is_read_at_its_full_range(tmp_path):
@@ -207,18 +211,61 @@ def test_a_data_set_is_read_at_its_full_range(tmp_path):
     assert loaded.soft_tissue.max() == pytest.approx(8000 / 65535, abs=1e-6)
     np.testing.assert_array_equal(loaded.tone_matched, match_tone(loaded.cxr, loaded.soft_tissue))
     assert load_dataset(tmp_path, "val") == []
+    assert dataset_settings(tmp_path) == (64, 2.0)
     (smaller,), (larger,) = (load_dataset(tmp_path, "train", size) for size in (32, 96))
     np.testing.assert_allclose(smaller.cxr, loaded.cxr.reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-6)
     assert larger.soft_tissue.shape == (96, 96)
+    assert smaller.digest == larger.digest == loaded.digest == xray_digest(loaded.cxr)
+
+
+def test_an_x_ray_is_known_by_its_pixels(tmp_path):
+    list(write_pairs(tmp_path, 2, 0, 64))
+    first, second = find_pairs(tmp_path)
+    digests = [load_pair(*entry).digest for entry in (first, second)]
+    assert load_pair("other name", *first[1:], size=32).digest == digests[0] != digests[1]
+    assert re.fullmatch("[0-9a-f]{16}", digests[0])
+
+
+def test_what_a_checkpoint_says_of_its_samples(pair, pool):
+    told = Batches([replace(pair, digest="b"), replace(pair, digest="a")], pool, 0.5, PLAIN, 0).description()
+    assert json.loads(json.dumps(told))["trained_on"] == ["a", "b"]
+    assert (told["phantoms"], told["real_share"], told["clahe"]) == (len(pool), 0.5, None)
+    assert told["augmentation"] == asdict(PLAIN)
+
+
+def test_the_fingerprint_is_of_what_was_read(pair, pool):
+    """The last bits of what is computed from it depend on the processor."""
+    expected = Batches([pair], pool, 0.5, PLAIN, 0).fingerprint()
+    near = replace(pair, tone_matched=np.nextafter(pair.tone_matched, np.float32(1)))
+    assert Batches([near], pool, 0.5, PLAIN, 0).fingerprint() == expected
+    for changed in (replace(pair, cxr=1 - pair.cxr), replace(pair, soft_tissue=1 - pair.soft_tissue)):
+        assert Batches([changed], pool, 0.5, PLAIN, 0).fingerprint() != expected
+    for other in (Batches([pair], pool, 0.5, PLAIN, 1), Batches([pair], 255 - pool, 0.5, PLAIN, 0)):
+        assert other.fingerprint() != expected
+
+
+def test_phantoms_that_would_be_drawn_for_nothing(pair, pool):
+    with pytest.raises(SettingsError, match=r"phantoms, but all samples are to be real ones; give --real-share below"):
+        Batches([pair], pool, 1.0, PLAIN, 0)
+    assert Batches([], pool, 1.0, PLAIN, 0).real_share == 0.0
+
+
+def test_phantoms_beside_equalised_pairs(pair, pool):
+    with pytest.raises(
+        SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not: give --phantoms 0"
+    ):
+        Batches([pair], pool, 0.5, PLAIN, 0, clahe=2.0)
+    assert Batches([pair], pool[:0], 0.5, PLAIN, 0, clahe=2.0).description()["clahe"] == 2.0
 
 
 def test_no_data_set_or_a_damaged_one_is_said_so(tmp_path):
     with pytest.raises(SettingsError, match=r"FileNotFoundError.*train prepare"):
         load_dataset(tmp_path, "train")
-    for content in ("{", "[]", '{"pairs": [{"name": "a"}]}'):
+    for content in ("{", "[]", '{"pairs": []}', '{"settings": {"size": 64, "clahe": 0}, "pairs": [{"name": "a"}]}'):
         (tmp_path / "dataset.json").write_text(content)
-        with pytest.raises(SettingsError, match="not the record of a data set"):
-            load_dataset(tmp_path, "train")
+        for read in (lambda: load_dataset(tmp_path, "train"), lambda: dataset_settings(tmp_path)):
+            with pytest.raises(SettingsError, match="not the record of a data set"):
+                read()
     written(tmp_path / "set")
     (tmp_path / "set" / "train" / "[a]_cxr.png").unlink()
     with pytest.raises(InputFailed, match="cannot be read"):

@@ -45,6 +45,11 @@ def test_steps_given_for_a_recipe_of_epochs_keep_its_share_between_checkpoints()
     assert options_of(paper, paper.denoiser, 84, steps=58_800, **given).save_every == 10 * 294
     assert options_of(paper, paper.denoiser, 84, steps=7, **given).save_every == 1
     assert options_of(paper, paper.denoiser, 84, steps=600, learning_rate=None, save_every=50).save_every == 50
+    often = options_of(paper, paper.denoiser, 84, steps=58_800, learning_rate=None, save_every=100)
+    assert (often.save_every, often.patience) == (
+        100,
+        147,
+    )  # 14,700 steps without a better one, as without --save-every
     demo = RECIPES["demo"]
     assert options_of(demo, demo.denoiser, 0, steps=600, **given).save_every == 250
 

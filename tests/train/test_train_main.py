@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
 from export.__main__ import app as exporter
-from train.__main__ import HELD_OUT_PHANTOM_SEED, app
+from train.__main__ import HELD_OUT_PHANTOM_SEED, app, batches_of, groups_of, real_pairs, split_pairs
 from train.denoiser import bone_weights, denoiser_losses, draw_times, target
 from train.loop import Trainee, TrainOptions, load_checkpoint
+from train.recipe import RECIPES
 
 
 def run(command_line, *arguments):
@@ -91,6 +93,47 @@ def test_an_unknown_held_out_pair_is_refused(tmp_path):
     run(app, "phantoms", tmp_path / "p", "--count", 1, "--size", 64)
     with pytest.raises(Exception, match="no such pair"):
         run(app, "denoiser", "-o", tmp_path, "--pairs", tmp_path / "p", "--hold-out", "x", *TINY, "--size", 64)
+
+
+def test_pairs_are_kept_large_enough_for_the_network(tmp_path):
+    run(app, "phantoms", tmp_path / "p", "--count", 2, "--size", 64)
+    name = f"phantom{HELD_OUT_PHANTOM_SEED}"
+    for size, stored in ((64, 384), (512, 768)):
+        (pair,), (held_out,) = split_pairs(tmp_path / "p", [name], size)
+        assert (pair.cxr.shape, held_out.cxr.shape) == ((stored, stored), (size, size))
+
+
+def test_a_data_set_smaller_than_the_network_is_refused(tmp_path):
+    run(app, "phantoms", tmp_path / "p", "--count", 4, "--size", 64)
+    prepared = ("--size", 64, "--split", "2:1:1", "--no-register", "--clahe", 2)
+    assert run(app, "prepare", tmp_path / "p", tmp_path / "p", "-o", tmp_path / "d", *prepared).exit_code == 0
+    with pytest.raises(SettingsError, match=r"--size 128: .*d was prepared at 64 px; prepare it anew, at 128 or more"):
+        real_pairs(None, None, tmp_path / "d", 128)
+    train, _ = real_pairs(None, None, tmp_path / "d", 64)
+    made = batches_of(RECIPES["paper"], train, tmp_path / "d", tmp_path, 64, 0)
+    assert made.description()["clahe"] == 2.0
+    with pytest.raises(SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not"):
+        batches_of(replace(RECIPES["demo"], phantoms=1), train, tmp_path / "d", tmp_path, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(48, "--size 48: phantoms are drawn from 64 px on"), (250, "--size 250: give a multiple")]
+)
+def test_a_size_nothing_can_be_drawn_at_is_refused_at_once(tmp_path, monkeypatch, size, message):
+    monkeypatch.setattr("train.__main__.phantom_pool", lambda *_: pytest.fail("phantoms were drawn"))
+    with pytest.raises(SettingsError, match=message):
+        run(app, "denoiser", "-o", tmp_path, *TINY, "--size", size)
+
+
+def test_what_is_judged_where_nothing_is_held_out(caplog):
+    assert groups_of([], 4, 64, 0).keys() == {"phantoms"}
+    assert not caplog.records
+    assert groups_of([], 0, 64, 0).keys() == {"phantoms"}
+    assert "no pair is held out: progress is judged on drawn phantoms" in caplog.text
+    with pytest.raises(SettingsError, match="no pair is held out to say when to stop: give --hold-out"):
+        groups_of([], 0, 64, 5)
+    with pytest.raises(SettingsError, match="--size 48: phantoms are drawn from 64 px on; give --hold-out"):
+        groups_of([], 0, 48, 0)
 
 
 def test_targets_of_the_three_objectives():
