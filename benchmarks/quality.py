@@ -25,11 +25,11 @@ from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
-from bsdiff_rt.errors import BsdiffError
+from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.intensity import Placement, from_network, place, resize, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.radiograph import pixel_digest, write_atomically
 from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
@@ -68,14 +68,19 @@ def main(
     mirror = manifest.mirror if mirror is None else mirror
     groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
     groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
-    settings = [(sampler, int(count)) for sampler in SAMPLERS for count in steps.split(",")]
+    settings = [(sampler, count) for sampler in SAMPLERS for count in numbers(steps)]
     settings += [("ddpm", schedule.train_steps)] if full else []
+    tables = [sampler_table(schedule, *setting) for setting in settings]  # refuses what cannot be run, before hours
+    if output:
+        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
+        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
+        head |= {"scanner_tone": bool(manifest.tone.cxr), "size_px": size}
+        write(output, head | {"rows": []})
     rows: list[dict[str, Any]] = []
     with load(model, "auto", resolve_device(device)) as runner:
         for group, images in groups.items():
-            for sampler, count in settings:
+            for (sampler, count), table in zip(settings, tables, strict=True):
                 some = images[:full] if count == schedule.train_steps else images
-                table = sampler_table(schedule, sampler, count)
                 started = time.monotonic()
                 found = [judge(runner, manifest, table, pair, size, mirror) for pair in some]
                 row = {"group": group, "images": len(some), "sampler": sampler, "steps": count, "mirror": mirror}
@@ -84,11 +89,32 @@ def main(
                     figures = mean_quality([one[stage2, detail] for one in found]).as_dict()
                     rows.append(row | {"stage2": stage2, "detail": detail} | figures)
                     print(line(rows[-1]), flush=True)
-    if output:
-        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
-        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
-        head |= {"scanner_tone": bool(manifest.tone.cxr), "size_px": size, "rows": rows}
-        output.write_text(json.dumps(head, indent=1) + "\n")
+                if output:  # an interruption costs no more than the row in the making
+                    write(output, head | {"rows": rows})
+
+
+def numbers(steps: str) -> list[int]:
+    """The numbers in a comma separated list.
+
+    Raises:
+        SettingsError: something else is in it.
+    """
+    try:
+        return [int(count) for count in steps.split(",")]
+    except ValueError:
+        raise SettingsError(f"--steps {steps}: give whole numbers, comma separated") from None
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        SettingsError: it cannot be written.
+    """
+    try:
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise SettingsError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
 def load_pairs(folder: Path) -> list[Pair]:

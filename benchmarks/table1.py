@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,11 +63,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Case:
-    """One pair to judge on, [S, S] float32 in [0, 1]."""
+    """One pair to judge on, [S, S] float32 in [0, 1]; `digest` names the X-ray as a bundle's `trained_on` does."""
 
     patient: str
     cxr: Image
     soft_tissue: Image
+    digest: str
 
 
 @app.command()
@@ -92,8 +93,10 @@ def main(
     settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
     cases = read_cases(dataset, part, model.manifest.preprocessing)
     rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
+    known = {BOTH: warn_of_training_images(BOTH, manifest.training.get("trained_on", ()), cases)}
     for path in sorted(comparators.glob("*.onnx")) if comparators else []:
-        rows += judge(comparator(path, where), cases, seed)
+        rows += (found := judge(comparator(path, where), cases, seed))
+        known[found[0]["name"]] = warn_of_training_images(found[0]["name"], trained_on(path), cases)
     table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
     with load(model, "auto", where) as runner:
         kind, shortest = runner.name, sampler_table(model.manifest.schedule, settings.name, 1)
@@ -109,7 +112,7 @@ def main(
         head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
         head |= {"sampler": asdict(settings), "mirror": mirror, "scanner_tone": bool(manifest.tone.cxr)}
-        head |= {"runner": kind, "images": len(cases), "seed": seed}
+        head |= {"runner": kind, "images": len(cases), "images_trained_on": known, "seed": seed}
         output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
@@ -140,8 +143,25 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
     for patient, *paths in files:
         pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
         cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
-        cases.append(Case(patient, cxr, soft_tissue))
+        digest = pixel_digest(np.rint(pair[0] * 65535).astype(np.uint16)).hex()[:16]  # train/data.py does the same
+        cases.append(Case(patient, cxr, soft_tissue, digest))
     return cases
+
+
+def warn_of_training_images(name: str, trained_on: Iterable[str], cases: list[Case]) -> int:
+    """How many of the cases a network learned from: what it says of them is no measure of others."""
+    known = set(trained_on)
+    count = sum(case.digest in known for case in cases)
+    if count:
+        print(f"{name} was trained on {count} of the {len(cases)} images")
+    return count
+
+
+def trained_on(network: Path) -> Iterable[str]:
+    """The X-rays a comparator learned from, by the checkpoint beside it; none where there is none, or an older one."""
+    checkpoint = network.with_suffix(".pt")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint.is_file() else {}
+    return state.get("trained_on") or ()
 
 
 def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Predict:

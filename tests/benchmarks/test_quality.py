@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import quality as quality_module
 from benchmarks.quality import app, load_pairs
 from bsdiff_rt.config import InferSettings
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.metrics import mean_quality, quality
 from bsdiff_rt.pipeline import Inference
@@ -106,3 +108,35 @@ def test_pairs_share_one_grey_scale(tmp_path):
     cv2.imwrite(str(tmp_path / "a_soft_tissue.png"), cxr // 4)
     ((loaded, truth),) = load_pairs(tmp_path)
     np.testing.assert_allclose(truth * 4, loaded, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "json_file", "message"),
+    [
+        ("1,zwei", "q.json", "--steps 1,zwei: give whole numbers, comma separated"),
+        ("1,2000", "q.json", "2000 sampling steps asked for"),
+        ("1", "absent/q.json", r"--json .*q\.json: cannot be written \(No such file"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_hours_of_it(phantoms, tmp_path, monkeypatch, steps, json_file, message):
+    monkeypatch.setattr("benchmarks.quality.judge", lambda *_: pytest.fail("judged"))
+    arguments = ["--phantoms", phantoms, "--steps", steps, "--json", tmp_path / json_file, "--device", "cpu"]
+    with pytest.raises(SettingsError, match=message):
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_an_interruption_keeps_the_rows_that_are_there(phantoms, tiny_bundle, tmp_path, monkeypatch):
+    judged = []
+
+    def judge(*arguments):
+        judged.append(arguments)
+        if len(judged) == 3:  # two phantoms a row
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = quality_module.judge
+    monkeypatch.setattr("benchmarks.quality.judge", judge)
+    arguments = ["--bundle", tiny_bundle, "--phantoms", phantoms, "--steps", "1", "--json", tmp_path / "q.json"]
+    CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--device", "cpu")])
+    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert {(row["sampler"], row["steps"]) for row in rows} == {("ddpm", 1)}

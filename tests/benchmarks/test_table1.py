@@ -1,6 +1,7 @@
 """The paper's tables: rows of the networks given, intervals of a known distribution, prepared and plain data sets."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from synthetic import chest
 from typer.testing import CliRunner
 
 from benchmarks.table1 import BOTH, PUBLISHED, STAGE_1, UNTOUCHED, app, comparator, interval, print_table, read_cases
+from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import InputFailed, SettingsError
 
@@ -102,6 +104,27 @@ def test_bs_diff_is_judged_in_its_scanners_tone_or_without(dataset, toned_bundle
     assert means[0][UNTOUCHED] == means[1][UNTOUCHED]
     assert abs(means[0][STAGE_1] / means[1][STAGE_1] - 1) > 0.1
     assert abs(means[0][BOTH] / means[1][BOTH] - 1) > 0.1
+
+
+def test_images_that_a_network_was_trained_on_are_told(dataset, tiny_bundle, tmp_path, monkeypatch):
+    """Whoever prepares a data set anew moves patients from one part to another."""
+    networks, path = tmp_path / "networks", tmp_path / "t.json"
+    networks.mkdir()
+    digests = [case.digest for case in read_cases(dataset, "test", Preprocessing(SIZE))]
+    for name, known in (("gusarev", digests[:1]), ("other", None)):
+        write_network(networks / f"{name}.onnx", 0.5)
+        torch.save({"trained_on": known} if known else {}, networks / f"{name}.pt")
+    write_network(networks / "third.onnx", 0.5)  # without a checkpoint
+    model = open_bundle(str(tiny_bundle))
+    seen = replace(model.manifest, training={"trained_on": [*digests[:2], "0" * 16]})
+    monkeypatch.setattr("benchmarks.table1.open_bundle", lambda _: replace(model, manifest=seen))
+    arguments = [dataset, "--bundle", tiny_bundle, "--comparators", networks, "--device", "cpu", "--json", path]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert "BS-Diff was trained on 2 of the 4 images" in result.output
+    assert "Gusarev was trained on 1 of the 4 images" in result.output
+    assert "third was" not in result.output
+    known = {"BS-Diff": 2, "Gusarev": 1, "other": 0, "third": 0}
+    assert json.loads(path.read_text())["images_trained_on"] == known
 
 
 def test_the_papers_values_stand_below_the_columns_they_belong_to(capsys):
