@@ -88,9 +88,9 @@ def mse(soft_tissue: Image, predicted: Image) -> float:
 
 
 def psnr(soft_tissue: Image, predicted: Image) -> float:
-    """Peak signal-to-noise ratio in dB for a data range of 1; infinite for equal images."""
+    """Peak signal-to-noise ratio in dB for a data range of 1; infinite for equal images, NaN where a pixel is."""
     error = mse(soft_tissue, predicted)
-    return -10.0 * math.log10(error) if error > 0 else math.inf
+    return math.inf if error == 0 else -10.0 * math.log10(error)
 
 
 def ssim(soft_tissue: Image, predicted: Image) -> float:

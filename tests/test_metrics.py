@@ -50,6 +50,14 @@ def test_equal_images():
     assert ssim(CXR, CXR) == pytest.approx(1, abs=1e-12)
 
 
+def test_the_psnr_of_a_picture_that_is_not_finite_is_none():
+    predicted = PREDICTED.copy()
+    predicted[3, 5] = math.nan
+    assert math.isnan(psnr(SOFT_TISSUE, predicted))
+    predicted[3, 5] = math.inf
+    assert psnr(SOFT_TISSUE, predicted) == -math.inf
+
+
 @pytest.mark.parametrize("form", [bsr, bsr_tone_matched, bsr_release])
 def test_the_truth_scores_one(form):
     assert form(CXR, SOFT_TISSUE, SOFT_TISSUE) == pytest.approx(1, abs=1e-12)

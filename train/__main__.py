@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import cv2
 import typer
-from accelerate import PartialState
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.raster import find_pairs
+from train.checkpoint import load_checkpoint
 from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.data import (
@@ -30,7 +30,7 @@ from train.data import (
 )
 from train.denoiser import dry_run_denoiser, train_denoiser
 from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
-from train.loop import TrainOptions, crops_of, load_checkpoint, mixed_precision
+from train.loop import TrainOptions, crops_of, mixed_precision, new_accelerator
 from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantom_pool import HELD_OUT_PHANTOM_SEED, held_out_phantoms, phantom_pool
@@ -146,7 +146,7 @@ def options_of(recipe: Recipe, stage: TrainOptions, pairs: int, **options: Any) 
     if steps and recipe.epochs:
         counted = replace(stage, save_every=max(1, steps * CHECK_EPOCHS // recipe.epochs))
     else:
-        counted = stage if steps else recipe.options(stage, pairs, PartialState().num_processes)
+        counted = stage if steps else recipe.options(stage, pairs, new_accelerator().num_processes)
     if save_every:
         counted = replace(counted, patience=math.ceil(counted.patience * counted.save_every / save_every))
     return replace(counted, **given(**options))
@@ -169,7 +169,7 @@ def batches_of(
     if recipe.phantoms and size < SMALLEST_PX:
         raise SettingsError(f"--size {size}: phantoms are drawn from {SMALLEST_PX} px on; give --phantoms 0")
     _, clahe = dataset_settings(dataset) if dataset else (0, None)
-    with PartialState().main_process_first():
+    with new_accelerator().main_process_first():
         pool = phantom_pool(folder, recipe.phantoms, size, keep)
     return Batches(real, pool, recipe.real_share, recipe.augmentation, seed, clahe)
 
@@ -292,6 +292,7 @@ def enhancer(
         typer.echo(dry_run_enhancer(shape, options, size, weights, vgg))
         return
     stage = StageOne.load(output / "denoiser.pt", shape)
+    stage.check_held_out(held_out)
     source = source_of(chosen, phantoms, real_share, augment)
     batches = batches_of(source, real, dataset, output, size, seed + 1)
     sampler = replace(chosen.stage_one, steps=stage_one_steps or chosen.stage_one.steps)
@@ -300,7 +301,7 @@ def enhancer(
     validation = Validation(
         groups_of(held_out, source.phantoms, size, options.patience), stage.schedule, chosen.validation
     )
-    train_enhancer(output, stage, outputs, validation, options, weights, vgg, chosen.clean_share)
+    train_enhancer(output, stage, outputs, validation, options, weights, vgg, chosen.clean_share, batches.description())
 
 
 @app.command("prepare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -31,7 +32,7 @@ def train_comparator(
 ) -> Path:
     """Train until `options.steps`, `options.images` crops of side `crop` px a step, from images of side `size` px.
 
-    Resumes from `folder`/NAME.pt where there is one.
+    Resumes from the checkpoint in `folder` where there is one.
 
     Returns: path of NAME.onnx, the averaged network at the end. Also writes what the other stages write.
     """
@@ -39,15 +40,16 @@ def train_comparator(
     comparator = COMPARATORS[name]
     trainee = Trainee(comparator.build(size), options)
     loss = loss_of(comparator, trainee)
-    run = Run(folder, name, trainee, "psnr", comparator=name, size=size, data=batches.fingerprint())
+    header = {"comparator": name, "size": size} | batches.description()
+    judge = functools.partial(validation.direct, trainee.averaged)
+    run = Run(folder, name, trainee, "psnr", judge, loss.state, **header)
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:
         return batches.batch(trainee.sample_index(step), options.images, size, crop)
 
     for _, pair in run.batches(make):
-        losses = optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2])
-        run.after_step(losses, lambda picture: validation.direct(trainee.averaged, picture), loss.state)
+        run.after_step(optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2]))
     graph = folder / f"{name}.onnx"
     if trainee.accelerator.is_main_process:
         trainee.restore(run.path)  # what early stopping kept

@@ -238,12 +238,16 @@ class Batches:
         return digest.hexdigest()
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of the samples, plain values; `trained_on` holds the X-rays' digests."""
+        """What a checkpoint says of the samples, plain values; `trained_on` holds the X-rays' digests.
+
+        What tells most comes first: of two runs that differ, the first difference is said.
+        """
         return {
             "clahe": self.clahe,
             "phantoms": len(self.phantoms),
             "real_share": self.real_share,
             "augmentation": asdict(self.augmentation),
+            "data": self.fingerprint(),
             "trained_on": sorted(pair.digest for pair in self.real),
         }
 

@@ -6,9 +6,11 @@ squared error of what the network predicts (`Schedule.objective`): eps as in the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bsdiff_rt.config import Preset, Schedule
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.schedule import alpha_bar
+from train.checkpoint import last_checkpoint
 from train.data import Batches
 from train.dry_run import Estimate, estimate
 from train.loop import Run, Trainee, TrainOptions, pieces
@@ -120,16 +124,43 @@ def train_denoiser(
     size: int,
     start: str | None = None,
 ) -> Path:
-    """Train until `options.steps`, resuming from `folder`/denoiser.pt where there is one, else from bundle `start`.
+    """Train until `options.steps`, resuming from the checkpoint in `folder` where there is one, else from `start`.
+
+    Args:
+        folder: of the run.
+        preset: the network's shape.
+        schedule: the diffusion, and what the network predicts.
+        batches: makes the samples.
+        validation: what checkpoints are judged on.
+        options: of the run.
+        size: side of the images, px.
+        start: bundle whose weights a new run begins with; a resumed one does not open it.
 
     Returns: the checkpoint's path. Also writes denoiser.csv (loss, quality), denoiser_samples.png, tensorboard/.
+
+    Raises:
+        SettingsError: the checkpoint in `folder` is of other settings, or began with a bundle and now none is given.
     """
     torch.manual_seed(options.seed)
     network = Denoiser(preset.denoiser)
-    header = {"preset": preset.name, "schedule": asdict(schedule), "size": size, "data": batches.fingerprint()}
-    header["start"] = None if start is None else start_from(network, schedule, start)
+    header: dict[str, Any] = {"preset": preset.name, "schedule": asdict(schedule), "size": size}
+    header |= batches.description()
+    trained_on = header.pop("trained_on")
+    last = last_checkpoint(folder, "denoiser")
+    bundle = None if start is None or last else start_from(network, schedule, start)
     trainee = Trainee(network, options)
-    run = Run(folder, "denoiser", trainee, "psnr", **header)
+    judge = functools.partial(validation.denoiser, trainee.averaged)
+    run = Run(folder, "denoiser", trainee, "psnr", judge, **header)
+    began = None
+    if last:
+        began = run.restored.get("start")
+        if (began is None) != (start is None):
+            raise SettingsError(f"{last}: trained with start {began}, not {start}; give the same, or another folder")
+        trained_on = run.restored.get("trained_on", trained_on)
+    elif bundle:
+        began = bundle.sha256
+        trained_on = sorted({*trained_on, *bundle.manifest.training.get("trained_on", ())})
+    run.header |= {"start": began, "trained_on": trained_on}
     diffusion = Diffusion(schedule, trainee.accelerator.device)
 
     def make(step: int) -> NDArray[np.float32]:
@@ -139,7 +170,7 @@ def train_denoiser(
     for index, pair in run.batches(make):
         noised = diffusion.noised(pair, np.random.default_rng([options.seed, index, 1]))
         loss = trainee.update(denoiser_losses(trainee, *noised))
-        run.after_step({"loss": loss}, lambda picture: validation.denoiser(trainee.averaged, picture))
+        run.after_step({"loss": loss})
     return run.path
 
 

@@ -5,11 +5,15 @@ Stage 1 is run once over a fixed set of augmented samples; its results are cache
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bsdiff_rt.config import Preset, SamplerSettings, Schedule
+from bsdiff_rt.errors import SettingsError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from train.data import Batches
+from train.checkpoint import load_checkpoint
+from train.data import Batches, Pair
 from train.discriminator import Critic
 from train.dry_run import Estimate, estimate
-from train.loop import Run, Trainee, TrainOptions, load_checkpoint
+from train.loop import Run, Trainee, TrainOptions, new_accelerator
 from train.losses import HybridLoss, LossWeights, optimise
 from train.perceptual import VGG16
 from train.validation import Validation, few_step
@@ -39,6 +45,7 @@ class StageOne:
     preset: Preset
     schedule: Schedule
     sha256: str
+    trained_on: frozenset[str] = frozenset()  # digests of X-rays (`data.xray_digest`)
 
     @classmethod
     def load(cls, path: Path, preset: Preset) -> StageOne:
@@ -49,7 +56,21 @@ class StageOne:
         digest = hashlib.sha256()
         for tensor in state["averaged"].values():
             digest.update(tensor.contiguous().numpy().tobytes())
-        return cls(network, preset, Schedule(**state["schedule"]), digest.hexdigest())
+        trained_on = frozenset(state.get("trained_on") or ())
+        return cls(network, preset, Schedule(**state["schedule"]), digest.hexdigest(), trained_on)
+
+    def check_held_out(self, held_out: Iterable[Pair]) -> None:
+        """What it learned from is no measure of it.
+
+        Raises:
+            SettingsError: one of the pairs held out trained this stage 1.
+        """
+        known = [pair.name for pair in held_out if pair.digest in self.trained_on]
+        if known:
+            raise SettingsError(
+                f"held out here, but stage 1 was trained on: {', '.join(known)}; give both stages the same --dataset, "
+                "or the same --pairs and --hold-out"
+            )
 
 
 def stage_one_outputs(
@@ -59,10 +80,13 @@ def stage_one_outputs(
 
     The cache is known by stage 1's weights, the sampler and what the samples are made of. What is missing of it is
     made: an interrupted run goes on, and several processes share the work.
+
+    Raises:
+        SettingsError: the cache is damaged, or an output of stage 1 is not finite.
     """
     key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = new_accelerator()
     if accelerator.is_main_process and not path.exists():
         logger.info("running stage 1 on %d samples, %s in %d steps", count, sampler.name, sampler.steps)
         partial = path.with_suffix(".partial")
@@ -71,17 +95,35 @@ def stage_one_outputs(
         empty.flush()
         os.replace(partial, path)
     accelerator.wait_for_everyone()
-    outputs = np.lib.format.open_memmap(path, "r+")
+    outputs = _open_outputs(path)
     network = stage.network.to(accelerator.device)
     for i in range(accelerator.process_index, count, accelerator.num_processes):
-        if not np.isnan(outputs[i, 1, -1, -1]):
+        if not np.isnan(outputs[i]).any():
             continue
         cxr, soft_tissue = batches.batch(i, 1, size, size)[0]
-        outputs[i, 0] = few_step(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
-        outputs[i, 1] = soft_tissue
+        made = few_step(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
+        if not np.isfinite(made).all():
+            raise SettingsError(
+                f"{folder / 'denoiser.pt'}: what it makes of sample {i} is not finite; train stage 1 anew, with a "
+                "lower --learning-rate or --no-bf16"
+            )
+        outputs[i] = made, soft_tissue
     outputs.flush()
     accelerator.wait_for_everyone()
     return np.load(path)
+
+
+def _open_outputs(path: Path) -> np.memmap[Any, np.dtype[np.float16]]:
+    """The cache, to be written to.
+
+    Raises:
+        SettingsError: it was cut off, or is no array.
+    """
+    try:
+        np.load(path, mmap_mode="r")  # opened to be written to, a file that was cut off would be filled up with zeros
+    except (EOFError, ValueError) as error:
+        raise SettingsError(f"{path}: damaged ({one_line(error)}); remove it, and it is made anew") from error
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def train_enhancer(
@@ -93,8 +135,9 @@ def train_enhancer(
     weights: LossWeights,
     vgg: VGG16 | None = None,
     clean_share: float = 0.0,
+    samples: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Train until `options.steps`, resuming from `folder`/enhancer.pt where there is one.
+    """Train until `options.steps`, resuming from the checkpoint in `folder` where there is one.
 
     Args:
         folder: of the run.
@@ -104,6 +147,7 @@ def train_enhancer(
         weights: of the loss; `vgg` is needed where the perceptual one is not 0.
         vgg: see `load_vgg16`.
         clean_share: share of the samples whose input is the truth itself.
+        samples: what the checkpoint says of what `outputs` were made of (`Batches.description`).
 
     Returns: the checkpoint's path. Also writes enhancer.csv (losses, quality), enhancer_samples.png, tensorboard/.
 
@@ -115,8 +159,9 @@ def train_enhancer(
     trainee = Trainee(Enhancer(stage.preset.enhancer), options)
     loss = hybrid_loss(weights, vgg, trainee.accelerator)
     learned_from = {"data": hashlib.sha256(np.ascontiguousarray(outputs).data).hexdigest(), "losses": asdict(weights)}
-    header = {"preset": stage.preset.name, "stage_one": stage.sha256, "size": size}
-    run = Run(folder, "enhancer", trainee, "psnr", **header, **learned_from)
+    header = {"preset": stage.preset.name, "stage_one": stage.sha256, "size": size} | dict(samples) | learned_from
+    judge = functools.partial(validation.both, stage.network, trainee.averaged)
+    run = Run(folder, "enhancer", trainee, "psnr", judge, loss.state, **header)
     loss.resume(run.restored)
 
     def make(step: int) -> NDArray[np.float32]:
@@ -125,8 +170,7 @@ def train_enhancer(
         return _crops(rng, outputs, count, crop, clean_share)
 
     for _, pair in run.batches(make):
-        losses = optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2])
-        run.after_step(losses, lambda picture: validation.both(stage.network, trainee.averaged, picture), loss.state)
+        run.after_step(optimise(trainee, loss, pair[:, 0:1], pair[:, 1:2]))
     return run.path
 
 

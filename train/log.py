@@ -41,8 +41,8 @@ class Log:
 
 
 def append(path: Path, columns: dict[str, str]) -> None:
-    """Add one row to a CSV file under the columns it has; a new file gets these columns as its header."""
-    if not path.exists():
+    """Add one row to a CSV file under the columns it has; a new or empty one gets these columns as its header."""
+    if not path.exists() or not path.stat().st_size:  # a full disk leaves it empty
         path.write_text(",".join(columns) + "\n")
     with path.open(newline="") as file:
         header = next(csv.reader(file))

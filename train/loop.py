@@ -10,25 +10,29 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
+from train.checkpoint import last_checkpoint, load_checkpoint, tensors_of, unjudged_path, write_checkpoint
 from train.log import Log
 
 logger = logging.getLogger(__name__)
 
 CROP_MULTIPLE_PX = 16  # four levels of halving, as in the presets
+# Processes wait while one of them validates or draws phantoms; NCCL's default of ten minutes would end the run.
+LONGEST_WAIT = timedelta(days=1)
+DIVERGED = "lower --learning-rate or give --no-bf16, and run again: training goes on from the last checkpoint there is"
 Validate = Callable[[Path], dict[str, float]]  # where to draw samples -> figures by name
 
 
@@ -101,15 +105,20 @@ def crops_of(side: int, size: int) -> tuple[tuple[float, ...], ...]:
     return ((side / size,),)
 
 
+def new_accelerator() -> Accelerator:
+    """The accelerator of this process. The first one made decides how long processes wait for each other."""
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+
+
 class Trainee:
     """A network in training: weights, averaged weights, optimiser, number of steps done; saved and restored as one.
 
     `network` holds the weights, `model` is what a loop calls: the same, or its wrapper that averages gradients over
-    the processes. Both, and `averaged`, are on `accelerator.device`.
+    the processes. Both, and `averaged`, are on `accelerator.device`. `saved_step` is the last checkpoint's.
     """
 
     def __init__(self, network: nn.Module, options: TrainOptions) -> None:
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = new_accelerator()
         device = self.accelerator.device
         # Tensor cores want channels last; on a CPU the gradients of ResNet-BS are slower in it (docs/experiments.md).
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -121,6 +130,7 @@ class Trainee:
         )
         self.model: nn.Module = self.accelerator.prepare_model(self.network)
         self.step = 0
+        self.saved_step: int | None = None
 
     def sample_index(self, step: int) -> int:
         """What this process's batch and noise of `step` are drawn from: `step` itself where there is one process."""
@@ -134,7 +144,7 @@ class Trainee:
         Returns: the sum.
 
         Raises:
-            SettingsError: it is not finite; the weights are as they were.
+            SettingsError: it, or its gradient, is not finite; the weights are as they were.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
@@ -144,12 +154,10 @@ class Trainee:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise SettingsError(
-                f"the loss of step {self.step} is {total}; lower --learning-rate or give --no-bf16, and resume from "
-                "the last checkpoint"
-            )
-        if self.options.clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
+            raise SettingsError(f"the loss of step {self.step} is {total}; {DIVERGED}")
+        norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip or math.inf))
+        if not math.isfinite(norm):
+            raise SettingsError(f"the norm of the gradient of step {self.step} is {norm}; {DIVERGED}")
         self.optimizer.step()
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
@@ -162,7 +170,11 @@ class Trainee:
         return total
 
     def save(self, path: Path, **extra: Any) -> None:
-        """Write a checkpoint atomically; `extra` (tensors and plain values) travels with it."""
+        """Write a checkpoint atomically; `extra` (tensors and plain values) travels with it.
+
+        Raises:
+            SettingsError: something in it is not finite, or it cannot be written; what was at `path` is as it was.
+        """
         state = {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -171,10 +183,16 @@ class Trainee:
             "options": asdict(self.options),
             **extra,
         }
-        write_checkpoint(state, path)
+        broken = [name for name, part in state.items() if not all(bool(t.isfinite().all()) for t in tensors_of(part))]
+        if broken:
+            raise SettingsError(f"not finite after step {self.step}, and not saved: {', '.join(broken)}; {DIVERGED}")
+        write_checkpoint(state, path, self.saved_step)
+        self.saved_step = self.step
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Continue from a checkpoint written by `save`, and return its content.
+        """Continue from a checkpoint written by `save`, with this run's options.
+
+        Returns: what else it holds; weights and optimiser would take their memory twice.
 
         Raises:
             SettingsError: the checkpoint is of another network.
@@ -186,38 +204,62 @@ class Trainee:
         except RuntimeError as error:
             raise SettingsError(f"{path}: checkpoint of another network; choose another folder or preset") from error
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        return state
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.options.weight_decay  # the rate is set by each step
+        self.step = self.saved_step = state["step"]
+        return {name: part for name, part in state.items() if name not in ("network", "averaged", "optimizer")}
 
 
 class Run:
     """One stage's files in a folder: NAME.pt, NAME.csv, NAME_samples.png, tensorboard/NAME; and when to stop.
 
+    A checkpoint is first saved as NAME_unjudged.pt, and as NAME.pt when it was validated. So an interrupted validation
+    costs no training, and a checkpoint whose figure is not finite replaces no good one.
+
     Args:
         folder: where they lie.
         name: of the stage.
-        trainee: continues from NAME.pt where there is one.
+        trainee: continues from the last checkpoint where there is one.
         figure: part of the name of the validation figure that early stopping watches; larger is better.
+        validate: called with the path of the picture to draw.
+        extra: what else a checkpoint holds, asked for when it is written.
         header: plain values that travel in the checkpoint.
     """
 
-    def __init__(self, folder: Path, name: str, trainee: Trainee, figure: str, **header: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        trainee: Trainee,
+        figure: str,
+        validate: Validate,
+        extra: Callable[[], dict[str, Any]] = dict,
+        **header: Any,
+    ) -> None:
         self.folder, self.name, self.trainee, self.figure, self.header = folder, name, trainee, figure, header
         self.path, self.best_path = folder / f"{name}.pt", folder / f"{name}_best.pt"
+        self.unjudged_path = unjudged_path(folder, name)
         self.best, self.checks, self.finished = -math.inf, 0, False
         self.restored: dict[str, Any] = {}
-        if self.path.exists():
-            self.restored = trainee.restore(self.path)
+        self._validate, self._extra = validate, extra
+        last = last_checkpoint(folder, name)
+        if last:
+            self.restored = trainee.restore(last)
             for what, asked in header.items():
                 had = self.restored.get(what, asked)
                 if had != asked:
                     raise SettingsError(
-                        f"{self.path}: trained with {what} {had}, not {asked}; give the same, or another folder"
+                        f"{last}: trained with {what} {had}, not {asked}; give the same, or another folder"
                     )
+            for option, now in asdict(trainee.options).items():
+                had = self.restored["options"].get(option, now)
+                if had != now:
+                    logger.warning("%s: trained with %s %s up to here, with %s from here on", last, option, had, now)
             stopping = self.restored.get("stopping", {})
             self.best, self.checks = stopping.get("best", self.best), stopping.get("checks", 0)
             self.finished = stopping.get("finished", False)
             logger.info("%s at step %d", "finished" if self.finished else "resuming", trainee.step)
+        trainee.accelerator.wait_for_everyone()  # all have seen the same file before one replaces it
         self._log = Log(folder, name, trainee.step) if trainee.accelerator.is_main_process else None
         self._sums: dict[str, float] = {}
         self._steps, self._started = 0, time.monotonic()
@@ -225,9 +267,16 @@ class Run:
     def batches(self, make: Callable[[int], NDArray[Any]]) -> Iterator[tuple[int, torch.Tensor]]:
         """`(index, batch)` of every step left, on the device; `make(step)` is called by a worker thread, ahead.
 
-        `index` seeds what else is random in the step. Ends after the last step, or when early stopping says so.
+        `index` seeds what else is random in the step. Ends after the last step, or when early stopping says so. First
+        what an interruption left undone is done: a validation, or the best checkpoint put in place.
         """
         device = self.trainee.accelerator.device
+        if "unjudged" in self.restored:
+            self._check(self.restored.pop("unjudged"))
+        elif self._over() and not self.finished and self.best_path.exists():
+            if self.trainee.accelerator.is_main_process:
+                self._keep_best()
+            self.finished = True
         if self.finished:
             return
         for step, batch in ahead(make, self.trainee.step, self.trainee.options.steps):
@@ -235,15 +284,11 @@ class Run:
             if self.finished:
                 return
 
-    def after_step(
-        self, losses: dict[str, float], validate: Validate, extra: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        """Add a step's losses up; when a checkpoint is due, save, validate, log, and see whether to go on.
+    def after_step(self, losses: dict[str, float]) -> None:
+        """Add a step's losses, by name, up; when a checkpoint is due, save, validate, log, and see whether to go on.
 
-        Args:
-            losses: of the step, by name.
-            validate: called with the path of the picture to draw.
-            extra: what else the checkpoint holds, asked for when it is written.
+        Raises:
+            SettingsError: the checkpoint's weights or its figure are not finite, or it cannot be written.
         """
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -254,40 +299,59 @@ class Run:
         accelerator = trainee.accelerator
         own = torch.tensor([value / self._steps for value in self._sums.values()], device=accelerator.device)
         means = dict(zip(self._sums, accelerator.reduce(own, "mean").tolist(), strict=True))
-        verdict = torch.zeros(1, device=accelerator.device)
+        pace = (time.monotonic() - self._started) / self._steps
+        logger.info("step %d, %s, %.2f s per step", trainee.step, means, pace)
         if accelerator.is_main_process:
-            if not trainee.options.patience:  # else the verdict goes with it: see `_judge`
-                self._save(self.path, extra())  # first: an interrupted validation costs no training
-            quality = validate(self.folder / f"{self.name}_samples.png")
-            verdict += self._judge(quality, extra())
-            pace = (time.monotonic() - self._started) / self._steps
-            logger.info("step %d, %s, %.2f s per step, %s", trainee.step, means, pace, quality)
-            assert self._log is not None
-            self._log.write(trainee.step, trainee.options.rate(trainee.step - 1), means, quality)
-        self.finished = bool(accelerator.reduce(verdict, "sum"))
+            self._save(self.unjudged_path, unjudged=means)
+        self._check(means)
         self._sums, self._steps, self._started = {}, 0, time.monotonic()
 
-    def _judge(self, quality: dict[str, float], extra: dict[str, Any]) -> bool:
-        """Early stopping: keep the best checkpoint aside; True when the run is over, and NAME.pt is then the best."""
-        options = self.trainee.options
-        if not options.patience:
-            return False
-        figure = [value for name, value in quality.items() if self.figure in name][-1]
-        self.checks += 1
-        if figure > self.best:
-            self.best, self.checks = figure, 0
-            self._save(self.best_path, extra)
-        self._save(self.path, extra)
-        if self.checks < options.patience and self.trainee.step < options.steps:
-            return False
-        best = load_checkpoint(self.best_path)
-        write_checkpoint(best | {"stopping": best["stopping"] | {"finished": True}}, self.path)
-        logger.info("ended at step %d; the best checkpoint, of step %d, is kept", self.trainee.step, best["step"])
-        return True
+    def _check(self, means: dict[str, float]) -> None:
+        """Validate, keep and log the checkpoint in NAME_unjudged.pt, `means` its losses; see whether to go on."""
+        trainee = self.trainee
+        verdict = torch.zeros(1, device=trainee.accelerator.device)
+        if trainee.accelerator.is_main_process:
+            quality = self._validate(self.folder / f"{self.name}_samples.png")
+            logger.info("step %d, %s", trainee.step, quality)
+            verdict += self._judge(quality)
+            assert self._log is not None
+            self._log.write(trainee.step, trainee.options.rate(trainee.step - 1), means, quality)
+            self.unjudged_path.unlink()
+        self.finished = bool(trainee.accelerator.reduce(verdict, "sum"))
 
-    def _save(self, path: Path, extra: dict[str, Any]) -> None:
+    def _judge(self, quality: dict[str, float]) -> bool:
+        """Keep the checkpoint as NAME.pt; early stopping keeps the best aside.
+
+        Returns: whether the run is over, NAME.pt then being the best.
+        """
+        name, figure = [(name, value) for name, value in quality.items() if self.figure in name][-1]
+        if not math.isfinite(figure):
+            self.unjudged_path.unlink()
+            raise SettingsError(f"{name} is {figure} after step {self.trainee.step}, which is not kept; {DIVERGED}")
+        if self.trainee.options.patience:
+            self.checks += 1
+            if figure > self.best:
+                self.best, self.checks = figure, 0
+                self._save(self.best_path)
+            if self._over():
+                self._keep_best()
+                return True
+        self._save(self.path)
+        return False
+
+    def _over(self) -> bool:
+        options = self.trainee.options
+        return bool(options.patience) and (self.checks >= options.patience or self.trainee.step >= options.steps)
+
+    def _keep_best(self) -> None:
+        best = load_checkpoint(self.best_path)
+        state = best | {"stopping": best["stopping"] | {"finished": True}}
+        write_checkpoint(state, self.path, self.trainee.saved_step)
+        logger.info("ended at step %d; the best checkpoint, of step %d, is kept", self.trainee.step, best["step"])
+
+    def _save(self, path: Path, **more: Any) -> None:
         stopping = {"best": self.best, "checks": self.checks, "finished": False}
-        self.trainee.save(path, **self.header, **extra, stopping=stopping)
+        self.trainee.save(path, **self.header, **self._extra(), stopping=stopping, **more)
 
 
 def mixed_precision(asked: bool | None) -> bool:
@@ -297,30 +361,6 @@ def mixed_precision(asked: bool | None) -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and plain values only, nothing in it can execute.
-
-    Raises:
-        SettingsError: there is no such file, or it is not a checkpoint of this program.
-    """
-    if not path.is_file():
-        raise SettingsError(f"{path}: no such checkpoint; train first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make it raise anything
-        raise SettingsError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "averaged" not in state:
-        raise SettingsError(f"{path}: not a checkpoint written by `python -m train`")
-    return state
 
 
 def pieces(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.errors import SettingsError, one_line
 from train.data import Pair
 from train.phantoms import phantom
 
@@ -27,11 +27,11 @@ def phantom_pool(folder: Path, count: int, size: int, keep: bool = True) -> NDAr
     Without `keep`, a few of them, and nothing is written.
 
     Raises:
-        SettingsError: what is kept there was drawn by another version of the generator.
+        SettingsError: what is kept there is damaged, or was drawn by another version of the generator.
     """
     path = folder / f"phantoms_{size}.npy"
     count = count if keep else min(count, DRY_RUN_PHANTOMS)
-    pool = np.load(path) if path.exists() else np.empty((0, 2, size, size), np.uint8)
+    pool = _load(path) if path.exists() else np.empty((0, 2, size, size), np.uint8)
     if len(pool) and np.abs(pool[:1].astype(int) - _draw(range(1), size)).max() > ROUNDING:
         raise SettingsError(
             f"{path}: drawn by another version of the phantom generator; a training begun on it can be finished only "
@@ -46,6 +46,14 @@ def phantom_pool(folder: Path, count: int, size: int, keep: bool = True) -> NDAr
             np.save(partial, pool)
             os.replace(partial, path)
     return pool[:count]
+
+
+def _load(path: Path) -> NDArray[np.uint8]:
+    try:
+        pool: NDArray[np.uint8] = np.load(path)
+    except (EOFError, ValueError) as error:
+        raise SettingsError(f"{path}: damaged ({one_line(error)}); remove it, and it is drawn anew") from error
+    return pool
 
 
 def _draw(seeds: Iterable[int], size: int) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.blocks import ResBlock
@@ -17,7 +17,7 @@ from bsdiff_rt.networks.unet import Denoiser, DownBlock, UpBlock
 from bsdiff_rt.runners import load_networks
 
 
-def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> str:
+def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> Bundle:
     """Give a new `denoiser` a bundle's weights; residual blocks that the bundle's has not start as the identity.
 
     Both then compute the same. Blocks can be added to levels without attention.
@@ -27,7 +27,7 @@ def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> str:
         schedule: it will be trained for.
         bundle: folder, or name of a bundle of the package.
 
-    Returns: SHA-256 of the bundle.
+    Returns: the bundle.
 
     Raises:
         BundleError: no such bundle, or a damaged one.
@@ -42,7 +42,7 @@ def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> str:
     source, _ = load_networks(opened)
     with torch.no_grad():
         _copy(denoiser, source, bundle)
-    return opened.sha256
+    return opened
 
 
 def _copy(denoiser: Denoiser, source: Denoiser, bundle: str) -> None:

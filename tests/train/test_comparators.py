@@ -9,13 +9,14 @@ import torch
 
 from bsdiff_rt.errors import SettingsError
 from train.__main__ import comparator as command
+from train.checkpoint import load_checkpoint
 from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.comparators.gusarev import Gusarev
 from train.comparators.mca_net import McaNet, levels_of, with_gradients
 from train.comparators.resnet_bs import Block, ResNetBS
 from train.data import Augmentation, Batches
-from train.loop import TrainOptions, load_checkpoint
+from train.loop import TrainOptions
 
 SIZE = 32
 OPTIONS = TrainOptions(steps=3, warmup=0, images=1, bf16=False, save_every=1)

@@ -32,3 +32,10 @@ def test_a_row_keeps_to_the_columns_of_its_file(tmp_path):
     append(path, {"loss": "4", "step": "3", "new": "5"})
     append(path, {"step": "6"})
     assert path.read_text().split() == ["step,loss", "1,2", "3,4", "6,"]
+
+
+def test_a_log_that_a_full_disk_left_empty_is_a_new_one(tmp_path):
+    path = tmp_path / "x.csv"
+    path.touch()
+    append(path, {"step": "1", "loss": "2"})
+    assert path.read_text().split() == ["step,loss", "1,2"]

@@ -1,12 +1,19 @@
 """What both loops share: the schedule of a run, averaged weights, and resuming exactly."""
 
+import csv
+import logging
+import math
+import os
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
-from train.loop import Run, Trainee, TrainOptions, ahead, crops_of, load_checkpoint, mixed_precision, pieces
+from train import loop
+from train.checkpoint import load_checkpoint
+from train.loop import Run, Trainee, TrainOptions, ahead, crops_of, mixed_precision, pieces
 
 
 def make_trainee(**options):
@@ -147,21 +154,32 @@ def test_mixed_precision_is_what_was_asked_for():
     assert mixed_precision(None) in (True, False)
 
 
+class Interrupted(Exception):
+    pass
+
+
 def run_to_the_end(folder, figures, **options):
-    """A run that is judged by the given figures in turn; the steps it was judged at."""
+    """A run that is judged by the given figures in turn, and interrupted where they end; the steps it was judged at."""
     trainee = make_trainee(**{"save_every": 2} | options)
-    run = Run(folder, "x", trainee, "psnr", size=8)
     figures, judged = iter(figures), []
 
     def validate(picture):
         assert picture.name == "x_samples.png"
+        figure = next(figures, None)
+        if figure is None:
+            raise Interrupted
         judged.append(trainee.step)
-        return {"pairs_bsr": -1.0, "pairs_psnr": next(figures)}
+        return {"pairs_bsr": -1.0, "pairs_psnr": figure}
 
+    run = Run(folder, "x", trainee, "psnr", validate, size=8)
     for index, batch in run.batches(lambda step: np.full((2, 1, 8, 8), step, np.float32)):
         assert index == trainee.step == int(batch[0, 0, 0, 0])
-        run.after_step({"loss": trainee.update(summands(trainee, batch))}, validate)
+        run.after_step({"loss": trainee.update(summands(trainee, batch))})
     return judged
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.is_dir())
 
 
 def test_training_stops_when_the_figure_gets_no_better_and_keeps_the_best(tmp_path):
@@ -174,11 +192,84 @@ def test_training_stops_when_the_figure_gets_no_better_and_keeps_the_best(tmp_pa
 
 
 def test_patience_is_counted_on_after_an_interruption(tmp_path):
-    with pytest.raises(StopIteration):
+    with pytest.raises(Interrupted):
         run_to_the_end(tmp_path, [3.0, 2.0], patience=2)
     assert load_checkpoint(tmp_path / "x.pt")["step"] == 4  # the one whose verdict is known
     assert run_to_the_end(tmp_path, [2.0], patience=2) == [6]
     assert load_checkpoint(tmp_path / "x.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_an_interrupted_validation_costs_no_training_and_is_made_up_for(tmp_path, patience):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    options = {"steps": 4, "patience": patience}
+    assert run_to_the_end(whole, [1.0, 2.0], **options) == [2, 4]
+    with pytest.raises(Interrupted):
+        run_to_the_end(parts, [], **options)
+    assert files_of(parts) == ["x_unjudged.pt"]
+    with pytest.raises(Interrupted):
+        run_to_the_end(parts, [1.0], **options)
+    assert load_checkpoint(parts / "x.pt")["step"] == 2
+    assert run_to_the_end(parts, [2.0], **options) == [4]
+    assert files_of(parts) == files_of(whole)
+    one, other = (load_checkpoint(folder / "x.pt") for folder in (whole, parts))
+    torch.testing.assert_close(one["network"], other["network"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(one["averaged"], other["averaged"], rtol=0, atol=1e-7)
+    assert one["stopping"] == other["stopping"]
+    logs = []
+    for folder in (whole, parts):
+        with (folder / "x.csv").open() as file:
+            logs.append([row | {"time": None} for row in csv.DictReader(file)])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_replaces_no_good_checkpoint(tmp_path, patience, figure):
+    options = {"steps": 6, "patience": patience}
+    with pytest.raises(
+        SettingsError, match=f"pairs_psnr is {figure} after step 4, which is not kept; lower --learning"
+    ):
+        run_to_the_end(tmp_path, [1.0, figure], **options)
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == 2
+    assert "x_unjudged.pt" not in files_of(tmp_path)
+    assert run_to_the_end(tmp_path, [2.0, 1.5], **options, learning_rate=1e-4) == [4, 6]
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == (4 if patience else 6)
+
+
+@pytest.mark.parametrize("options", [{"steps": 20, "patience": 2}, {"steps": 6, "patience": 9}])
+def test_a_best_checkpoint_that_could_not_be_put_in_place_is_so_on_resuming(tmp_path, options, monkeypatch):
+    write = loop.write_checkpoint
+
+    def full(state, path, last_step):
+        if state["stopping"]["finished"]:
+            raise SettingsError("no space")
+        write(state, path, last_step)
+
+    monkeypatch.setattr(loop, "write_checkpoint", full)
+    with pytest.raises(SettingsError, match="no space"):
+        run_to_the_end(tmp_path, [3.0, 2.0, 1.0], **options)
+    monkeypatch.undo()
+    assert run_to_the_end(tmp_path, [1.0], **options) == [6]
+    kept = load_checkpoint(tmp_path / "x.pt")
+    assert (kept["step"], kept["stopping"]["finished"]) == (2, True)
+    assert files_of(tmp_path) == ["x.csv", "x.pt", "x_best.pt"]
+
+
+@pytest.mark.parametrize("options", [{"steps": 20, "patience": 2}, {"steps": 6, "patience": 9}])
+def test_what_an_earlier_version_left_at_its_end_is_put_right(tmp_path, options):
+    """It saved the last checkpoint as NAME.pt before it put the best one there."""
+    with pytest.raises(Interrupted):
+        run_to_the_end(tmp_path, [3.0, 2.0, 1.0], steps=20, patience=9)
+    (tmp_path / "x_unjudged.pt").unlink()
+    last = load_checkpoint(tmp_path / "x.pt")
+    assert (last["step"], last["stopping"]) == (6, {"best": 3.0, "checks": 2, "finished": False})
+    assert set(last) == {"network", "averaged", "optimizer", "step", "options", "size", "stopping"}  # as it had
+    assert run_to_the_end(tmp_path, [], **options) == []
+    kept = load_checkpoint(tmp_path / "x.pt")
+    assert (kept["step"], kept["stopping"]["finished"]) == (2, True)
 
 
 def test_without_patience_the_last_step_is_kept(tmp_path):
@@ -196,10 +287,81 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights():
     assert trainee.step == 0
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(clip):
+    trainee = make_trainee(clip=clip)
+    before = [p.clone() for p in trainee.network.parameters()]
+    trainee.network[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(SettingsError, match="the norm of the gradient of step 0 is nan; lower --learning-rate"):
+        advance(trainee, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainee.network.parameters(), strict=True))
+    assert trainee.step == 0
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    trainee, path = make_trainee(), tmp_path / "x.pt"
+    trainee.save(path)
+    advance(trainee, 1)
+    trainee.averaged[2].bias.fill_(math.nan)
+    critic = {"network": {"weight": torch.tensor([1.0, math.inf])}}
+    with pytest.raises(SettingsError, match="not finite after step 1, and not saved: averaged, critic; lower --learn"):
+        trainee.save(path, critic=critic, best=-math.inf)
+    assert load_checkpoint(path)["step"] == 0
+
+
+@pytest.mark.parametrize("last", ["there is no checkpoint yet", "the last checkpoint is of step 2"])
+def test_a_full_disk_says_what_is_needed_and_leaves_the_last_checkpoint(tmp_path, last):
+    """/dev/full takes nothing, as a full disk does."""
+    if "step 2" in last:
+        run_to_the_end(tmp_path, [1.0], steps=2)
+    before = files_of(tmp_path)
+    (tmp_path / "x_unjudged.partial").symlink_to("/dev/full")
+    told = (
+        r"x_unjudged\.pt: cannot be written \(OSError: .*No space left.*\); it takes 0.0 MB, [\d.]+ MB are free; .*, "
+    )
+    with pytest.raises(SettingsError, match=told + last):
+        run_to_the_end(tmp_path, [1.0], steps=4)
+    assert files_of(tmp_path) == before
+    if before:
+        assert load_checkpoint(tmp_path / "x.pt")["step"] == 2
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order, replace, sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: order.append("content") or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: order.append("name") or replace(*paths))
+    make_trainee().save(tmp_path / "x.pt")
+    assert order == ["content", "name"]
+
+
 def test_other_settings_than_the_checkpoints_are_refused(tmp_path):
     run_to_the_end(tmp_path, [1.0], steps=2)
     with pytest.raises(SettingsError, match=r"x\.pt: trained with size 8, not 16; give the same, or another folder"):
-        Run(tmp_path, "x", make_trainee(), "psnr", size=16)
+        Run(tmp_path, "x", make_trainee(), "psnr", dict, size=16)
+
+
+def test_other_options_than_the_checkpoints_are_said_and_used(tmp_path, caplog):
+    run_to_the_end(tmp_path, [1.0], steps=2)
+    caplog.set_level(logging.WARNING)
+    Run(tmp_path, "x", make_trainee(steps=2, save_every=2), "psnr", dict)
+    assert not caplog.messages
+    trainee = make_trainee(steps=4, save_every=2, learning_rate=0.5, weight_decay=9.0)
+    Run(tmp_path, "x", trainee, "psnr", dict)
+    path = tmp_path / "x.pt"
+    assert caplog.messages == [
+        f"{path}: trained with steps 2 up to here, with 4 from here on",
+        f"{path}: trained with learning_rate 0.001 up to here, with 0.5 from here on",
+        f"{path}: trained with weight_decay 0.0001 up to here, with 9.0 from here on",
+    ]
+    advance(trainee, 1)
+    (group,) = trainee.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (trainee.options.rate(2), 9.0)
+
+
+def test_a_resumed_run_does_not_hold_the_weights_twice(tmp_path):
+    run_to_the_end(tmp_path, [1.0], steps=2)
+    run = Run(tmp_path, "x", make_trainee(steps=2, save_every=2), "psnr", dict, size=8)
+    assert set(run.restored) == {"step", "options", "size", "stopping"}
 
 
 def test_a_damaged_checkpoint_and_a_size_that_cannot_be_halved(tmp_path):

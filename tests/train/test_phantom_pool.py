@@ -33,6 +33,15 @@ def test_a_pool_of_another_generator_is_refused(tmp_path, monkeypatch):
         phantom_pool(tmp_path, 2, 64)
 
 
+@pytest.mark.parametrize("length", [0, 40, 500])  # no header, half of it, half of the phantoms
+def test_a_damaged_pool_is_named(tmp_path, length):
+    phantom_pool(tmp_path, 1, 64)
+    path = tmp_path / "phantoms_64.npy"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(SettingsError, match=r"phantoms_64\.npy: damaged \(.*\); remove it, and it is drawn anew"):
+        phantom_pool(tmp_path, 1, 64)
+
+
 def test_an_interrupted_write_leaves_the_pool_as_it_was(tmp_path, monkeypatch):
     first = phantom_pool(tmp_path, 1, 64)
 

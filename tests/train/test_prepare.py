@@ -176,7 +176,7 @@ def test_training_on_a_data_set(made, tmp_path, monkeypatch):
         run(*stage1, "--dataset", folder, "--augment", "flip,shear")
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "dataset.json").write_text('{"pairs": []}')
+    (empty / "dataset.json").write_text('{"settings": {"size": 64, "clahe": 0}, "pairs": []}')
     with pytest.raises(SettingsError, match="its train part is empty"):
         run(*stage1, "--dataset", empty)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.loop import Trainee, TrainOptions, load_checkpoint
+from train.checkpoint import load_checkpoint
+from train.loop import Trainee, TrainOptions
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -20,14 +21,26 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_processes import loss_of, make_trainee, sample
-from train.loop import Run
+from torch import device, distributed
+from train.loop import LONGEST_WAIT, Run
 
 trainee = make_trainee()
 assert trainee.accelerator.num_processes == 2
-run = Run(Path(sys.argv[1]), "x", trainee, "psnr")
-figures = iter([1.0, 2.0, 3.0, 4.0])
+group = distributed.group.WORLD._get_backend(device("cpu"))
+assert group.options._timeout == LONGEST_WAIT, "the others wait for a long validation"
+figures = iter(map(float, sys.argv[3:]))
+
+
+def validate(picture):
+    figure = next(figures, None)
+    if figure is None:
+        raise KeyboardInterrupt
+    return {"psnr": figure}
+
+
+run = Run(Path(sys.argv[1]), "x", trainee, "psnr", validate)
 for index, batch in run.batches(lambda step: sample(trainee.sample_index(step))):
-    run.after_step({"loss": trainee.update([loss_of(trainee, batch)])}, lambda picture: {"psnr": next(figures)})
+    run.after_step({"loss": trainee.update([loss_of(trainee, batch)])})
 assert run.finished, "every process learns that the run is over"
 """
 
@@ -53,8 +66,11 @@ def test_two_processes_are_one_run_of_twice_the_batch(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(script), str(tmp_path), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for figures, unjudged in ((["1", "2"], True), (["3", "4"], False)):  # the third validation is interrupted
+        done = subprocess.run(
+            [*command, *figures], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
+        )
+        assert (done.returncode != 0) == (tmp_path / "x_unjudged.pt").exists() == unjudged, done.stderr[-3000:]
 
     alone, losses = make_trainee(), []
     for step in range(STEPS):

@@ -8,10 +8,11 @@ import torch
 
 from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
 from bsdiff_rt.errors import SettingsError
+from train.checkpoint import load_checkpoint
 from train.data import Augmentation, Batches
 from train.denoiser import train_denoiser
 from train.enhancer import StageOne, stage_one_outputs, train_enhancer
-from train.loop import TrainOptions, load_checkpoint
+from train.loop import TrainOptions
 from train.losses import LossWeights
 from train.perceptual import VGG16
 
@@ -58,7 +59,7 @@ def losses_of(path):
 
 def assert_same_end(whole, parts, name):
     expected, found = losses_of(whole / f"{name}.csv"), losses_of(parts / f"{name}.csv")
-    assert set(expected) - set(found) == {"3"}  # judged when it was interrupted, after its checkpoint
+    assert set(found) == set(expected)
     for step in found:
         assert found[step] == pytest.approx(expected[step], abs=1e-6)
     one, other = (load_checkpoint(folder / f"{name}.pt") for folder in (whole, parts))
@@ -133,12 +134,31 @@ def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, 
     np.testing.assert_array_equal(stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS), made)
     assert not asked
     half = np.lib.format.open_memmap(path, "r+")
-    half[2] = np.nan
+    half[2, 0, :8] = np.nan  # in part on the disk when the machine lost its power
     half.flush()
     again = stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert len(asked) == 1
     np.testing.assert_array_equal(again[:2], made[:2])
     assert not np.isnan(again).any()
+
+
+@pytest.mark.parametrize("length", [0, 5000])  # of 12,416 bytes
+def test_a_cache_that_was_cut_off_is_named(stage, batches, tmp_path, length):
+    stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    (path,) = tmp_path.glob("*.npy")
+    cut = path.read_bytes()[:length]
+    path.write_bytes(cut)
+    with pytest.raises(SettingsError, match=rf"{path.name}: damaged \(.*\); remove it, and it is made anew"):
+        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    assert path.read_bytes() == cut
+
+
+def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr * np.float32(np.nan))
+    with pytest.raises(
+        SettingsError, match=r"denoiser\.pt: what it makes of sample 0 is not finite; train stage 1 anew"
+    ):
+        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
 
 
 @pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation"])

@@ -1,5 +1,7 @@
 """A training that starts from a bundle: the same picture before its first step, also with residual blocks added."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +15,10 @@ from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
+from train.checkpoint import load_checkpoint
 from train.data import Augmentation, Batches
 from train.denoiser import train_denoiser
-from train.loop import TrainOptions, load_checkpoint
+from train.loop import TrainOptions
 from train.start import start_from
 
 SCHEDULE = Schedule(objective="x0")  # the tiny bundle's
@@ -35,7 +38,7 @@ def test_it_computes_what_the_bundle_computes(tiny_bundle, first_level):
     bundle = open_bundle(tiny_bundle)
     torch.manual_seed(first_level)
     denoiser = Denoiser(replace(TINY, res_blocks=(first_level, 1)))
-    assert start_from(denoiser, SCHEDULE, str(tiny_bundle)) == bundle.sha256
+    assert start_from(denoiser, SCHEDULE, str(tiny_bundle)).sha256 == bundle.sha256
     size = bundle.manifest.preprocessing.size
     expected = output(load_runner(bundle, "eager", torch.device("cpu")), size)
     found = output(EagerRunner(denoiser.eval(), torch.nn.Identity(), size, torch.device("cpu")), size)
@@ -77,17 +80,42 @@ def test_no_such_bundle():
         start_from(Denoiser(TINY), SCHEDULE, "nowhere")
 
 
-def test_the_checkpoint_knows_its_start_and_resumes_with_no_other(tiny_bundle, tmp_path):
-    class Judge:
-        def denoiser(self, network, picture):
-            return {"phantoms_psnr": 1.0}
+class Judge:
+    def denoiser(self, network, picture):
+        return {"phantoms_psnr": 1.0}
 
+
+def train(folder, steps, start=None):
     pool = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32), dtype=np.uint8)
     batches = Batches([], pool, 0.0, Augmentation(), 0)
-    options = TrainOptions(steps=1, warmup=0, crops=((1.0,),), images=1, bf16=False, save_every=1)
-    what = (tmp_path, PRESETS["tiny"], SCHEDULE, batches, Judge(), options, 32)
-    path = train_denoiser(*what, str(tiny_bundle))
-    assert load_checkpoint(path)["start"] == open_bundle(tiny_bundle).sha256
-    assert train_denoiser(*what, str(tiny_bundle)) == path
+    options = TrainOptions(steps=steps, warmup=0, crops=((1.0,),), images=1, bf16=False, save_every=1)
+    return train_denoiser(folder, PRESETS["tiny"], SCHEDULE, batches, Judge(), options, 32, start)
+
+
+def test_the_checkpoint_knows_its_start_which_resuming_does_not_need(bundle_copy, tmp_path):
+    sha256 = open_bundle(bundle_copy).sha256
+    path = train(tmp_path, 1, str(bundle_copy))
+    assert load_checkpoint(path)["start"] == sha256
+    shutil.rmtree(bundle_copy)
+    assert train(tmp_path, 2, str(bundle_copy)) == path
+    kept = load_checkpoint(path)
+    assert (kept["step"], kept["start"]) == (2, sha256)
+
+
+def test_what_the_start_was_trained_on_is_not_forgotten(bundle_copy, tmp_path):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["training"]["trained_on"] = ["ab" * 8]
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    for steps in (1, 2):  # the second resumes
+        assert load_checkpoint(train(tmp_path, steps, str(bundle_copy)))["trained_on"] == ["ab" * 8]
+
+
+def test_a_run_is_resumed_with_a_start_or_without_as_it_began(tiny_bundle, tmp_path):
+    for folder in ("with", "without"):
+        (tmp_path / folder).mkdir()
+    train(tmp_path / "with", 1, str(tiny_bundle))
     with pytest.raises(SettingsError, match=r"trained with start [0-9a-f]{64}, not None; give the same"):
-        train_denoiser(*what)
+        train(tmp_path / "with", 1)
+    train(tmp_path / "without", 1)
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with start None, not .*tiny; give the same"):
+        train(tmp_path / "without", 1, str(tiny_bundle))

@@ -19,8 +19,9 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
 from export.__main__ import app as exporter
 from train.__main__ import HELD_OUT_PHANTOM_SEED, app, batches_of, groups_of, real_pairs, split_pairs
+from train.checkpoint import load_checkpoint
 from train.denoiser import bone_weights, denoiser_losses, draw_times, target
-from train.loop import Trainee, TrainOptions, load_checkpoint
+from train.loop import Trainee, TrainOptions
 from train.recipe import RECIPES
 
 
@@ -64,6 +65,8 @@ def test_a_trained_run_becomes_a_bundle_that_infers(trained, tmp_path):
     assert made.exit_code == 0, made.output
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["training"]["denoiser_steps"] == 6
+    assert manifest["training"]["trained_on"] == load_checkpoint(trained / "denoiser.pt")["trained_on"]
+    assert len(manifest["training"]["trained_on"]) == 1
     assert manifest["schedule"]["objective"] == "x0"
     xrays = tmp_path / "in"
     assert run(app, "phantoms", xrays, "--count", 1, "--size", 64, "--dicom").exit_code == 0
@@ -74,6 +77,16 @@ def test_a_trained_run_becomes_a_bundle_that_infers(trained, tmp_path):
     assert result.exit_code == 0, result.output
     assert sorted(p.suffix for p in (tmp_path / "out").glob("*_cxr.png")) == [".png"]
     assert (tmp_path / "out" / "dicom.dcm").is_file()
+
+
+def test_what_trained_stage_1_cannot_judge_stage_2(trained, tmp_path):
+    """Another split of the same pairs, or a --hold-out forgotten."""
+    shutil.copy(trained / "denoiser.pt", tmp_path)
+    run(app, "phantoms", tmp_path / "p", "--count", 2, "--size", 64)
+    name = f"phantom{HELD_OUT_PHANTOM_SEED + 1}"
+    common = (*TINY, "--pairs", tmp_path / "p", "--hold-out", name)
+    with pytest.raises(SettingsError, match=f"held out here, but stage 1 was trained on: {name}; give both stages"):
+        run(app, "enhancer", "-o", tmp_path, "--samples", 3, "--steps", 2, *common)
 
 
 def test_training_goes_on_from_a_bundle(trained, tiny_bundle, tmp_path):
