@@ -6,6 +6,7 @@ Everything here is exportable (torch.export, ONNX opset 18) with a dynamic batch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,15 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
+        # A compiler may know a faster form (runners/aoti.py).
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block: [B, channels, H, W] -> the same shape and dtype."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, channels]
         # The head axis of length 1 is what lets torch choose a fused kernel; the default scale is 1/sqrt(channels).
         query, key, value = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
-        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)  # [B, H*W, channels]
+        attended = self.attend(query, key, value).squeeze(1)  # [B, H*W, channels]
         # x comes first: the sum takes its memory format, so channels_last stays channels_last and NCHW stays NCHW.
         return x + attended.transpose(1, 2).reshape(x.shape)
 
