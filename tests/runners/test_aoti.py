@@ -280,9 +280,8 @@ def test_attention_in_parts_is_attention(tokens):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (3 * torch.randn(2, 1, tokens, 24, generator=generator) for _ in range(3))
     expected = F.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(
-        attention_in_parts(query, key, value), expected, rtol=1e-4, atol=2e-4
-    )  # seen: 4e-5, of up to 10
+    in_parts = attention_in_parts(query, key, value)
+    torch.testing.assert_close(in_parts, expected, rtol=1e-4, atol=2e-4)  # seen: 4e-5, of up to 10
     lower = attention_in_parts(*(tensor.bfloat16() for tensor in (query, key, value)))
     assert lower.dtype == torch.bfloat16
     # Scores of up to 40 are rounded to 8 bits, 0.08 of one, which is what their weights are then off by.
