@@ -15,7 +15,16 @@ import torch
 import typer
 
 from bsdiff_rt.bundle import file_sha256
-from bsdiff_rt.config import PRESETS, DetailName, Preprocessing, SamplerName, SamplerSettings, ScannerTone, Schedule
+from bsdiff_rt.config import (
+    PRESETS,
+    DetailName,
+    Objective,
+    Preprocessing,
+    SamplerName,
+    SamplerSettings,
+    ScannerTone,
+    Schedule,
+)
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
@@ -34,18 +43,24 @@ def export_random(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
+    objective: Annotated[
+        Objective, typer.Option(help="What it predicts: few steps of an untrained eps are no picture to compare.")
+    ] = "eps",
+    sampler: Annotated[SamplerName, typer.Option(help="Default sampler; build-engine compares with it.")] = "ddpm",
+    steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
 ) -> None:
     """Make a bundle with random weights, for timing; without stage 2 an image costs its denoiser steps alone."""
     if preset not in PRESETS:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
     torch.manual_seed(0)
     shape = PRESETS[preset]
-    options = BundleOptions(f"{preset}-random", SamplerSettings(), Preprocessing(size=size), enhance=enhance)
+    settings = SamplerSettings(sampler, steps)
+    options = BundleOptions(f"{preset}-random", settings, Preprocessing(size=size), enhance=enhance)
     denoiser, enhancer = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
     for parameter in denoiser.parameters():
         if not parameter.any():  # zero at the start of training: the graph's agreement would compare zeros
             torch.nn.init.normal_(parameter, std=0.02)
-    write_bundle(output, shape, Schedule(), denoiser, enhancer, options)
+    write_bundle(output, shape, Schedule(objective=objective), denoiser, enhancer, options)
 
 
 @app.command("published")

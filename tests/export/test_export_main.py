@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import PRESETS
+from bsdiff_rt.config import PRESETS, SamplerSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -106,8 +106,9 @@ def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_random_weights_make_a_bundle(tmp_path):
-    command.export_random("tiny", tmp_path / "bundle", 64, enhance=False)
+    command.export_random("tiny", tmp_path / "bundle", 64, enhance=False, objective="x0", sampler="ddim", steps=2)
     bundle = open_bundle(tmp_path / "bundle")
+    assert (bundle.manifest.schedule.objective, bundle.manifest.sampler) == ("x0", SamplerSettings("ddim", 2))
     assert json.loads(bundle.manifest.to_json())["name"] == "tiny-random"
     assert not bundle.manifest.enhance
     assert 0 < bundle.manifest.agreement["denoiser"] < 1e-4
