@@ -176,7 +176,13 @@ def build_engine(
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="Of weights and activations; auto: fp16 on a GPU, fp32 on a CPU."),
     ] = "auto",
-    batch: Annotated[str, typer.Option(metavar="N or MIN:MAX", help="Images per batch the engine takes.")] = "1:8",
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N or MIN:MAX or auto",
+            help="Images per batch the engine takes; auto: 1 on a CPU, where a range costs speed, else 1:8.",
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[
         Path | None,
@@ -188,7 +194,7 @@ def build_engine(
 ) -> None:
     """Build an engine for this machine; it is kept only if it makes the picture that eager makes in fp32."""
     _log(quiet, verbose)
-    low, high = _batch_range(batch)
+    asked = None if batch == "auto" else _batch_range(batch)
     from bsdiff_rt import engine
     from bsdiff_rt.bundle import open_bundle
     from bsdiff_rt.config import EngineOptions
@@ -196,8 +202,10 @@ def build_engine(
     from bsdiff_rt.runners import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
+    on_cpu = where.type == "cpu"
+    low, high = asked or (1, 1 if on_cpu else 8)
     if precision == "auto":
-        precision = "fp32" if where.type == "cpu" else "fp16"
+        precision = "fp32" if on_cpu else "fp16"
     with BuildProgress(quiet) as phases:
         folder = engine.build_engine(model, EngineOptions(runner, precision, (low, high)), where, output, phases.show)
     manifest = read_engine(folder).manifest
@@ -209,8 +217,9 @@ def build_engine(
     if verbose:
         for check in parity.checks:
             typer.echo(check, err=True)
+    taken = f"{low}:{high}" if low < high else str(low)
     typer.echo(
-        f"{folder}\n{runner} {precision}, batch {batch}, built in {manifest.build_seconds:.0f} s. Against "
+        f"{folder}\n{runner} {precision}, batch {taken}, built in {manifest.build_seconds:.0f} s. Against "
         f"{parity.reference}: single calls within {parity.worst_call:.1e} of the largest output, "
         f"pictures after {step_count(parity.steps)} of {parity.sampler} {parity.psnr_db:.1f} dB or more."
     )

@@ -730,6 +730,22 @@ def test_command(cli, small, stand_in, cache):
     assert (manifest.batch_min, manifest.batch_max, manifest.precision) == (2, 3, "fp32")
 
 
+def test_the_batch_by_default(cli, small, stand_in, cache, monkeypatch):
+    """A range costs a CPU speed, and gains it nothing; a GPU wants batches."""
+    done = cli("build-engine", small.folder)
+    assert "aoti fp32, batch 1, built in" in done.out
+    asked = []
+
+    def build(_, options, device, *__):
+        asked.append((options.batch, options.precision, device.type))
+        raise EngineError("seen")
+
+    monkeypatch.setattr(engine, "build_engine", build)
+    monkeypatch.setattr("bsdiff_rt.runners.resolve_device", lambda _: torch.device("cuda"))
+    assert cli("build-engine", small.folder).code == 4
+    assert asked == [((1, 8), "fp16", "cuda")]
+
+
 def test_command_quiet_verbose_json(cli, small, stand_in, tmp_path):
     done = cli("build-engine", small.folder, "-q", "--json", "-o", tmp_path / "engine", "--precision", "bf16")
     assert done.err == ""
@@ -737,7 +753,7 @@ def test_command_quiet_verbose_json(cli, small, stand_in, tmp_path):
     assert (found["engine"], found["parity"]["tolerance"]) == (str(tmp_path / "engine"), "bf16")
     assert found["build_seconds"] >= 0
     manifest = read_engine(tmp_path / "engine").manifest
-    assert (manifest.batch_min, manifest.batch_max) == (1, 8)
+    assert (manifest.batch_min, manifest.batch_max) == (1, 1)
     done = cli("build-engine", small.folder, "-v", "-o", tmp_path / "engine")
     assert "denoiser, t = 999, batch 2: largest difference" in done.err
 

@@ -288,6 +288,23 @@ def test_attention_in_parts_is_attention(tokens):
     assert (lower - expected).abs().max() < 0.15 * expected.abs().max()
 
 
+@pytest.mark.slow
+def test_the_compiler_leaves_attention_in_parts(tmp_path):
+    """It knows attention when it sees it, and puts the fused kernel in its place."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, tokens):
+            return attention_in_parts(tokens, tokens, tokens)
+
+    aoti._compile(
+        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0
+    )
+    with zipfile.ZipFile(tmp_path / "a.pt2") as content:
+        sources = [content.read(name).decode() for name in content.namelist() if name.endswith(".cpp")]
+    assert any("bmm" in source for source in sources)
+    assert not any("scaled_dot_product" in source for source in sources)
+
+
 def denoiser():
     network = Denoiser(PRESETS["tiny"].denoiser).eval()
     randomise(network, 1)
