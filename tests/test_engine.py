@@ -754,7 +754,7 @@ def test_command_quiet_verbose_json(cli, small, stand_in, tmp_path):
     assert found["build_seconds"] >= 0
     manifest = read_engine(tmp_path / "engine").manifest
     assert (manifest.batch_min, manifest.batch_max) == (1, 1)
-    done = cli("build-engine", small.folder, "-v", "-o", tmp_path / "engine")
+    done = cli("build-engine", small.folder, "-v", "-o", tmp_path / "engine", "--batch", "1:2")
     assert "denoiser, t = 999, batch 2: largest difference" in done.err
 
 
