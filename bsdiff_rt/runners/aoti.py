@@ -128,7 +128,7 @@ def build(
     denoiser, enhancer = load_networks(bundle)
     size = bundle.manifest.preprocessing.size
     # Tensor cores read half precision channels-last, and so does oneDNN on a CPU, in both precisions: left to itself
-    # the compiler reorders around each convolution, a third of the demo model's time. On a GPU in fp32 it decides.
+    # the compiler reorders around each convolution (docs/experiments.md). On a GPU in fp32 it decides.
     channels_last = device.type == "cpu" or options.precision != "fp32"
     lower_precision(denoiser, DTYPES[options.precision])
     if device.type == "cpu" and options.precision == "bf16":
