@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from bsdiff_rt.bench import Plan
 from bsdiff_rt.bench_model import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
-from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest, file_sha256
+from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
 from bsdiff_rt.config import Preprocessing, ScannerTone
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners import load_runner, resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner

@@ -34,7 +34,7 @@ from bsdiff_rt.bench import median_ratio
 from bsdiff_rt.bench_model import Candidate, Missing, Model, Wanted, loaded, missing
 from bsdiff_rt.bench_report import BenchSettings, Document, aligned, notes, run, table
 from bsdiff_rt.config import Schedule
-from bsdiff_rt.errors import BsdiffError, EngineError
+from bsdiff_rt.errors import EngineError, run_command
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
@@ -350,11 +350,7 @@ def compare(
 
 def main() -> None:
     """Entry point: our errors become one line and their exit code."""
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ Reads what `bsdiff-rt bench --json`, `python -m benchmarks.peers --json` and `py
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.plot import draw
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -46,11 +45,7 @@ def read(source: Path, part: str) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: our errors become one line and their exit code."""
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

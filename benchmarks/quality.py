@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +24,12 @@ from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
 from bsdiff_rt.engine import load
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import SettingsError, run_command
+from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import Placement, from_network, place, resize, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.radiograph import pixel_digest, write_atomically
+from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
@@ -129,7 +129,7 @@ def judge(
     """Quality by (stage 2 on, detail) of what `infer` would write, compared at `size` px; stage 1 runs once."""
     cxr, soft_tissue = pair
     cxr_net, placement = to_network(cxr, manifest.preprocessing)
-    noise = ImageNoise(0, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
+    noise = ImageNoise(0, grey_digest(cxr))
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
         from_source = subtract_local_bone(cxr, cxr_net, predicted, placement, manifest.preprocessing)
@@ -181,11 +181,7 @@ def line(row: dict[str, Any]) -> str:
 
 def run() -> None:
     """Entry point: our errors become one line and their exit code."""
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import typer
 from numpy.typing import NDArray
 
 from bsdiff_rt.dicom import is_dicom, read_dicom
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import BsdiffError, SettingsError, run_command
 from bsdiff_rt.evaluate import by_name, read_result
 from bsdiff_rt.intensity import place, resize
 from bsdiff_rt.radiograph import Radiograph
@@ -313,11 +313,7 @@ def _data_uri(image: Image, size: int) -> str:
 
 def main() -> None:
     """Entry point: library errors become one line and their exit code."""
-    try:
-        app()
-    except BsdiffError as error:
-        typer.echo(str(error), err=True)
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -32,12 +31,12 @@ from benchmarks.quality import as_infer_shows, both_stages
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
 from bsdiff_rt.engine import load
-from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
+from bsdiff_rt.errors import SettingsError, one_line, run_command
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import place, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
@@ -143,7 +142,7 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
     for patient, *paths in files:
         pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
         cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
-        digest = pixel_digest(np.rint(pair[0] * 65535).astype(np.uint16)).hex()[:16]  # train/data.py does the same
+        digest = grey_digest(pair[0]).hex()[:16]  # train/data.py does the same
         cases.append(Case(patient, cxr, soft_tissue, digest))
     return cases
 
@@ -168,7 +167,7 @@ def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Pred
     """BS-Diff: its two rows, stage 1 run once for both."""
 
     def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
-        noise = ImageNoise(seed, pixel_digest(np.rint(cxr * 65535).astype(np.uint16)))
+        noise = ImageNoise(seed, grey_digest(cxr))
         cxr_net, placement = cxr * 2 - 1, place(cxr.shape, cxr.shape[0])
         results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
         return {
@@ -256,11 +255,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def run() -> None:
     """Entry point: our errors become one line and their exit code."""
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from bsdiff_rt.config import (
     Schedule,
 )
 from bsdiff_rt.errors import BundleError
+from bsdiff_rt.files import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -168,12 +169,6 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
 def shipped_bundles() -> list[str]:
     """Names of the bundles that come with the package."""
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{MANIFEST}"))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def typed(kind: type[T], value: Any, where: str) -> T:

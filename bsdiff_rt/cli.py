@@ -19,6 +19,7 @@ from bsdiff_rt.errors import BsdiffError
 from bsdiff_rt.progress import BuildProgress, FileProgress
 
 if TYPE_CHECKING:
+    from bsdiff_rt.files import write_atomically
     from bsdiff_rt.metrics import Quality
     from bsdiff_rt.report import FileEntry
 
@@ -275,7 +276,6 @@ def bench(
         raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json")
     from bsdiff_rt import bench_report, plot
     from bsdiff_rt.bench_model import Wanted
-    from bsdiff_rt.radiograph import write_atomically
 
     if plot_path is not None:
         plot.check_plot(plot_path)

@@ -37,7 +37,8 @@ from pydicom.uid import (
 
 from bsdiff_rt.dicom import BONE_SUPPRESSED, quiet_pydicom
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError
-from bsdiff_rt.radiograph import Radiograph, to_stored, write_atomically
+from bsdiff_rt.files import write_atomically
+from bsdiff_rt.radiograph import Radiograph, to_stored
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.dicom import is_dicom
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.raster import RASTER_SUFFIXES
 from bsdiff_rt.report import FileEntry, path_digest, results_in

@@ -16,12 +16,12 @@ import platformdirs
 import torch
 
 from bsdiff_rt import __version__
-from bsdiff_rt.bundle import BUNDLES, Bundle, file_sha256
+from bsdiff_rt.bundle import BUNDLES, Bundle
 from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, RunnerName
 from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
+from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
 from bsdiff_rt.identity import FORMAT, MANIFEST, Engine, EngineManifest, backend, identify, open_engine, read_engine
 from bsdiff_rt.parity import compare
-from bsdiff_rt.radiograph import write_atomically
 from bsdiff_rt.runners import load_runner, resolve_precision, unavailable
 from bsdiff_rt.runners.base import Progress, Runner
 
@@ -254,7 +254,7 @@ def build_engine(
         for file in made.iterdir():
             file.chmod(0o600)
         try:
-            _publish(made, target, Path(work) / "previous")
+            put_in_place(made, target, Path(work) / "previous")
         except OSError as error:
             raise _not_writable(target, error) from error
         report.unlink(missing_ok=True)
@@ -324,15 +324,3 @@ def _check_place(target: Path) -> None:
 def _not_writable(target: Path, error: OSError) -> SettingsError:
     reason = error.strerror or type(error).__name__
     return SettingsError(f"{target}: cannot be written ({reason}); choose another --output")
-
-
-def _publish(made: Path, target: Path, aside: Path) -> None:
-    """One rename; an engine that is replaced is moved aside first, and back if that fails."""
-    try:
-        if target.exists():
-            target.rename(aside)
-        made.rename(target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        raise

@@ -4,6 +4,11 @@ A message says what was wrong, with the value, and what to do about it. It never
 attribute that names or dates a person is ever formatted into one.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 _SHOWN_CHARACTERS = 300
 
 
@@ -56,3 +61,12 @@ class EngineError(BsdiffError):
     """A built engine or a runner's backend that does not fit this machine, this bundle or these settings."""
 
     exit_code = 4
+
+
+def run_command(app: Callable[[], object]) -> None:
+    """Run a command of `python -m`: one of our errors becomes one line on stderr and the process's exit code."""
+    try:
+        app()
+    except BsdiffError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
-from bsdiff_rt.bundle import Bundle, file_sha256, typed
+from bsdiff_rt.bundle import Bundle, typed
 from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision
 from bsdiff_rt.errors import BundleError, EngineError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.parity import Parity
 from bsdiff_rt.runners import unavailable
 from bsdiff_rt.runners.base import Progress, Runner

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.discover import uncertainty_path
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.report import FILE_NAME, FileEntry, Report, results_in
 
 logger = logging.getLogger(__name__)

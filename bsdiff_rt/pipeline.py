@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from bsdiff_rt import __version__
 from bsdiff_rt.batching import Suppressor, auto_batch, without_mirror
-from bsdiff_rt.bundle import file_sha256, open_bundle
+from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, step_count
 from bsdiff_rt.derived import Derivation, write_derived
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import Choice, choose, load_first
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
 from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.noise import ImageNoise

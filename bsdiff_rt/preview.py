@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import place, resize
-from bsdiff_rt.radiograph import write_atomically
 
 FILE_NAME = "preview.png"
 SIDE_PX = 320

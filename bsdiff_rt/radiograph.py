@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +41,11 @@ def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
     """SHA-256 over shape, dtype and little-endian C-order bytes of decoded pixels, [H, W], any integer dtype."""
     little = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     return hashlib.sha256(f"{little.shape}{little.dtype.str}".encode() + little.tobytes()).digest()
+
+
+def grey_digest(cxr: NDArray[np.float32]) -> bytes:
+    """`pixel_digest` of grey levels, [H, W] in [0, 1], at 16 bits: of a picture whose stored pixels are not at hand."""
+    return pixel_digest(np.rint(cxr * 65535).astype(np.uint16))
 
 
 def range_of(stored: NDArray[np.integer[Any]]) -> tuple[int, int]:
@@ -89,18 +91,3 @@ def to_stored(soft_tissue: NDArray[np.float32], bits_stored: int) -> NDArray[np.
     if bits_stored == 8:
         return np.asarray(stored, dtype=np.uint8)
     return np.asarray(stored, dtype=np.uint16)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent (or the old one) or complete, whatever interrupts.
-
-    Raises:
-        OSError: the folder does not exist, is full or not writable.
-    """
-    part = path.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except BaseException:  # also KeyboardInterrupt: leave no part behind
-        part.unlink(missing_ok=True)
-        raise

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
+from bsdiff_rt.files import write_atomically
 from bsdiff_rt.radiograph import (
     Radiograph,
     check_picture,
@@ -30,7 +31,6 @@ from bsdiff_rt.radiograph import (
     pixel_digest,
     range_of,
     to_stored,
-    write_atomically,
 )
 
 _Grey = NDArray[np.uint8] | NDArray[np.uint16]

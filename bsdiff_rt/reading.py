@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.discover import DICOM_SUFFIXES, Task, uncertainty_path
 from bsdiff_rt.errors import BsdiffError, InputRefused
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.intensity import Placement, to_network
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bsdiff_rt import __version__
-from bsdiff_rt.radiograph import write_atomically
+from bsdiff_rt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

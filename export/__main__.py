@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.config import (
     PRESETS,
     DetailName,
@@ -25,7 +24,8 @@ from bsdiff_rt.config import (
     ScannerTone,
     Schedule,
 )
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import SettingsError, run_command
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser
@@ -235,11 +235,7 @@ def main() -> None:
         and not sys.argv[1].startswith("-")
     ):
         sys.argv.insert(1, "checkpoints")
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

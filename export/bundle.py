@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, NOTICE, Manifest, file_sha256
+from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, NOTICE, Manifest
 from bsdiff_rt.config import DetailName, Preprocessing, Preset, SamplerSettings, ScannerTone, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
+from bsdiff_rt.files import file_sha256, put_in_place
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
@@ -92,22 +93,11 @@ def write_bundle(
         for name in (*FILES, MANIFEST):
             (work / name).chmod(0o644)  # safetensors writes for the owner alone
             (work / name).rename(made / name)
-        _put(made, folder, Path(temporary) / "previous")
+        previous = Path(temporary) / "previous"
+        put_in_place(made, folder, previous)
+        for other in [path for path in previous.glob("*") if path.name not in (*FILES, MANIFEST)]:  # somebody's notes
+            other.rename(folder / other.name)
     return manifest
-
-
-def _put(made: Path, folder: Path, aside: Path) -> None:
-    """One rename; a bundle in its place is moved aside first, and back if that fails. Files beside its own stay."""
-    try:
-        if folder.exists():
-            folder.rename(aside)
-        made.rename(folder)
-    except BaseException:
-        if aside.exists() and not folder.exists():
-            aside.rename(folder)
-        raise
-    for other in [path for path in aside.glob("*") if path.name not in (*FILES, MANIFEST)]:
-        other.rename(folder / other.name)
 
 
 def _manifest(

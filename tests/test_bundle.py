@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from bsdiff_rt import bundle as module
-from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, Manifest, file_sha256, open_bundle, shipped_bundles
+from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, Manifest, open_bundle, shipped_bundles
 from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError
 
@@ -218,9 +218,3 @@ def test_files_stay_in_the_folder(bundle_copy, name):
     (bundle_copy / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"not a plain file name|missing"):
         open_bundle(bundle_copy)
-
-
-def test_file_sha256(tmp_path):
-    content = bytes(range(256)) * 5000
-    (tmp_path / "a").write_bytes(content)
-    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()

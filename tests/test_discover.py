@@ -10,8 +10,8 @@ import pytest
 from helpers import dicom, png
 
 from bsdiff_rt import discover
-from bsdiff_rt.bundle import file_sha256
 from bsdiff_rt.discover import find_tasks, uncertainty_path
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.report import path_digest
 
 OUT = Path("/nowhere/out")

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from bsdiff_rt import bundle as bundles
 from bsdiff_rt import engine, identity
-from bsdiff_rt.bundle import Bundle, file_sha256, open_bundle
+from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.engine import (
     REJECTED,
@@ -40,6 +40,7 @@ from bsdiff_rt.engine import (
     load_first,
 )
 from bsdiff_rt.errors import EngineError, SettingsError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.identity import MANIFEST, Backend, EngineManifest, open_engine, read_engine
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser

@@ -18,6 +18,7 @@ PRODUCT, WORKSHOPS = "bsdiff_rt", ("train", "export", "benchmarks")
 TORCH_FREE = [
     "config",
     "errors",
+    "files",
     "bundle",
     "metrics",
     "noise",
@@ -39,7 +40,7 @@ TORCH_FREE = [
 ]
 # docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler, engine -> pipeline -> cli.
 LAYERS = (
-    {"errors", "config", ""},
+    {"errors", "config", "files", ""},
     {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
     {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
     {"derived", "discover", "preview", "progress", "runners"},

@@ -11,7 +11,7 @@ import pytest
 from synthetic import chest
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
-from bsdiff_rt.radiograph import to_stored, write_atomically
+from bsdiff_rt.radiograph import to_stored
 from bsdiff_rt.raster import find_pairs, read_raster, write_png
 
 GREY_8 = np.rint(chest(96, 80) * 255).astype(np.uint8)
@@ -286,19 +286,6 @@ def test_no_file_is_written_of_what_is_not_an_image(tmp_path, bad):
 
 def test_values_outside_are_clipped():
     np.testing.assert_array_equal(to_stored(np.array([[-0.5, 0.5, 1.5]], np.float32), 12), [[0, 2048, 4095]])
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = put(tmp_path, b"old", "a.png")
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path):

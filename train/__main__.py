@@ -13,7 +13,7 @@ import cv2
 import typer
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.raster import find_pairs
 from train.checkpoint import load_checkpoint
 from train.comparator import crop_of, dry_run_comparator, train_comparator
@@ -418,11 +418,7 @@ def main() -> None:
     """Entry point: library errors become one line and their exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     cv2.setNumThreads(1)
-    try:
-        app()
-    except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, to_network, tone_of
-from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import read_together
 
 Image = NDArray[np.float32]
@@ -124,7 +124,7 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
 
 def xray_digest(cxr: Image) -> str:
     """Names an X-ray, [H, W] in [0, 1], by its pixels: 16 hexadecimal digits. benchmarks/table1.py does the same."""
-    return pixel_digest(np.rint(cxr * 65535).astype(np.uint16)).hex()[:16]
+    return grey_digest(cxr).hex()[:16]
 
 
 def dataset_settings(folder: Path) -> tuple[int, float]:

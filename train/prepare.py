@@ -31,8 +31,8 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.evaluate import read_result
+from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import resize, to_network
-from bsdiff_rt.radiograph import write_atomically
 from bsdiff_rt.raster import read_raster, read_together, write_png
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS

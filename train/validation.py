@@ -16,7 +16,7 @@ from bsdiff_rt.config import Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.intensity import place, subtract_local_bone
 from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise, batch_noise
-from bsdiff_rt.radiograph import pixel_digest
+from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampler import sample
 from bsdiff_rt.schedule import sampler_table
@@ -88,7 +88,7 @@ def apply(network: nn.Module, image: Image) -> Image:
 def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
     """Stage 1, on its network's device: [S, S] float32 in [0, 1] to the same."""
     runner = EagerRunner(network, nn.Identity(), cxr.shape[0], device_of(network))
-    noise = [ImageNoise(0, pixel_digest((cxr * 65535).astype(np.uint16)))]
+    noise = [ImageNoise(0, grey_digest(cxr))]
 
     def draw(number: int) -> Tensor:
         return torch.from_numpy(batch_noise(noise, number, cxr.shape))

@@ -15,9 +15,10 @@ import pytest
 import torch
 from helpers import randomise
 
-from bsdiff_rt.bundle import FILES, MANIFEST, file_sha256, open_bundle
+from bsdiff_rt.bundle import FILES, MANIFEST, open_bundle
 from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, ScannerTone, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.eager import EagerRunner

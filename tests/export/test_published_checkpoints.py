@@ -25,9 +25,10 @@ from diffusers import DDPMScheduler
 from helpers import randomise
 from torch import nn
 
-from bsdiff_rt.bundle import file_sha256, open_bundle
+from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser

@@ -1,0 +1,47 @@
+"""Files and folders that are whole or not there, and what names their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either absent (or the old one) or complete, whatever interrupts.
+
+    Raises:
+        OSError: the folder does not exist, is full or not writable.
+    """
+    part = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except BaseException:  # also KeyboardInterrupt: leave no part behind
+        part.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(made: Path, target: Path, aside: Path) -> None:
+    """Rename the folder `made` to `target`; a folder that is there is moved to `aside` first, and back if that fails.
+
+    All three on one disk.
+
+    Raises:
+        OSError: it cannot be renamed; `target` is as it was.
+    """
+    try:
+        if target.exists():
+            target.rename(aside)
+        made.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise

@@ -1,0 +1,54 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
+
+
+def test_file_sha256(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def folder_of(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "a").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_put_in_place(tmp_path, there):
+    if there:
+        folder_of(tmp_path / "target", "old")
+    put_in_place(folder_of(tmp_path / "made", "new"), tmp_path / "target", tmp_path / "aside")
+    assert (tmp_path / "target" / "a").read_text() == "new"
+    assert (tmp_path / "aside").exists() is there
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path):
+    folder_of(tmp_path / "target", "old")
+    with pytest.raises(OSError, match="No such file"):
+        put_in_place(tmp_path / "never made", tmp_path / "target", tmp_path / "aside")
+    assert (tmp_path / "target" / "a").read_text() == "old"
+    assert not (tmp_path / "aside").exists()
