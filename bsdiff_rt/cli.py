@@ -1,4 +1,7 @@
-"""The command line: thin, typed, and fast to answer (torch is imported only by the commands that compute)."""
+"""The command line: thin, typed, and fast to answer (torch is imported only by the commands that compute).
+
+Longer than other modules, and so are its functions: they are the options, and what each does.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ import typer
 from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
 from bsdiff_rt.errors import BsdiffError
+from bsdiff_rt.files import write_atomically
 from bsdiff_rt.progress import BuildProgress, FileProgress
 
 if TYPE_CHECKING:
-    from bsdiff_rt.files import write_atomically
     from bsdiff_rt.metrics import Quality
     from bsdiff_rt.report import FileEntry
 

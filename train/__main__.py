@@ -1,4 +1,7 @@
-"""`python -m train`: phantoms, the denoiser (stage 1), the enhancer (stage 2), or the whole demo model."""
+"""`python -m train`: phantoms, the denoiser (stage 1), the enhancer (stage 2), or the whole demo model.
+
+Longer than other modules: most of it is options, and what each does.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ from train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=(__doc__ or "").split("\n")[0])
 
 
 def preset_of(name: str) -> Preset:
