@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
+from bsdiff_rt.detail import subtract_local_bone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.intensity import Placement, from_network, place, resize, scanner_power, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, place, resize, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import grey_digest
@@ -34,6 +35,7 @@ from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
+from bsdiff_rt.tone import scanner_power
 
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 

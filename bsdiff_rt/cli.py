@@ -106,8 +106,8 @@ def infer(
         DetailName | None,
         typer.Option(
             show_default="the bundle's",
-            help="network: the networks' picture. source: the source minus the local bone layer, "
-            "which keeps the source's tone and sharpness.",
+            help="network: the networks' picture. both: it, and what of the source is too fine for it and no bone. "
+            "source: the source minus the local bone layer, which keeps the source's tone and sharpness.",
         ),
     ] = None,
     output_format: Annotated[

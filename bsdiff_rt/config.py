@@ -12,7 +12,7 @@ from typing import Literal
 ScheduleName = Literal["cosine", "squaredcos_cap_v2"]
 Objective = Literal["eps", "v", "x0"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
-DetailName = Literal["network", "source"]
+DetailName = Literal["network", "both", "source"]
 RunnerName = Literal["eager", "onnxruntime", "aoti", "tensorrt"]
 EngineRunnerName = Literal["aoti", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16"]

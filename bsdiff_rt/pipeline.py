@@ -23,12 +23,13 @@ from bsdiff_rt.batching import Suppressor, auto_batch, without_mirror
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, step_count
 from bsdiff_rt.derived import Derivation, write_derived
+from bsdiff_rt.detail import add_source_detail, subtract_local_bone
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
 from bsdiff_rt.engine import Choice, choose, load_first
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.intensity import Placement, from_network, scanner_power, subtract_local_bone, to_network
+from bsdiff_rt.intensity import Placement, from_network, to_network
 from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
@@ -39,6 +40,7 @@ from bsdiff_rt.report import FileEntry, Report, environment, finished_before, pa
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
+from bsdiff_rt.tone import scanner_power
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +103,10 @@ class Inference:
         if asked and not known:
             raise SettingsError("--scanner-tone: this bundle knows no scanner's tone; `python -m export --tone PAIRS`")
         if asked and detail == "source":
-            raise SettingsError("--scanner-tone: --detail source keeps the source's tone; give --detail network")
-        return known and detail == "network" if asked is None else asked
+            raise SettingsError(
+                "--scanner-tone: --detail source keeps the source's tone; give --detail network or both"
+            )
+        return known and detail != "source" if asked is None else asked
 
     def tasks(self, inputs: Iterable[Path]) -> list[Task]:
         """Every file to do (`discover.find_tasks`)."""
@@ -332,9 +336,11 @@ class Inference:
         if self.settings.size == "model":
             own_tone = replace(self.bundle.manifest.preprocessing, clahe_clip_limit=0.0)
             cxr = from_network(to_network(cxr, own_tone)[0], placement)
+        made = (cxr, ready.cxr_net, soft_tissue_net, placement, self.bundle.manifest.preprocessing)
         if self.settings.detail == "source":
-            preprocessing = self.bundle.manifest.preprocessing
-            return subtract_local_bone(cxr, ready.cxr_net, soft_tissue_net, placement, preprocessing)
+            return subtract_local_bone(*made)
+        if self.settings.detail == "both":
+            return add_source_detail(*made, power)
         return from_network(soft_tissue_net, placement, power)
 
     def _derivation(self, power: float | None) -> Derivation:
@@ -347,7 +353,8 @@ class Inference:
                 f"stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
                 f"{f'grey levels to the power {power:.4f}, ' if power is not None else ''}"
-                f"network matrix {size} x {size}, detail from {settings.detail}, "
+                f"network matrix {size} x {size}, "
+                f"detail from {'network and source' if settings.detail == 'both' else settings.detail}, "
                 f"runner {report.settings['runner']} {report.settings['precision']}. Not for diagnostic use."
             ),
             bundle_name=self.bundle.manifest.name,

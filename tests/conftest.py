@@ -22,9 +22,10 @@ from bsdiff_rt import cli as command_line
 from bsdiff_rt import pipeline
 from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.intensity import seen_by_networks, tone_quantiles
+from bsdiff_rt.intensity import seen_by_networks
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.tone import tone_quantiles
 
 SIZE_PX, STEPS = 64, 3
 

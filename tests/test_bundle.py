@@ -169,7 +169,7 @@ def test_a_missing_field(bundle_copy, field):
         ("name", 5, "name should be of type str, is 5"),
         ("enhance", 1, "enhance should be of type bool, is 1"),
         ("enhance", "yes", "enhance should be of type bool, is 'yes'"),
-        ("detail", "best", "detail should be one of network, source, is 'best'"),
+        ("detail", "best", "detail should be one of network, both, source, is 'best'"),
         ("detail", ["network"], "detail should be one of"),
         ("schedule", "cosine", "schedule should be an object, is 'cosine'"),
         ("schedule/name", "linear", "schedule: name should be one of cosine, squaredcos_cap_v2, is 'linear'"),

@@ -24,6 +24,9 @@ TORCH_FREE = [
     "noise",
     "schedule",
     "intensity",
+    "clahe",
+    "tone",
+    "detail",
     "dicom",
     "dicom_grey",
     "derived",
@@ -42,7 +45,7 @@ TORCH_FREE = [
 LAYERS = (
     {"errors", "config", "files", ""},
     {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
-    {"raster", "dicom_grey", "dicom", "intensity", "metrics", "report"},
+    {"raster", "dicom_grey", "dicom", "intensity", "clahe", "tone", "detail", "metrics", "report"},
     {"derived", "discover", "preview", "progress", "runners"},
     {"evaluate", "reading", "ledger", "sampler", "parity", "identity", "engine", "flops"},
     {"batching"},

@@ -24,7 +24,7 @@ from bsdiff_rt.bundle import MANIFEST, open_bundle
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
-from bsdiff_rt.intensity import to_network
+from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.ledger import only_run
 from bsdiff_rt.pipeline import Inference
 from bsdiff_rt.raster import read_raster
@@ -187,7 +187,8 @@ def test_settings_change_the_picture(one):
         "dpmpp-2m": one(sampler="dpmpp-2m", steps=3),
         "release": one(sampler="release", steps=3),
         "enhance": one(enhance=False),
-        "detail": one(detail="source"),
+        "detail source": one(detail="source"),
+        "detail both": one(detail="both"),
         "model": one(size="model"),
     }
     shapes = {name: picture.shape for name, picture in pictures.items() if picture.shape != SHAPE}
@@ -276,6 +277,36 @@ def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy,
     assert np.corrcoef(shown.ravel(), small.ravel())[0, 1] > 0.95
     assert abs(shown.mean() - small.mean()) < 0.01
     assert abs(shown.std() - small.std()) < 0.02
+
+
+def test_detail_from_both_has_the_networks_tone_and_the_sources_sharpness(one, darker):
+    cxr, both, network = chest(*SHAPE), one(detail="both") / 255, one() / 255
+    fine = cxr - resize(resize(cxr, (64, 58)), SHAPE)
+    added = (both - network)[cxr > 0.25]  # darker, black is clipped
+    assert np.corrcoef(added, fine[cxr > 0.25])[0, 1] > 0.97
+    assert added.std() == pytest.approx(fine[cxr > 0.25].std(), rel=0.05)
+
+
+@pytest.mark.parametrize("clahe", [0.0, 3.0])
+def test_detail_from_both_at_the_networks_matrix_is_the_networks(run, darker, bundle_copy, tmp_path, clahe):
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    content["preprocessing"]["clahe_clip_limit"] = clahe
+    (bundle_copy / MANIFEST).write_text(json.dumps(content))
+    png(tmp_path / "in" / "a.png")
+    found = []
+    for detail in ("network", "both"):
+        run(bundle=str(bundle_copy), detail=detail, size="model", overwrite=True)
+        found.append(pixels(tmp_path / "out" / "a.png"))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("detail", "said"), [("network", "detail from network, "), ("both", "detail from network and source, ")]
+)
+def test_the_derivation_says_where_detail_is_from(run, toy, tmp_path, detail, said):
+    dicom(tmp_path / "in" / "a.dcm")
+    run(detail=detail)
+    assert said in dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
 
 
 def test_force_takes_what_the_header_speaks_against(run, toy, tmp_path):
@@ -903,7 +934,9 @@ def test_a_scanners_tone_is_refused_where_it_cannot_be(run, toned, tmp_path):
     png(tmp_path / "in" / "a.png")
     with pytest.raises(SettingsError, match="--scanner-tone: this bundle knows no scanner's tone; `python -m export"):
         run(scanner_tone=True)
-    with pytest.raises(SettingsError, match="--scanner-tone: --detail source keeps the source's tone; give --detail"):
+    with pytest.raises(
+        SettingsError, match="--scanner-tone: --detail source keeps the source's tone; give --detail network or both"
+    ):
         run(bundle=toned, scanner_tone=True, detail="source")
     assert run(bundle=toned, detail="source")["a.png"].tone_power is None
     assert report_of(tmp_path / "out")["settings"]["scanner_tone"] is False
@@ -1042,7 +1075,7 @@ def test_a_file_that_cannot_be_read(run, toy, tmp_path, monkeypatch, error, reas
 
 
 @pytest.mark.parametrize("shape", [(33, 20000), (20000, 33), (32, 70000)])
-@pytest.mark.parametrize("detail", ["network", "source"])
+@pytest.mark.parametrize("detail", ["network", "both", "source"])
 def test_very_long_pictures(run, toy, tmp_path, shape, detail):
     """Nobody's chest, but what a strip of a stitched image looks like; the run must end with a word on it."""
     png(tmp_path / "in" / "a.png", shape=shape)

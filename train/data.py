@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import BONES_WINDOW_PX, resize, to_network, tone_of
+from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import read_together
+from bsdiff_rt.tone import BONES_WINDOW_PX, tone_of
 
 Image = NDArray[np.float32]
 

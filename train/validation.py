@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bsdiff_rt.config import Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.intensity import place, subtract_local_bone
+from bsdiff_rt.detail import subtract_local_bone
+from bsdiff_rt.intensity import place
 from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.radiograph import grey_digest

@@ -1,0 +1,125 @@
+"""Contrast-limited adaptive histogram equalisation, as OpenCV does it, and its inverse. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
+UNDO_STEPS = 14  # of bisection: within 1 / 2**15 of the grey scale, finer than what the networks resolve
+
+
+def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:
+    """Contrast-limited adaptive histogram equalisation as OpenCV does it on 8 bits, without rounding to 8 bits.
+
+    Within one level of OpenCV's 8-bit result: the tables are its own (256 bins per tile, clipped, the excess spread),
+    values between two levels are interpolated instead of rounded. cv2's own 16-bit CLAHE is not used: it has 65,536
+    bins, and how many of them a source's bit depth fills changes its result, so that one picture stored at 12 and at
+    16 bits comes out as two.
+
+    Args:
+        picture: [H, W], float32, in [0, 1].
+        clip_limit: OpenCV's clip limit, a multiple of the mean bin count.
+        tiles: tiles per side.
+
+    Returns:
+        [H, W], float32, in [0, 1].
+    """
+    return EqualizingCurves.of(picture, clip_limit, tiles).apply(picture)
+
+
+@dataclass(frozen=True)
+class EqualizingCurves:
+    """The monotone curves that equalise one picture, another at every pixel: what `equalize` applies, and its inverse.
+
+    Attributes:
+        tables: [tiles, tiles, CLAHE_LEVELS], float32, in [0, 1].
+        rows, columns: per line of pixels, the two tiles whose centres enclose it, and the weight of the second.
+    """
+
+    tables: NDArray[np.float32]
+    rows: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+    columns: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+
+    @classmethod
+    def of(
+        cls, picture: NDArray[np.float32], clip_limit: float, tiles: int, matrix: tuple[int, ...] | None = None
+    ) -> EqualizingCurves:
+        """The curves of a picture; arguments as of `equalize`.
+
+        `matrix` (rows, columns) is that of the pictures they will be applied to, where it is another: the same picture
+        at another resolution.
+        """
+        rows, columns = matrix or picture.shape
+        height, width = picture.shape
+        bottom, right = 0, 0
+        if height % tiles or width % tiles:  # OpenCV then pads both sides, a side that already fits by `tiles` px
+            bottom, right = tiles - height % tiles, tiles - width % tiles
+        padded = np.pad(np.clip(picture, 0, 1), ((0, bottom), (0, right)), mode="reflect")
+        tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
+        return cls(
+            _tile_tables(padded, tiles, clip_limit),
+            _tile_neighbours(height, tile_height, tiles, rows),
+            _tile_neighbours(width, tile_width, tiles, columns),
+        )
+
+    def apply(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Grey levels [H, W] in [0, 1] of the picture's matrix, each through the curve of its place."""
+        top, bottom, row_weight = self.rows
+        left, right, column_weight = self.columns
+        position = np.clip(picture, 0, 1) * np.float32(CLAHE_LEVELS - 1)
+        level = np.minimum(position.astype(np.int64), CLAHE_LEVELS - 2)
+        fraction = position - level.astype(np.float32)
+
+        def mapped(tile_row: NDArray[np.int64], tile_column: NDArray[np.int64]) -> NDArray[np.float32]:
+            row, column = tile_row[:, None], tile_column[None, :]
+            low: NDArray[np.float32] = self.tables[row, column, level]
+            high: NDArray[np.float32] = self.tables[row, column, level + 1]
+            return low + fraction * (high - low)
+
+        upper = mapped(top, left) * (1 - column_weight) + mapped(top, right) * column_weight
+        lower = mapped(bottom, left) * (1 - column_weight) + mapped(bottom, right) * column_weight
+        return np.clip(upper * (1 - row_weight[:, None]) + lower * row_weight[:, None], 0, 1)
+
+    def undo(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The darkest grey levels, [H, W] in [0, 1], that `apply` makes into `picture`, by bisection."""
+        low, high = np.zeros(picture.shape, np.float32), np.ones(picture.shape, np.float32)
+        for _ in range(UNDO_STEPS):
+            middle = (low + high) / np.float32(2)
+            too_dark = self.apply(middle) < picture
+            low, high = np.where(too_dark, middle, low), np.where(too_dark, high, middle)
+        return (low + high) / np.float32(2)
+
+
+def _tile_tables(padded: NDArray[np.float32], tiles: int, clip_limit: float) -> NDArray[np.float32]:
+    """[tiles, tiles, CLAHE_LEVELS], float32, in [0, 1]: per tile, the clipped cumulative histogram."""
+    tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
+    area = tile_height * tile_width
+    clip = max(int(clip_limit * area / CLAHE_LEVELS), 1)
+    levels = np.rint(padded * (CLAHE_LEVELS - 1)).astype(np.int64)
+    levels = levels.reshape(tiles, tile_height, tiles, tile_width).swapaxes(1, 2).reshape(tiles * tiles, area)
+    offset = np.arange(tiles * tiles)[:, None] * CLAHE_LEVELS
+    counts = np.bincount((levels + offset).ravel(), minlength=tiles * tiles * CLAHE_LEVELS).reshape(-1, CLAHE_LEVELS)
+    # The excess is spread in whole counts; what does not divide goes to every `step`-th bin from 0 on.
+    batch, rest = np.divmod(np.maximum(counts - clip, 0).sum(axis=1, keepdims=True), CLAHE_LEVELS)
+    step = np.maximum(CLAHE_LEVELS // np.maximum(rest, 1), 1)
+    bins = np.arange(CLAHE_LEVELS)[None, :]
+    extra = (bins % step == 0) & (bins // step < rest)
+    tables = np.cumsum(np.minimum(counts, clip) + batch + extra, axis=1) / area
+    return np.asarray(tables.reshape(tiles, tiles, CLAHE_LEVELS), dtype=np.float32)
+
+
+def _tile_neighbours(
+    length: int, tile_length: int, tiles: int, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Per pixel along one axis: the two tiles whose centres enclose it, and the weight of the second.
+
+    The axis is `length` px of the picture that made the tiles, seen in `count` pixels.
+    """
+    pixel = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * np.float32(length / count) - np.float32(0.5)
+    position = pixel / np.float32(tile_length) - np.float32(0.5)
+    first = np.floor(position).astype(np.int64)
+    weight = (position - first).astype(np.float32)
+    return np.clip(first, 0, tiles - 1), np.clip(first + 1, 0, tiles - 1), weight
