@@ -20,14 +20,15 @@ from safetensors.torch import save_file
 from bsdiff_rt.bench import Plan
 from bsdiff_rt.bench_model import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
-from bsdiff_rt.config import Preprocessing, ScannerTone
+from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing, ScannerTone
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners import load_runner, resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 
 FEW_STEPS = 4
-ENGINES = (("aoti", "fp16"), ("aoti", "bf16"), ("tensorrt", "fp16"))
+TF32 = "eager tf32"
+DEMO = "demo"  # the demo bundle's engine, in the folder for work
 
 
 class Skipped(Exception):
@@ -84,6 +85,28 @@ class Part:
     def other(self, name: str) -> dict[str, Any]:
         """What an earlier part found."""
         return read(self.options.output / f"{name}.json")
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """An engine to build; `one` for batch 1 alone, else for every batch that is measured."""
+
+    runner: EngineRunnerName
+    precision: Precision
+    one: bool = False
+
+    def options(self, part: Part) -> EngineOptions:
+        """What a build is asked for."""
+        return EngineOptions(self.runner, self.precision, (1, 1 if self.one else max(part.options.batches)))
+
+
+ENGINES = {
+    # What is asked of one image comes first: an engine of one batch size is the fastest for it.
+    "aoti fp16, batch 1": EngineKind("aoti", "fp16", one=True),
+    "aoti fp16": EngineKind("aoti", "fp16"),
+    "aoti bf16": EngineKind("aoti", "bf16"),
+    "tensorrt fp16": EngineKind("tensorrt", "fp16"),
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -163,7 +186,7 @@ def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]
     found: list[Candidate] = [baseline(model, part.device)]
     absent: list[Missing] = []
     if part.device.type == "cuda":
-        tf32 = loaded("eager tf32", lambda: Tf32Runner(*model.networks(), model.size, part.device), part.device)
+        tf32 = loaded(TF32, lambda: Tf32Runner(*model.networks(), model.size, part.device), part.device)
         found.append(tf32)
     if part.device.type == "cuda" and model.bundle is not None and "denoiser.onnx" in model.bundle.manifest.files:
         for precision in ("fp32", "fp16"):
@@ -174,8 +197,8 @@ def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]
             except Exception as error:  # as below
                 absent.append(missing(name, "onnxruntime", precision, None, error))
     built, not_built = (part.other("engines").get(key, {}) for key in ("built", "not_built"))
-    for runner, precision in ENGINES:
-        name = f"{runner} {precision}"
+    for name, asked in ENGINES.items():
+        runner, precision = asked.runner, asked.precision
         if name not in built:
             reason = not_built.get(name) or part.other("engines").get("reason") or "was not built"
             absent.append(missing(name, runner, precision, None, Skipped(reason), asked=False))
@@ -185,16 +208,21 @@ def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]
             _, kind = backend(runner, model.bundle)
             load = partial(
                 kind,
-                part.work / name.replace(" ", "-"),
+                part.work / folder_of(name),
                 device=part.device,
                 precision=precision,
-                batch_range=(1, max(part.options.batches)),
+                batch_range=asked.options(part).batch,
                 image_size=model.size,
             )
             found.append(loaded(name, load, part.device))
         except Exception as error:  # of a backend; the others are still measured
             absent.append(missing(name, runner, precision, None, error))
     return found, absent
+
+
+def folder_of(name: str) -> str:
+    """The engine's folder in the folder for work."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 class Tf32Runner(EagerRunner):

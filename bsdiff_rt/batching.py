@@ -8,6 +8,7 @@ threads in the same way. On the CPU the same code runs without streams, one batc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -140,7 +141,8 @@ class Suppressor:
                     torch.cuda.synchronize(self._runner.device)
                 self._sampler.close()
                 if self._cuda:
-                    torch.cuda.empty_cache()
+                    with contextlib.suppress(RuntimeError):  # what brought us here is worth more words
+                        torch.cuda.empty_cache()
             finally:  # also after a device error that lasts: without its memory a later call would wait for ever
                 self._free.put(host)
             raise

@@ -49,7 +49,7 @@ class Row:
         batch: images at once.
         step_ms, step_ms_p95: one denoiser call.
         step_times_ms: all of them, in the order they were measured.
-        enhance_ms: one enhancer call; None where it is no part of the image.
+        enhance_ms: one enhancer call, as often as an image; None where it is no part of the image.
         steps: denoiser calls of one image.
         image_s, image_s_p95: noise, `steps` steps and, where the model has it on, stage 2; on CUDA with the step
             recorded in a CUDA graph.
@@ -175,8 +175,8 @@ def _measure_batch(
             logger.debug("%s failed", candidate.name, exc_info=True)
             failed[candidate.name] = error
     logger.info("batch %d: %d rounds of steps, %d of images", batch, plan.repeats, plan.image_repeats)
-    calls = {(name, what): call for name, trial in trials.items() for what, call in trial.network_calls().items()}
-    images = {(name, what): call for name, trial in trials.items() for what, call in trial.image_calls().items()}
+    calls: dict[tuple[str, str], Callable[[], object]] = {(name, "step"): trial.step for name, trial in trials.items()}
+    images = {(name, what): call for name, trial in trials.items() for what, call in trial.whole_calls().items()}
     times, broken = interleaved(calls, plan.repeats, plan.device)
     image_times, broken_images = interleaved(images, plan.image_repeats, plan.device, warm_up=0)  # see `rehearse`
     failed |= {name: error for (name, _), error in (broken | broken_images).items()}
@@ -285,10 +285,6 @@ class Trial:
         if taken is not None and loading is not None:
             self.peak_bytes = max(loading.most, loading.held + taken.most)
 
-    def network_calls(self) -> dict[str, Callable[[], None]]:
-        """Single calls to time, by name."""
-        return {"step": self.step} | ({"enhance": self.enhance} if self._plan.model.enhance else {})
-
     def image_calls(self) -> dict[str, Callable[[], Tensor]]:
         """Whole images to time, by name; the first is the one that counts."""
         runner, own = self.candidate.runner, self.candidate.loop
@@ -300,6 +296,10 @@ class Trial:
         if self._plan.device.type == "cuda":  # elsewhere the captured sampler runs the same step uncaptured
             calls["uncaptured"] = lambda: self._image(lambda *rest: sample(runner, *rest))
         return calls
+
+    def whole_calls(self) -> dict[str, Callable[[], object]]:
+        """What an image takes once: itself, and stage 2, which at paper size outweighs a step."""
+        return {**self.image_calls(), **({"enhance": self.enhance} if self._plan.model.enhance else {})}
 
     def step(self) -> None:
         """One denoiser call, into `step_out`."""

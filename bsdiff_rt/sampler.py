@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -206,7 +207,7 @@ class CapturedSampler:
         """
         recording = self._recording(cxr, table)
         buffers = recording.buffers
-        buffers.rows.copy_(_rows(table), non_blocking=True)
+        buffers.rows.copy_(_rows(table).to(buffers.rows.dtype), non_blocking=True)
         buffers.cxr.copy_(cxr)
         buffers.start(draw(0))
         adds_noise = (table.S != 0.0).tolist()
@@ -255,6 +256,7 @@ class _Graph(_Recording):
         # Slot k mod R has been read by step k.
         self._used = [torch.cuda.Event() for _ in range(RING_SLOTS)]
         self._graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
         side, current = torch.cuda.Stream(cxr.device), torch.cuda.current_stream(cxr.device)
         side.wait_stream(current)
         try:
@@ -267,11 +269,17 @@ class _Graph(_Recording):
             # graph's own memory; cleared after, nobody else computes in it (torch/_inductor/cudagraph_trees.py).
             torch._C._cuda_clearCublasWorkspaces()
             # Other threads go on allocating pinned memory meanwhile: only this thread's calls are checked.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 step(runner, self.buffers)
             torch._C._cuda_clearCublasWorkspaces()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves the side stream current when a recording breaks off
+            # ... and, before 2.12, the graph's pool open: every later `empty_cache` of the process would fail (pytorch
+            # pull request 180395). Where it is closed already, this says so.
+            with suppress(RuntimeError):
+                device = torch.cuda.current_device() if cxr.device.index is None else cxr.device.index
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
             if out_of_memory(error):
                 raise  # the caller may try a smaller batch
             raise EngineError(

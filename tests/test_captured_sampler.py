@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -97,6 +98,13 @@ class FakeCuda:
         self.current = "main"
         self.fail: BaseException | None = None
         self.waited_for: list[str] = []
+        self.pool_ended = False
+
+    def pool_call(self, name: str, device: int, pool: object) -> None:
+        """As torch's: ending a pool that was ended is an error."""
+        self.log.append(f"{name} pool {pool} of {device}")
+        if name == "end" and self.pool_ended:
+            raise RuntimeError("INTERNAL ASSERT FAILED")
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         cuda = self
@@ -140,8 +148,8 @@ class FakeCuda:
             cuda.current = before
 
         @contextmanager
-        def graph(value: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-            assert (stream.name, capture_error_mode) == ("side", "thread_local")
+        def graph(value: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert (pool, stream.name, capture_error_mode) == ((0, 7), "side", "thread_local")
             cuda.log.append("record")
             recorded: list[tuple[Runner, Any]] = []
             with patch.context() as inner:
@@ -165,6 +173,11 @@ class FakeCuda:
         patch.setattr(torch.cuda, "current_stream", current_stream)
         patch.setattr(torch.cuda, "set_stream", lambda value: setattr(cuda, "current", value.name))
         patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cuda.log.append("clear"), raising=False)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        for name in ("end", "release"):
+            call = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[name]
+            patch.setattr(torch._C, call, functools.partial(cuda.pool_call, name), raising=False)
         patch.setattr(torch.cuda, "synchronize", lambda _: cuda.log.append("synchronize"))
         patch.setattr(module, "_Recording", module._Graph)  # although the images lie on the CPU
 
@@ -217,6 +230,16 @@ def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
     with pytest.raises(EngineError, match=r"runner toy cannot be recorded in a CUDA graph: RuntimeError: op"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
     assert cuda.current == "main"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_pool_of_a_recording_that_broke_off_is_closed(cuda: FakeCuda, ended: bool) -> None:
+    """Where torch has not done so itself; what it says of the other case does not hide the error."""
+    cuda.fail, cuda.pool_ended = RuntimeError("operation not permitted"), ended
+    with pytest.raises(EngineError, match="cannot be recorded"):
+        CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
+    told = ["end pool (0, 7) of 0", "release pool (0, 7) of 0"]
+    assert cuda.log[-2:] == told if not ended else cuda.log[-1] == told[0]
 
 
 @pytest.mark.parametrize(

@@ -864,3 +864,13 @@ def test_infer_refuses_what_contradicts_the_engine(infer, tiny_engine, tmp_path,
     assert done.code == code
     assert re.search(message, done.err)
     assert not list(tmp_path.glob("out/*.png"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [EngineOptions("aoti", "fp32", (1, 4)), EngineOptions("aoti", "fp16", (1, 1))])
+def test_an_engine_for_a_gpu_is_built_judged_and_recorded(small, tmp_path, options):
+    """All of `build-engine` (the gate compares images whose step was recorded), and what `infer` does with it."""
+    folder = build_engine(small, options, GPU, tmp_path / "engine", lambda *_: None)
+    assert open_engine(folder, small, GPU).manifest.parity.failed == []
+    with load(small, "aoti", GPU, options.precision, folder) as runner:
+        assert (runner.name, runner.batch_range) == ("aoti", options.batch)

@@ -5,13 +5,16 @@ The engine needs nothing but torch to run. Building it needs a C++ compiler, for
 
 from __future__ import annotations
 
+import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions, Precision
@@ -24,6 +27,15 @@ from bsdiff_rt.runners.base import Progress, Runner
 
 DENOISER, ENHANCER = "denoiser.pt2", "enhancer.pt2"
 QUERIES = 512  # whose scores, against all keys, stay in the processor's cache
+# Wider heads have no flash or cuDNN kernel; the one left takes 32 queries a block, which occupy a few of a GPU's many
+# multiprocessors where the image is small (aten/src/ATen/native/transformers/cuda/mem_eff_attention).
+FUSED_WIDTH = 256
+ATTENTION_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,10 +143,7 @@ def build(
     # the compiler reorders around each convolution (docs/experiments.md). On a GPU in fp32 it decides.
     channels_last = device.type == "cpu" or options.precision != "fp32"
     lower_precision(denoiser, DTYPES[options.precision])
-    if device.type == "cpu" and options.precision == "bf16":
-        for block in denoiser.modules():
-            if isinstance(block, SelfAttention):
-                block.attend = attention_in_parts
+    choose_attention(denoiser, options.precision, device)
     if channels_last:
         denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
 
@@ -165,6 +174,17 @@ def lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
             _float32_island(module, torch.float32)
 
 
+def choose_attention(network: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Have each head of a denoiser computed in the form that is fastest on `device`, in place."""
+    for block in network.modules():
+        if not isinstance(block, SelfAttention) or precision == "fp32":
+            continue
+        if device.type == "cpu":
+            block.attend = attention_in_parts
+        elif block.to_q.in_features > FUSED_WIDTH:
+            block.attend = attention_as_products
+
+
 def attention_in_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention of one head, `QUERIES` of its queries at a time; [B, 1, N, C] each, and returned.
 
@@ -175,6 +195,18 @@ def attention_in_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     keys = key.squeeze(1).transpose(1, 2)  # once: of a transpose in each part the compiler makes the fused kernel again
     parts = [torch.bmm(torch.softmax(torch.bmm(part, keys), -1), value) for part in query.split(QUERIES, 1)]
     return torch.cat(parts, 1).unsqueeze(1)
+
+
+def attention_as_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Scaled dot-product attention of one wide head as two matrix products; [B, 1, N, C] each, and returned.
+
+    For half precision on a GPU (`FUSED_WIDTH`), where wide heads belong to small images, so that the scores are small,
+    too. The scale is within the product: of one beside it the compiler makes the slow kernel again.
+    """
+    query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
+    nothing = query.new_zeros(1, 1, 1)
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=query.shape[-1] ** -0.5)
+    return torch.bmm(torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype), value).unsqueeze(1)
 
 
 def _float32_island(module: nn.Module, dtype_out: torch.dtype) -> None:
@@ -225,6 +257,7 @@ def _compile(
         dynamic = torch.export.Dim("batch", min=batch[0], max=batch[1])
         shapes = tuple({0: dynamic} for _ in example)
     failure: Exception | None = None
+    device = example[0].device
     # A cache of its own: torch would leave sources and weights in the temporary folder of the machine. Dynamic threads:
     # an engine built where there is one core, in a batch job say, would use one for good.
     with (
@@ -232,6 +265,7 @@ def _compile(
         warnings.catch_warnings(),
         fresh_cache(dir=str(package.parent)),
         config.patch("cpp.dynamic_threads", True),
+        _for_gpu() if device.type == "cuda" else nullcontext(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own functions
         try:
@@ -243,8 +277,32 @@ def _compile(
             failure = error
     if failure is not None:
         raise EngineError(
-            f"torch {torch.__version__} cannot compile the {what} for {example[0].device}: {one_line(failure)}"
+            f"torch {torch.__version__} cannot compile the {what} for {device}: {one_line(failure)}"
         ) from failure
+
+
+@contextmanager
+def _for_gpu() -> Iterator[None]:
+    """What a build for a GPU wants to know besides.
+
+    Which attention comes first: cuDNN's, on Hopper up to twice as fast as flash (pytorch issue 142132), where it takes
+    the shapes. And where the toolkit is: torch hands the linker its stand-in for the driver's library only where
+    CUDA_HOME is set, not where it found the toolkit by itself; the driver's own may lie where no linker looks.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    before = {name: os.environ.get(name) for name in ("CUDA_HOME", "LIBRARY_PATH")}
+    os.environ["CUDA_HOME"] = str(CUDA_HOME)
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (f"{CUDA_HOME}/lib64/stubs", before["LIBRARY_PATH"])))
+    try:
+        with sdpa_kernel(ATTENTION_ORDER, set_priority=True):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _load(package: Path, device: torch.device) -> Any:

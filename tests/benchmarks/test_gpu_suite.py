@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -51,7 +52,7 @@ def test_every_part_on_a_cpu(tmp_path):
         ("peers", "diffusers loop"),
     ]
     absent = {entry["name"]: entry["reason"] for entry in found["not_measured"]}
-    assert absent == {f"{runner} {precision}": "Skipped: needs CUDA, this is cpu" for runner, precision in ENGINES}
+    assert absent == dict.fromkeys(ENGINES, "Skipped: needs CUDA, this is cpu")
     assert [image["name"] for image in parts["full"]["images"]] == ["eager"]
     assert parts["profile"]["kernels"]["eager"][0]["share"] > 0
     assert parts["folder"]["counts"] == {"ok": 1}
@@ -121,7 +122,7 @@ def test_time_that_is_not_used_is_the_later_parts(monkeypatch, tmp_path):
         gpu_suite, "supervise", lambda part: seen.append(part.left()) or {"name": part.name, "status": "done"}
     )
     assert gpu_suite.main(["--output", str(tmp_path), "--minutes", "0.9", "--parts", "steps,engines"]) == 0
-    assert seen == pytest.approx([3.0, 3.0 + 13.0, 3.0 + 26.0], abs=0.5)  # machine, engines, steps: in their own order
+    assert seen == pytest.approx([4.5, 4.5 + 15.0, 4.5 + 22.5], abs=0.5)  # machine, engines, steps: in their own order
 
 
 def test_a_failed_part_fails_the_suite(monkeypatch, tmp_path, capsys):
@@ -186,8 +187,10 @@ def test_rows_measured_before_are_kept_and_not_repeated(part):
 
 
 def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
+    batches = []
+
     def build(bundle, options, device, folder, progress):
-        assert options.batch == (1, 2)
+        batches.append(options.batch)
         if options.precision == "bf16":
             raise RuntimeError("no\nkernel")
         (folder / "denoiser.pt2").write_bytes(b"")
@@ -198,8 +201,11 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
         gpu_parts, "backend", lambda runner, bundle: (build, None) if runner == "aoti" else real(runner, bundle)
     )
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "DEMO_ENGINE_S", 1e9)
     gpu_parts.engines(part)
-    assert list(part.found["built"]) == ["aoti fp16"]
+    assert part.found["notes"][-1].startswith("the demo model's engine: skipped: out of time")
+    assert list(part.found["built"]) == ["aoti fp16, batch 1", "aoti fp16"]
+    assert batches == [(1, 1), (1, 2), (1, 2)]
     assert part.found["not_built"] == {
         "aoti bf16": "RuntimeError: no kernel",
         "tensorrt fp16": "the package tensorrt is not installed",
@@ -207,6 +213,64 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: "installed")
     with pytest.raises(Skipped, match=r"needs graphs: `python -m export random paper -o DIR`, then --bundle DIR"):
         real("tensorrt", make_model(part).bundle)
+
+
+class Quick:
+    """A candidate's trial whose pictures are ready."""
+
+    def __init__(self, candidate, plan, batch, threads):
+        self.name = candidate.name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def step(self):
+        pass
+
+    def image_calls(self):
+        def picture():
+            made.append(self.name)
+            return torch.full((1, 1, 4, 4), 0.5 if self.name == "eager" else 0.25)
+
+        return {"image": picture, "uncaptured": picture}
+
+
+made: list[str] = []
+
+
+def test_full_images_are_made_in_the_order_of_what_they_tell(part, monkeypatch):
+    """The fastest engine, eager to judge it by, the others; what is quick twice; then without the recording."""
+    made.clear()
+    part.name = "full"
+    names = ["eager", "eager tf32", "slow", "fast"]
+    runners = [SimpleNamespace(name=name) for name in names]
+    monkeypatch.setattr(gpu_parts, "candidates", lambda *_: (runners, []))
+    monkeypatch.setattr(gpu_parts, "Trial", Quick)
+    monkeypatch.setattr(gpu_parts, "seconds_of", lambda call, _: call() or (20.0 if made[-1:] == ["eager"] else 1.0))
+    (part.options.output / "steps.json").write_text(
+        json.dumps(
+            {"rows": [{"name": n, "batch": 1, "step_ms": ms} for n, ms in zip(names, (9, 8, 2, 1), strict=True)]}
+        )
+    )
+    gpu_parts.full(part)
+    assert made == ["fast", "fast", "eager", "slow", "slow", "fast", "fast", "slow", "slow"]
+    images = {image["name"]: image for image in part.found["images"]}
+    assert list(images) == ["fast", "eager", "slow", "fast, uncaptured", "slow, uncaptured"]
+    assert images["fast"]["psnr_vs_eager"] == pytest.approx(18.06, abs=0.01)
+    assert images["fast, uncaptured"]["equals_captured"] is True
+
+
+def test_an_engine_is_measured_at_the_batches_it_takes(part, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        gpu_parts, "measure", lambda _, found, batches: asked.append((batches, found)) or iter([([], [])])
+    )
+    one, some = (SimpleNamespace(runner=SimpleNamespace(batch_range=(1, most))) for most in (1, None))
+    gpu_parts.measure_rows(part, None, [one, some], [])
+    assert asked == [([1], [one, some]), ([2], [some])]
 
 
 def test_the_tests_need_their_packages(part, monkeypatch):

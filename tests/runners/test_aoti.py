@@ -18,7 +18,13 @@ from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners import aoti, load_runner
-from bsdiff_rt.runners.aoti import AotiRunner, attention_in_parts, lower_precision
+from bsdiff_rt.runners.aoti import (
+    AotiRunner,
+    attention_as_products,
+    attention_in_parts,
+    choose_attention,
+    lower_precision,
+)
 from bsdiff_rt.sampler import CapturedSampler, sample
 from bsdiff_rt.schedule import sampler_table
 
@@ -264,15 +270,10 @@ def test_only_the_denoiser_gets_the_lower_precision(exported, tmp_path):
     assert {dtypes[name] for name in set(dtypes) - kept} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    ("precision", "attend"), [("fp32", F.scaled_dot_product_attention), ("bf16", attention_in_parts)]
-)
-def test_attention_of_a_cpu_in_bf16_is_computed_in_parts(exported, tmp_path, precision, attend):
-    try_to_build(tmp_path, precision)
+def test_what_is_built_computes_attention_in_the_form_chosen(exported, tmp_path):
+    try_to_build(tmp_path, "bf16")
     network, _ = (network for network, _, _ in exported)
-    blocks = [module for module in network.modules() if isinstance(module, SelfAttention)]
-    assert blocks
-    assert {block.attend for block in blocks} == {attend}
+    assert {block.attend for block in network.modules() if isinstance(block, SelfAttention)} == {attention_in_parts}
 
 
 @pytest.mark.parametrize("tokens", [16, 512, 1100])
@@ -288,13 +289,58 @@ def test_attention_in_parts_is_attention(tokens):
     assert (lower - expected).abs().max() < 0.15 * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_as_products_is_attention(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 1, 256, 768, generator=generator) for _ in range(3))
+    expected = F.scaled_dot_product_attention(query, key, value)
+    products = attention_as_products(*(tensor.to(dtype) for tensor in (query, key, value)))
+    assert products.dtype == dtype
+    assert products.shape == expected.shape
+    # Rounding of inputs, scores and weights; seen: 1e-6, 6e-4 and 5e-3 of the largest.
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert (products.float() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "narrow", "wide"),
+    [
+        ("fp32", "cpu", F.scaled_dot_product_attention, F.scaled_dot_product_attention),
+        ("bf16", "cpu", attention_in_parts, attention_in_parts),
+        ("fp32", "cuda", F.scaled_dot_product_attention, F.scaled_dot_product_attention),
+        ("fp16", "cuda", F.scaled_dot_product_attention, attention_as_products),
+        ("bf16", "cuda", F.scaled_dot_product_attention, attention_as_products),
+    ],
+)
+def test_the_form_of_attention_depends_on_device_precision_and_width(precision, device, narrow, wide):
+    blocks = torch.nn.ModuleList(SelfAttention(width, 8) for width in (256, 512))
+    choose_attention(blocks, precision, torch.device(device))
+    assert [block.attend for block in blocks] == [narrow, wide]
+
+
+@pytest.mark.parametrize("home", [None, "/before"])
+def test_a_build_for_a_gpu_tells_the_linker_where_the_toolkit_is(monkeypatch, home):
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/found")
+    if home:
+        monkeypatch.setenv("CUDA_HOME", home)
+    else:
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("LIBRARY_PATH", "/more")
+    with aoti._for_gpu():
+        assert os.environ["CUDA_HOME"] == "/found"
+        assert os.environ["LIBRARY_PATH"] == "/found/lib64/stubs:/more"
+    assert os.environ.get("CUDA_HOME") == home
+    assert os.environ["LIBRARY_PATH"] == "/more"
+
+
 @pytest.mark.slow
-def test_the_compiler_leaves_attention_in_parts(tmp_path):
+@pytest.mark.parametrize("attend", [attention_in_parts, attention_as_products])
+def test_the_compiler_leaves_attention_as_it_is_written(tmp_path, attend):
     """It knows attention when it sees it, and puts the fused kernel in its place."""
 
     class Attention(torch.nn.Module):
         def forward(self, tokens):
-            return attention_in_parts(tokens, tokens, tokens)
+            return attend(tokens, tokens, tokens)
 
     aoti._compile(
         Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0

@@ -317,7 +317,13 @@ def test_without_cuda_nothing_falls_back(fake_cuda, tiny_bundle, monkeypatch):
 # --- CUDA itself ---
 
 
+needs_cuda_provider = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this ONNX Runtime is for CPUs"
+)
+
+
 @pytest.mark.gpu
+@needs_cuda_provider
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2)])
 def test_cuda_equals_eager(tiny_bundle, runners, precision, tolerance):
     """fp32: convolutions by other algorithms (Winograd) than on the CPU; fp16 as in tests/test_onnx_precision.py."""
@@ -342,6 +348,7 @@ def test_cuda_equals_eager(tiny_bundle, runners, precision, tolerance):
 
 
 @pytest.mark.gpu
+@needs_cuda_provider
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_recorded_it_equals_the_plain_loop_bit_for_bit_on_a_gpu(tiny_bundle, precision):
     paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
