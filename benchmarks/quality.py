@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, ScannerTone
-from bsdiff_rt.detail import subtract_local_bone
+from bsdiff_rt.detail import add_source_detail, subtract_local_bone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
@@ -134,17 +134,21 @@ def judge(
     noise = ImageNoise(0, grey_digest(cxr))
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
-        from_source = subtract_local_bone(cxr, cxr_net, predicted, placement, manifest.preprocessing)
-        shown = as_infer_shows(cxr_net, predicted, placement, manifest)
-        for detail, written in (("network", shown), ("source", from_source)):
-            found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, written)))
+        made = (cxr, cxr_net, predicted, placement, manifest.preprocessing)
+        power = power_of(cxr_net, predicted, placement, manifest)
+        written = {
+            "network": from_network(predicted, placement, power),
+            "both": add_source_detail(*made, power),
+            "source": subtract_local_bone(*made),
+        }
+        for detail, picture in written.items():
+            found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, picture)))
     return found
 
 
-def as_infer_shows(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
-    """What `infer --detail network` makes of the networks' picture, [H, W] in [0, 1], tone included where known."""
-    power = scanner_power(cxr_net, predicted, placement, manifest.tone) if manifest.tone.cxr else None
-    return from_network(predicted, placement, power)
+def power_of(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> float | None:
+    """What `infer` raises the networks' picture to, to give it its scanner's tone, where the model knows that."""
+    return scanner_power(cxr_net, predicted, placement, manifest.tone) if manifest.tone.cxr else None
 
 
 def both_stages(

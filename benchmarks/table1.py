@@ -27,13 +27,13 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import as_infer_shows, both_stages
+from benchmarks.quality import both_stages, power_of
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, one_line, run_command
 from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import place, to_network
+from bsdiff_rt.intensity import from_network, place, to_network
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import grey_digest
@@ -170,8 +170,8 @@ def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Pred
         noise = ImageNoise(seed, grey_digest(cxr))
         cxr_net, placement = cxr * 2 - 1, place(cxr.shape, cxr.shape[0])
         results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
-        return {
-            name: (as_infer_shows(cxr_net, image, placement, manifest), taken)
+        return {  # at the networks' matrix every --detail but source is their picture
+            name: (from_network(image, placement, power_of(cxr_net, image, placement, manifest)), taken)
             for name, (image, taken) in zip((STAGE_1, BOTH), results, strict=True)
         }
 

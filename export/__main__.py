@@ -110,7 +110,7 @@ def export_checkpoints(
     name: Annotated[str, typer.Option(help="Name of the model.")] = "model",
     sampler: Annotated[SamplerName, typer.Option(help="Default sampler.")] = "ddpm",
     steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
-    detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = "network",
+    detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = BundleOptions.detail,
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
     mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
     clahe: Annotated[

@@ -46,7 +46,7 @@ class BundleOptions:
     sampler: SamplerSettings
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     tone: ScannerTone = dataclasses.field(default_factory=ScannerTone)
-    detail: DetailName = "network"
+    detail: DetailName = "both"
     enhance: bool = True
     mirror: bool = False
     licence: str = "MIT"

@@ -1,5 +1,6 @@
 """Quality against steps: the rows are what `infer` writes, judged by the same metrics."""
 
+import itertools
 import json
 
 import cv2
@@ -20,7 +21,7 @@ from train.phantoms import write_pairs
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms")
-    write_pairs(folder, 2, first_seed=3, size=64)
+    write_pairs(folder, 2, first_seed=3, size=96)
     return folder
 
 
@@ -32,7 +33,7 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
     assert result.exit_code == 0
     written = json.loads(path.read_text())
     rows = written["rows"]
-    assert len(rows) == 2 * 4 * 2 * 2 * 2  # groups, samplers, steps, stage 2, detail
+    assert len(rows) == 2 * 4 * 2 * 2 * 3  # groups, samplers, steps, stage 2, detail
     assert len(result.output.splitlines()) == len(rows)
     assert {row["images"] for row in rows} == {2}
     first, again = (
@@ -54,15 +55,16 @@ def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_
     assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
     rows = {(row["sampler"], row["stage2"], row["detail"]): row for row in json.loads(path.read_text())["rows"]}
     settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(toned_bundle)}
-    for enhance in (False, True):
-        inference = Inference(InferSettings(output=tmp_path / str(enhance), enhance=enhance, **settings))
+    for enhance, detail in itertools.product((False, True), ("network", "both", "source")):
+        output = tmp_path / f"{enhance}-{detail}"
+        inference = Inference(InferSettings(output=output, enhance=enhance, detail=detail, **settings))
         inputs = sorted(phantoms.glob("*_cxr.png"))
         inference.run(inference.tasks(inputs))
         found = []
         for cxr, (shown, truth) in zip(inputs, load_pairs(phantoms), strict=True):
-            found.append(quality(shown, truth, read_result(tmp_path / str(enhance) / cxr.name, 16)))
+            found.append(quality(shown, truth, read_result(output / cxr.name, 16)))
         # Written at 16 bits.
-        assert rows["ddim", enhance, "network"]["psnr"] == pytest.approx(mean_quality(found).psnr, abs=1e-3)
+        assert rows["ddim", enhance, detail]["psnr"] == pytest.approx(mean_quality(found).psnr, abs=1e-3)
 
 
 def test_a_scanners_tone_is_a_switch(phantoms, toned_bundle, tmp_path, monkeypatch):

@@ -531,7 +531,7 @@ def test_what_the_bundle_says(written, tmp_path, denoiser_file, enhancer_file):
     assert torch.equal(enhancer.quant_conv_mu.weight, autoencoder().quant_conv_mu.conv.weight)
     assert options.sampler == SamplerSettings("release", 1000)
     assert options.preprocessing == Preprocessing(size=256, clahe_clip_limit=0.0)
-    assert (options.name, options.enhance, options.detail) == ("bs-diff", True, "network")
+    assert (options.name, options.enhance, options.detail) == ("bs-diff", True, "both")
     assert options.licence == "unknown: ask the authors"
     assert json.loads(json.dumps(options.training)) == {
         "source": "published checkpoints",
