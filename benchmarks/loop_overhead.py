@@ -7,6 +7,7 @@ import time
 from unittest import mock
 
 import torch
+import typer
 
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SamplerName
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

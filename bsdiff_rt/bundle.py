@@ -2,7 +2,7 @@
 
 A bundle is a folder:
 
-    manifest.json           `Manifest` below, with the SHA-256 of every other file
+    manifest.json           `Manifest` below, with the SHA-256 of every other file, and of itself without it
     denoiser.safetensors    weights of stage 1       denoiser.onnx    its graph; the initialisers are external data
     enhancer.safetensors    weights of stage 2       enhancer.onnx    that point into the safetensors file
 
@@ -36,6 +36,7 @@ from bsdiff_rt.files import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+DIGEST = "sha256"  # the manifest's own
 FILES = ("denoiser.safetensors", "denoiser.onnx", "enhancer.safetensors", "enhancer.onnx")
 NOTICE = "Not for diagnostic use."
 BUNDLES = Path(__file__).parent / "bundles"
@@ -86,11 +87,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        return signed(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse manifest.json strictly: every field present, none unknown, every type right.
+        """Parse manifest.json strictly: every field present, none unknown, every type right, no byte changed.
 
         Raises:
             BundleError: naming the field.
@@ -101,7 +102,13 @@ class Manifest:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}; this version reads format {FORMAT}")
-        return typed(cls, content, MANIFEST)
+        rest = {key: value for key, value in content.items() if key != DIGEST} if isinstance(content, dict) else content
+        manifest = typed(cls, rest, MANIFEST)
+        if signed(rest) != text:
+            raise BundleError(
+                f"{MANIFEST} is not as it was written (its {DIGEST} says so); copy the bundle again, or export it anew"
+            )
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,19 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
 def shipped_bundles() -> list[str]:
     """Names of the bundles that come with the package."""
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{MANIFEST}"))
+
+
+def signed(content: Mapping[str, Any]) -> str:
+    """The text of a manifest of that content, with its own SHA-256: of the same text without it, 64 hex digits.
+
+    It tells damage and changes by hand; an attacker could write it anew.
+    """
+
+    def text(mapping: Mapping[str, Any]) -> str:
+        return json.dumps(mapping, indent=2, sort_keys=True) + "\n"
+
+    plain = {key: value for key, value in content.items() if key != DIGEST}
+    return text(plain | {DIGEST: hashlib.sha256(text(plain).encode()).hexdigest()})
 
 
 def typed(kind: type[T], value: Any, where: str) -> T:

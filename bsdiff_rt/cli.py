@@ -9,18 +9,20 @@ import io
 import json
 import logging
 import math
+import os
 import signal
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
-from bsdiff_rt.errors import BsdiffError
+from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.progress import BuildProgress, FileProgress
+from bsdiff_rt.progress import BuildProgress, FileProgress, one_line
 
 if TYPE_CHECKING:
     from bsdiff_rt.metrics import Quality
@@ -30,15 +32,22 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: in two thirds of the time
     help="Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use.",
 )
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what is decided along the way.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+def _flag(*names: str, help: str) -> Any:
+    """A switch that is off where it is not given, and says so."""
+    return typer.Option(*names, help=help, show_default="off")
+
+
+Quiet = Annotated[bool, _flag("--quiet", "-q", help="Only errors.")]
+Verbose = Annotated[bool, _flag("--verbose", "-v", help="Also what is decided along the way.")]
+AsJson = Annotated[bool, _flag("--json", help="Print the result as one JSON document.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -117,10 +126,10 @@ def infer(
     sop: Annotated[
         Literal["same", "sc"], typer.Option(help="DICOM class: same as a CR or DX source, or Secondary Capture.")
     ] = "same",
-    preview: Annotated[bool, typer.Option("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished files again.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take lateral views and other body parts, too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done or refused.")] = False,
+    preview: Annotated[bool, _flag("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
+    overwrite: Annotated[bool, _flag("--overwrite", help="Do finished files again.")] = False,
+    force: Annotated[bool, _flag("--force", help="Take lateral views and other body parts, too.")] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", help="List what would be done or refused.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -332,7 +341,7 @@ def evaluate(
         table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
         _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
     for error in failed.values():
-        typer.echo(f"bsdiff-rt: {error}", err=True)
+        typer.echo(f"bsdiff-rt: {one_line(str(error))}", err=True)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -390,7 +399,7 @@ def _print_plan(entries: list[FileEntry], as_json: bool) -> None:
         return
     words = {"ok": "would write", "skipped": "would skip", "refused": "would refuse", "failed": "would fail"}
     for entry in entries:
-        typer.echo(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}")
+        typer.echo(one_line(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}"))
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -402,8 +411,21 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def _log(quiet: bool, verbose: bool) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_ToStderr()], force=True)
     logging.getLogger("bsdiff_rt").setLevel(level)
+
+
+class _ToStderr(logging.Handler):
+    """Log lines to what is stderr at the time: above the live bar while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record as one line, and its traceback where it has one."""
+        try:
+            typer.echo(one_line(record.getMessage()), err=True)
+            if record.exc_info:
+                typer.echo("".join(traceback.format_exception(*record.exc_info)), err=True)
+        except Exception:  # as every handler of the library: a log line must not end a run
+            self.handleError(record)
 
 
 class _Interrupted(BaseException):
@@ -416,6 +438,14 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Entry point: our errors become one line and their exit code; anything else is a bug and shows its trace."""
+    if None in (sys.stdout, sys.stderr):  # closed (`2>&-`): nobody listens
+        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # to the end of the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
+        typer.echo(
+            "bsdiff-rt: an empty argument would be the current folder; is a variable of a script not set?", err=True
+        )
+        raise SystemExit(SettingsError.exit_code)
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text; show them escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -424,11 +454,9 @@ def main() -> None:
     try:
         app()
     except BsdiffError as error:
-        typer.echo(f"bsdiff-rt: {error}", err=True)
+        typer.echo(f"bsdiff-rt: {one_line(str(error))}", err=True)
         raise SystemExit(error.exit_code) from None
     except _Interrupted:
-        typer.echo(
-            "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes",
-            err=True,
-        )
+        resumes = "; finished files are complete, the same command (without --overwrite) resumes"
+        typer.echo(f"bsdiff-rt: interrupted{resumes if sys.argv[1:2] == ['infer'] else ''}", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -92,6 +92,8 @@ _TYPE_2 = (
     "AccessionNumber",
     "ReferringPhysicianName",
 )
+# The same of DX (PS3.3 C.8.11.2, C.8.11.4, C.8.11.5, C.7.6.14). What is of type 1 there and lacking stays so.
+_TYPE_2_DX = ("AnatomicRegionSequence", "DetectorType", "PositionerType", "AcquisitionContextSequence")
 _TYPE_2_CR = ("BodyPartExamined", "ViewPosition")  # PS3.3 C.8.1.1; of no other class kept here
 _TEXT_VRS = ("PN", "LO", "SH", "LT", "ST", "UC", "UT")  # in the Specific Character Set (PS3.5 6.1.2.3)
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
@@ -241,10 +243,10 @@ def _describe_object(derived: Dataset, source: Dataset, pixel_digest: bytes, der
     derived.SeriesNumber = 9000 + int(derived.SeriesInstanceUID.rsplit(".", 1)[1]) % 1000
     derived.SeriesDescription = _series_description(derived)
     derived.InstanceNumber = _integer(derived, "InstanceNumber")
-    required = _TYPE_2_CR if derived.SOPClassUID == ComputedRadiographyImageStorage else ()
-    for keyword in (*_TYPE_2, *required):
+    required = {ComputedRadiographyImageStorage: _TYPE_2_CR, DigitalXRayImageStorageForPresentation: _TYPE_2_DX}
+    for keyword in (*_TYPE_2, *required.get(derived.SOPClassUID, ())):
         if keyword not in derived:
-            setattr(derived, keyword, None)
+            setattr(derived, keyword, Sequence() if keyword.endswith("Sequence") else None)
     if not derived.get("Modality"):  # the reader takes such files of these two classes alone
         derived.Modality = "CR" if source.SOPClassUID == ComputedRadiographyImageStorage else "DX"
     # No Series Date and Time: it is one for all images of a series, which are written one after another.

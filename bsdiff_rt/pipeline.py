@@ -313,7 +313,7 @@ class Inference:
         try:
             written = preview.write(self.settings.output)
         except OSError as error:
-            logger.warning("%s cannot be written (%s); the results are complete", PREVIEW, error.strerror)
+            logger.warning("%s cannot be written (%s); no result depends on it", PREVIEW, error.strerror)
             return
         logger.info("preview: %s; %d left out", written or "nothing was written", max(0, len(shown) - ROWS))
 

@@ -20,7 +20,7 @@ from synthetic import chest
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt import pipeline
-from bsdiff_rt.bundle import MANIFEST, open_bundle
+from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.intensity import seen_by_networks
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -70,7 +70,7 @@ def toned_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
     manifest = json.loads((folder / MANIFEST).read_text())
     seen = seen_by_networks(chest(*SHAPE), Preprocessing(SIZE_PX))
     manifest["tone"] = {"cxr": tone_quantiles(seen, 25).tolist(), "soft_tissue_mean": 0.45}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(signed(manifest))
     return folder
 
 

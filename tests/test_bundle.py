@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from bsdiff_rt import bundle as module
-from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, Manifest, open_bundle, shipped_bundles
+from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, Manifest, open_bundle, shipped_bundles, signed
 from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError
 
@@ -28,7 +28,7 @@ def edit(folder, path, value):
         del place[last]
     else:
         place[last] = value
-    (folder / MANIFEST).write_text(json.dumps(content))
+    (folder / MANIFEST).write_text(signed(content))
 
 
 @pytest.fixture
@@ -215,6 +215,23 @@ def test_files_stay_in_the_folder(bundle_copy, name):
     (bundle_copy.parent / "outside").write_bytes(b"")
     content = json.loads((bundle_copy / MANIFEST).read_text())
     content["files"][name] = hashlib.sha256(b"").hexdigest()
-    (bundle_copy / MANIFEST).write_text(json.dumps(content))
+    (bundle_copy / MANIFEST).write_text(signed(content))
     with pytest.raises(BundleError, match=r"not a plain file name|missing"):
         open_bundle(bundle_copy)
+
+
+def test_a_manifest_with_any_byte_changed_is_refused(bundle_copy):
+    """Also one that leaves every field of the right kind: another tone, sampler or schedule is another picture."""
+    path = bundle_copy / MANIFEST
+    text = path.read_bytes()
+    for position in range(0, len(text), 7):
+        changed = bytearray(text)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(BundleError):
+            open_bundle(bundle_copy)
+    path.write_bytes(text.replace(b'"enhance": true', b'"enhance": false'))
+    with pytest.raises(BundleError, match=r"manifest\.json is not as it was written \(its sha256 says so\)"):
+        open_bundle(bundle_copy)
+    path.write_bytes(text)
+    assert open_bundle(bundle_copy).manifest.enhance

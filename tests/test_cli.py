@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import signal
@@ -19,6 +21,7 @@ from pydicom.uid import CTImageStorage
 from synthetic import SECRETS, chest
 
 from bsdiff_rt import __version__, bundle
+from bsdiff_rt import cli as command_line
 from bsdiff_rt import progress as module
 
 OPTIONS = {
@@ -47,7 +50,9 @@ def test_help_shows_every_option_with_its_default(cli, command):
     if command == "infer":
         for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
             assert default in shown.out
-        assert shown.out.count("the bundle's") == 6  # sampler, steps, enhance, mirror, scanner-tone, detail
+        assert (
+            " ".join(shown.out.split()).count("the bundle's") == 6
+        )  # sampler, steps, enhance, mirror, scanner-tone, detail
 
 
 def test_version(cli):
@@ -396,7 +401,59 @@ def test_secrets_stay_out_of_the_log_when_all_is_well(infer, toy, tmp_path):
     assert not [secret for secret in SECRETS if secret in said.replace(str(tmp_path), "")]
 
 
+# --- what a shell may do ---
+
+
+@pytest.mark.parametrize("arguments", [("infer", "", "-o", "x"), ("infer", "a.png", "-o", ""), ("info", "--json=")])
+def test_an_empty_argument_is_not_the_current_folder(cli, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    png(tmp_path / "a.png")
+    done = cli(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "an empty argument would be the current folder; is a variable of a script not set?" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_closed_stream_ends_nothing(tiny_bundle, tmp_path, closed):
+    png(tmp_path / "a.png")
+    program = f"{sys.executable} -c 'from bsdiff_rt.cli import main; main()'"
+    command = f"{program} infer {tmp_path / 'a.png'} -o {tmp_path / 'out'} --bundle {tiny_bundle} --steps 1 {closed}"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
+    assert fates(tmp_path / "out") == {"a.png": "ok"}
+
+
+def test_a_name_cannot_begin_a_line(infer, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a\nfailed: b.png\x1b[2J.png").write_bytes(b"no image")
+    for arguments in ((), ("--dry-run",)):
+        done = infer(*arguments)
+        assert done.code == 3
+        assert "\\nfailed: b.png\\x1b[2J.png" in done.err + done.out
+        assert not any(line.startswith("failed: b.png") for line in (done.err + done.out).splitlines())
+
+
+def test_log_lines_go_to_what_is_stderr_at_the_time(capsys, monkeypatch):
+    """The live bar puts itself in the place of stderr, and prints above itself."""
+    command_line._log(quiet=False, verbose=False)
+    lines = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", lines)
+    logging.getLogger("bsdiff_rt.x").warning("one\ntwo %d", 3)
+    assert lines.getvalue() == "one\\ntwo 3\n"
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("bsdiff_rt.x").error("failed", exc_info=True)
+    assert "ValueError: why" in lines.getvalue()
+
+
 # --- interruption ---
+
+
+def test_an_interrupted_build_says_no_more_than_that(cli, monkeypatch):
+    monkeypatch.setattr("bsdiff_rt.engine.build_engine", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    done = cli("build-engine", "demo")
+    assert (done.code, done.err.splitlines()[-1]) == (130, "bsdiff-rt: interrupted")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

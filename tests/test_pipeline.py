@@ -20,7 +20,7 @@ from pydicom import dcmread
 from synthetic import chest
 
 from bsdiff_rt import batching, engine, pipeline, preview, reading
-from bsdiff_rt.bundle import MANIFEST, open_bundle
+from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
@@ -157,7 +157,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "mirror": False,
         "scanner_tone": False,
         "size": "source",
-        "detail": "network",
+        "detail": "both",
         "format": "auto",
         "sop": "same",
         "runner": "onnxruntime",
@@ -188,7 +188,7 @@ def test_settings_change_the_picture(one):
         "release": one(sampler="release", steps=3),
         "enhance": one(enhance=False),
         "detail source": one(detail="source"),
-        "detail both": one(detail="both"),
+        "detail network": one(detail="network"),
         "model": one(size="model"),
     }
     shapes = {name: picture.shape for name, picture in pictures.items() if picture.shape != SHAPE}
@@ -269,7 +269,7 @@ def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy,
     """The tone is the source's here too, not that of the equalised picture the networks see."""
     content = json.loads((bundle_copy / MANIFEST).read_text())
     content["preprocessing"]["clahe_clip_limit"] = clahe
-    (bundle_copy / MANIFEST).write_text(json.dumps(content))
+    (bundle_copy / MANIFEST).write_text(signed(content))
     png(tmp_path / "in" / "a.png")
     run(bundle=str(bundle_copy), detail="source", size="model")
     shown = pixels(tmp_path / "out" / "a.png") / 255
@@ -280,7 +280,7 @@ def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy,
 
 
 def test_detail_from_both_has_the_networks_tone_and_the_sources_sharpness(one, darker):
-    cxr, both, network = chest(*SHAPE), one(detail="both") / 255, one() / 255
+    cxr, both, network = chest(*SHAPE), one() / 255, one(detail="network") / 255
     fine = cxr - resize(resize(cxr, (64, 58)), SHAPE)
     added = (both - network)[cxr > 0.25]  # darker, black is clipped
     assert np.corrcoef(added, fine[cxr > 0.25])[0, 1] > 0.97
@@ -291,7 +291,7 @@ def test_detail_from_both_has_the_networks_tone_and_the_sources_sharpness(one, d
 def test_detail_from_both_at_the_networks_matrix_is_the_networks(run, darker, bundle_copy, tmp_path, clahe):
     content = json.loads((bundle_copy / MANIFEST).read_text())
     content["preprocessing"]["clahe_clip_limit"] = clahe
-    (bundle_copy / MANIFEST).write_text(json.dumps(content))
+    (bundle_copy / MANIFEST).write_text(signed(content))
     png(tmp_path / "in" / "a.png")
     found = []
     for detail in ("network", "both"):
@@ -410,7 +410,7 @@ def test_a_preview_that_cannot_be_written_is_said(run, toy, monkeypatch, tmp_pat
 
     monkeypatch.setattr(pipeline.Preview, "write", full)
     assert statuses(run(preview=True)) == {"a.png": "ok"}
-    assert "preview.png cannot be written (No space left on device); the results are complete" in caplog.text
+    assert "preview.png cannot be written (No space left on device); no result depends on it" in caplog.text
 
 
 def test_a_result_is_not_replaced_by_the_preview(run, toy, tmp_path):
@@ -494,7 +494,7 @@ def test_a_setting_that_decides_no_pixel_does_nothing_again(run, finished, setti
 
 def test_another_bundle_does_everything_again(run, finished, bundle_copy):
     content = json.loads((bundle_copy / MANIFEST).read_text())
-    (bundle_copy / MANIFEST).write_text(json.dumps(content | {"name": "other"}))
+    (bundle_copy / MANIFEST).write_text(signed(content | {"name": "other"}))
     assert statuses(run(bundle=str(bundle_copy))) == dict.fromkeys(SKIPPED, "ok")
 
 

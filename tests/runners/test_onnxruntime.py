@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -312,6 +314,17 @@ def test_without_cuda_nothing_falls_back(fake_cuda, tiny_bundle, monkeypatch):
     paths = tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx"
     with pytest.raises(EngineError, match=r"cannot (use CUDAExecutionProvider, only CPUExecutionProvider|load it)"):
         OnnxRuntimeRunner(*paths, SIZE, device=CUDA)
+
+
+def test_nothing_is_sent_to_anybody(tmp_path):
+    """ONNX Runtime's own packages queue what they run, and an identifier, in the user's cache, and send it."""
+    code = "import sys; from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner as R; from pathlib import Path; "
+    code += "folder = Path(sys.argv[1]); R(folder / 'denoiser.onnx', folder / 'enhancer.onnx', 256).close()"
+    asks_not = {"CI", "TF_BUILD", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY"}  # where the packages send nothing anyway
+    environment = {name: value for name, value in os.environ.items() if name not in asks_not}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, open_bundle("demo").folder], env=environment, check=True)
+    assert not list(tmp_path.rglob("*"))
 
 
 # --- CUDA itself ---

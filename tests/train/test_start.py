@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.bundle import open_bundle, signed
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.networks.unet import Denoiser
@@ -105,7 +105,7 @@ def test_the_checkpoint_knows_its_start_which_resuming_does_not_need(bundle_copy
 def test_what_the_start_was_trained_on_is_not_forgotten(bundle_copy, tmp_path):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     manifest["training"]["trained_on"] = ["ab" * 8]
-    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    (bundle_copy / "manifest.json").write_text(signed(manifest))
     for steps in (1, 2):  # the second resumes
         assert load_checkpoint(train(tmp_path, steps, str(bundle_copy)))["trained_on"] == ["ab" * 8]
 
