@@ -297,6 +297,10 @@ def _stored_values(dataset: Dataset) -> NDArray[np.int32]:
     by_sample = not syntax.is_encapsulated or syntax == RLELossless  # unused bits are kept; JPEG codes values
     if not by_sample:
         _check_codestream_end(dataset.PixelData)
+    if not syntax.is_encapsulated:
+        needed = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
+        if len(dataset.PixelData) < needed:
+            raise InputFailed(f"truncated: {len(dataset.PixelData)} of {needed} bytes of pixels are there")
     plugin = "" if not syntax.is_encapsulated else "pydicom" if by_sample else "pylibjpeg"
     options: Any = {"correct_unused_bits": not by_sample}
     pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from bsdiff_rt.report import FileEntry, path_digest, results_in
 logger = logging.getLogger(__name__)
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+# Images that nothing here reads; worth a word, because a folder of them looks like one of X-rays.
+OTHER_IMAGES = frozenset({".bmp", ".gif", ".heic", ".j2k", ".jp2", ".jxl", ".mha", ".nii", ".nrrd", ".pgm", ".webp"})
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the samples' standard deviations
 
 
@@ -141,6 +144,7 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
                 yield given, None, "it is the output folder, which is never searched; choose another --output"
                 continue
             closed: list[OSError] = []
+            others: Counter[str] = Counter()
             results: set[Path] = set()  # of earlier runs, in folders come by so far
             for folder, folders, names in os.walk(given, onerror=closed.append):
                 here = Path(folder)
@@ -155,6 +159,11 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
                 for file in (here / name for name in sorted(names)):
                     if file not in results and is_input(file):
                         yield _checked(file, file.relative_to(given))
+                    elif file.suffix.lower() in OTHER_IMAGES:
+                        others[file.suffix.lower()] += 1
+            if others:
+                kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+                logger.warning("%s: images of kinds not read here are left out (%s); convert to PNG", given, kinds)
             for error in closed:
                 yield Path(error.filename), None, f"cannot be searched: {error.strerror}"
         else:

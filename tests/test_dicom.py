@@ -509,7 +509,7 @@ DAMAGED = {
     "no bits": (lambda: dataset(VALUES, PixelRepresentation=None), "PixelRepresentation is missing"),
     "high bit": (lambda: dataset(VALUES, HighBit=5), "do not fit"),
     "pixels missing": (lambda: dataset(VALUES, PixelData=None), "no pixel data"),
-    "pixels too few": (lambda: dataset(VALUES, Rows=500), "ValueError"),
+    "pixels too few": (lambda: dataset(VALUES, Rows=500), r"truncated: 5760 of 60000 bytes of pixels are there"),
     "lookup table": (_short_lut, "fewer entries"),
     "function": (lambda: dataset(VALUES, WindowCenter=1, WindowWidth=9, VOILUTFunction="SECRET"), "LINEAR_EXACT"),
     "number": (_secret_number, "not conforming"),

@@ -343,3 +343,13 @@ def test_what_is_no_regular_file_does_not_hang(folder, name):
     os.mkfifo(folder / name)
     assert results(folder) == {}
     assert refusals(folder / name) == {name: "no file or folder (a pipe, socket or device)"}
+
+
+def test_images_of_other_kinds_are_left_out_and_said(tmp_path, caplog):
+    for name in ("a.png", "b.BMP", "sub/c.bmp", "sub/d.webp", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [task.input.name for task in find_tasks([tmp_path], OUT, "auto")] == ["a.png"]
+    assert (
+        f"{tmp_path}: images of kinds not read here are left out (2 .bmp, 1 .webp); convert to PNG" in caplog.messages
+    )
