@@ -448,7 +448,6 @@ def test_what_was_asked_for_and_is_missing_ends_with_its_exit_code(cli, tiny_bun
     [
         (("--batch", "0"), "'0' is not a whole number above 0"),
         (("--batch", "1,x"), "'x' is not a whole number above 0"),
-        (("--batch", ""), "'' is not a whole number above 0"),
         (("--runner", "eager,pycuda"), "--runner pycuda: not known"),
         (("--precision", "int8"), "--precision int8: not known"),
         (("--json", "nowhere/b.json"), "there is no folder nowhere"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bsdiff_rt import runners
-from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle
+from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
 from bsdiff_rt.runners import load_networks, load_runner, resolve_device, resolve_precision, unavailable
 from bsdiff_rt.runners.eager import EagerRunner
@@ -132,7 +132,7 @@ def opened(folder, **changes) -> Bundle:
     for path, value in changes.items():
         section, key = path.split("__")
         content[section][key] = value
-    return Bundle(folder, Manifest.from_json(json.dumps(content)), "0" * 64)
+    return Bundle(folder, Manifest.from_json(signed(content)), "0" * 64)
 
 
 @pytest.mark.parametrize(
