@@ -5,6 +5,7 @@ The engine needs nothing but torch to run. Building it needs a C++ compiler, for
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners import load_networks
 from bsdiff_rt.runners.base import Progress, Runner
+
+logger = logging.getLogger(__name__)
 
 DENOISER, ENHANCER = "denoiser.pt2", "enhancer.pt2"
 QUERIES = 512  # whose scores, against all keys, stay in the processor's cache
@@ -135,6 +138,10 @@ def build(
     if options.precision == "fp16" and device.type == "cpu":
         raise EngineError(
             "an aoti engine in fp16 for the CPU: processors convolve in fp32 and bf16; use --precision bf16 or fp32"
+        )
+    if options.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            "this processor does not compute bf16 (AVX-512 or AMX does): the engine will be slower than one in fp32"
         )
     _check_compiler(device)
     denoiser, enhancer = load_networks(bundle)

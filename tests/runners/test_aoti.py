@@ -270,6 +270,17 @@ def test_only_the_denoiser_gets_the_lower_precision(exported, tmp_path):
     assert {dtypes[name] for name in set(dtypes) - kept} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("precision", "computes", "warned"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)]
+)
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
+    exported, tmp_path, monkeypatch, caplog, precision, computes, warned
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: computes)
+    try_to_build(tmp_path, precision)
+    assert sum("does not compute bf16" in message for message in caplog.messages) == warned
+
+
 def test_what_is_built_computes_attention_in_the_form_chosen(exported, tmp_path):
     try_to_build(tmp_path, "bf16")
     network, _ = (network for network, _, _ in exported)
