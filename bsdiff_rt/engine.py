@@ -22,7 +22,7 @@ from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
 from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
 from bsdiff_rt.identity import FORMAT, MANIFEST, Engine, EngineManifest, backend, identify, open_engine, read_engine
 from bsdiff_rt.parity import compare
-from bsdiff_rt.runners import load_runner, resolve_precision, unavailable
+from bsdiff_rt.runners import computes_bf16, load_runner, resolve_precision, unavailable
 from bsdiff_rt.runners.base import Progress, Runner
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
     Args:
         bundle: what it must have been built from.
         device: what it must have been built for.
-        precision: fp32, bf16 or fp16; "auto" takes any.
+        precision: fp32, bf16 or fp16; "auto" takes any that the device computes.
         runner: what it must be for.
 
     Raises:
@@ -80,6 +80,9 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
                 continue
             if precision not in ("auto", manifest.precision):
                 reasons.append(f"{folder.name} is in {manifest.precision}, not {precision}")
+                continue
+            if precision == "auto" and manifest.precision == "bf16" and not computes_bf16(device):
+                reasons.append(f"{folder.name} is in bf16, which {device} emulates; --precision bf16 takes it")
                 continue
             return open_engine(folder, bundle, device)
         except EngineError as error:

@@ -553,6 +553,22 @@ def test_the_newest_that_fits_is_found(three, small):
     assert find_engine(small, CPU, "fp32", "aoti").folder == three[2]
 
 
+@pytest.fixture(autouse=True)
+def computes_bf16(monkeypatch):
+    """Whatever processor the tests run on."""
+    monkeypatch.setattr(engine, "computes_bf16", lambda _: True)
+
+
+def test_an_engine_in_what_the_device_emulates_is_not_chosen_but_taken_when_asked_for(three, small, monkeypatch):
+    monkeypatch.setattr(engine, "computes_bf16", lambda _: False)
+    assert find_engine(small, CPU, "auto", "aoti").folder == three[0]
+    assert find_engine(small, CPU, "bf16", "aoti").folder == three[1]
+    for folder in (three[0], three[2]):
+        shutil.rmtree(folder)
+    with pytest.raises(EngineError, match="lower is in bf16, which cpu emulates; --precision bf16 takes it"):
+        find_engine(small, CPU, "auto", "aoti")
+
+
 def test_a_damaged_engine_is_passed_over(three, small):
     (three[1] / WEIGHTS[0]).write_bytes(b"")
     assert find_engine(small, CPU, "auto", "aoti").folder == three[0]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.runners import computes_bf16, resolve_device
 from train.checkpoint import last_checkpoint, load_checkpoint, tensors_of, unjudged_path, write_checkpoint
 from train.log import Log
 
@@ -358,9 +359,7 @@ def mixed_precision(asked: bool | None) -> bool:
     """Whether to train in bf16: what was asked for, else where the device computes it (emulated it is slower)."""
     if asked is not None:
         return asked
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return computes_bf16(resolve_device("auto"))
 
 
 def pieces(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

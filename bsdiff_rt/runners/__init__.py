@@ -44,6 +44,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether `device` has instructions for bf16; a processor without emulates it, many times slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def unavailable(name: RunnerName, device: torch.device) -> str | None:
     """Why a runner cannot be used on `device`, whatever engines are built; None when it can."""
     if name == "onnxruntime":

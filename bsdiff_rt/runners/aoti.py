@@ -23,7 +23,7 @@ from bsdiff_rt.errors import EngineError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import load_networks
+from bsdiff_rt.runners import computes_bf16, load_networks
 from bsdiff_rt.runners.base import Progress, Runner
 
 logger = logging.getLogger(__name__)
@@ -139,10 +139,8 @@ def build(
         raise EngineError(
             "an aoti engine in fp16 for the CPU: processors convolve in fp32 and bf16; use --precision bf16 or fp32"
         )
-    if options.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning(
-            "this processor does not compute bf16 (AVX-512 or AMX does): the engine will be slower than one in fp32"
-        )
+    if options.precision == "bf16" and not computes_bf16(device):
+        logger.warning("%s does not compute bf16, it emulates it: the engine will be slower than one in fp32", device)
     _check_compiler(device)
     denoiser, enhancer = load_networks(bundle)
     size = bundle.manifest.preprocessing.size
