@@ -22,7 +22,7 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.progress import BuildProgress, FileProgress, one_line
+from bsdiff_rt.progress import BuildProgress, FileProgress, printable
 
 if TYPE_CHECKING:
     from bsdiff_rt.metrics import Quality
@@ -341,7 +341,7 @@ def evaluate(
         table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
         _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
     for error in failed.values():
-        typer.echo(f"bsdiff-rt: {one_line(str(error))}", err=True)
+        typer.echo(f"bsdiff-rt: {printable(str(error))}", err=True)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -399,7 +399,7 @@ def _print_plan(entries: list[FileEntry], as_json: bool) -> None:
         return
     words = {"ok": "would write", "skipped": "would skip", "refused": "would refuse", "failed": "would fail"}
     for entry in entries:
-        typer.echo(one_line(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}"))
+        typer.echo(printable(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}"))
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -421,7 +421,7 @@ class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as one line, and its traceback where it has one."""
         try:
-            typer.echo(one_line(record.getMessage()), err=True)
+            typer.echo(printable(record.getMessage()), err=True)
             if record.exc_info:
                 typer.echo("".join(traceback.format_exception(*record.exc_info)), err=True)
         except Exception:  # as every handler of the library: a log line must not end a run
@@ -454,7 +454,7 @@ def main() -> None:
     try:
         app()
     except BsdiffError as error:
-        typer.echo(f"bsdiff-rt: {one_line(str(error))}", err=True)
+        typer.echo(f"bsdiff-rt: {printable(str(error))}", err=True)
         raise SystemExit(error.exit_code) from None
     except _Interrupted:
         resumes = "; finished files are complete, the same command (without --overwrite) resumes"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PLAIN_EVERY_S = 10.0
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """A message without what would move a terminal's cursor or begin another line: a file name may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
@@ -61,7 +61,7 @@ class FileProgress:
             typer.echo(f"{self._done}/{self._total} files, {speed}{left:.0f} s left", err=True)
 
     def _say(self, line: str) -> None:
-        line = one_line(line)
+        line = printable(line)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
