@@ -15,7 +15,7 @@ demo: install
 
 test: install-dev
 	$(MAKE) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check:
 	$(BIN)/ruff check .

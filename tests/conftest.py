@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import SHAPE, ToyRunner, randomise
 from synthetic import chest
 
@@ -40,15 +42,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if "tiny_engine" in getattr(item, "fixturenames", ()):  # built once: one worker runs all that need it
-            item.add_marker(pytest.mark.xdist_group("tiny_engine"))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is made once and read by every worker of a run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared: Path) -> Path:
     """Folder of a bundle with the `tiny` networks, seeded random weights, 64 px, x0, ddim in 3 steps. Do not change it.
 
-    Exported once: the exporter takes 10 to 20 seconds, whatever the network's size.
+    Exported once for all workers: the exporter takes 10 to 20 seconds, whatever the network's size.
     """
     from export.bundle import BundleOptions, write_bundle
 
@@ -56,9 +63,11 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     randomise(denoiser, 1)
     randomise(enhancer, 2)
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    folder = shared / "bundle" / "tiny"
     options = BundleOptions("tiny", SamplerSettings("ddim", STEPS), Preprocessing(SIZE_PX), training={"data": "none"})
-    write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
+    with FileLock(shared / "bundle.lock"):
+        if not folder.is_dir():
+            write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
     return folder
 
 
@@ -84,16 +93,18 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_engine(tiny_bundle: Path, shared: Path) -> Path:
     """Folder of an `aoti` engine of the tiny bundle: fp32, batch 1 to 3, for this processor. Do not change it.
 
-    Built once: the compiler takes half a minute, and minutes on a busy machine.
+    Built once for all workers: the compiler takes half a minute, and minutes on a busy machine.
     """
     from bsdiff_rt.engine import build_engine
 
-    options = EngineOptions("aoti", "fp32", (1, 3))
-    output = tmp_path_factory.mktemp("engine") / "tiny"
-    return build_engine(open_bundle(tiny_bundle), options, torch.device("cpu"), output, lambda *_: None)
+    options, output = EngineOptions("aoti", "fp32", (1, 3)), shared / "engine" / "tiny"
+    with FileLock(shared / "engine.lock"):
+        if not output.is_dir():
+            build_engine(open_bundle(tiny_bundle), options, torch.device("cpu"), output, lambda *_: None)
+    return output
 
 
 @pytest.fixture
