@@ -106,9 +106,9 @@ def engines(part: Part) -> None:
 
 def _demo_engine(part: Part) -> None:
     """As `build-engine` builds it, its parity gate included; for the part `folder`."""
-    from bsdiff_rt.engine import build_engine  # here: needs platformdirs
-
     try:
+        from bsdiff_rt.engine import build_engine  # needs platformdirs
+
         options = EngineOptions("aoti", "fp16", (1, DEMO_BATCH))
         build_engine(open_bundle(DEMO), options, part.device, part.work / DEMO, lambda *_: None)
     except Exception as error:  # as above

@@ -8,7 +8,6 @@ threads in the same way. On the CPU the same code runs without streams, one batc
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -141,8 +140,7 @@ class Suppressor:
                     torch.cuda.synchronize(self._runner.device)
                 self._sampler.close()
                 if self._cuda:
-                    with contextlib.suppress(RuntimeError):  # what brought us here is worth more words
-                        torch.cuda.empty_cache()
+                    torch.cuda.empty_cache()
             finally:  # also after a device error that lasts: without its memory a later call would wait for ever
                 self._free.put(host)
             raise

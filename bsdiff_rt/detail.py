@@ -54,7 +54,7 @@ def subtract_local_bone(
     if prep.clahe_clip_limit > 0:
         curves = EqualizingCurves.of(small, prep.clahe_clip_limit, prep.clahe_tiles)
         local = curves.undo(seen + np.float32(0.5)) - curves.undo(seen + np.float32(0.5) - local)
-    share = np.clip(resize(bone_share(seen, bone), cxr.shape), 0, 1)
+    share = unit(resize(bone_share(seen, bone), cxr.shape))
     detail = cxr - resize(small, cxr.shape)
     return unit(cxr - resize(local, cxr.shape) - share * detail)
 
@@ -74,11 +74,7 @@ def add_source_detail(
     preprocessing equalises, so is the source before what is fine is taken from it.
 
     Args:
-        cxr: [H, W], float32, in [0, 1], the source.
-        cxr_net: [size, size], float32, in [-1, 1], the networks' input made from it.
-        soft_tissue_net: [size, size], float32, in [-1, 1], their output.
-        placement: what `to_network` returned for this picture.
-        prep: the bundle's preprocessing, which made `cxr_net`.
+        cxr, cxr_net, soft_tissue_net, placement, prep: as of `subtract_local_bone`.
         power: what the grey levels are raised to (`scanner_power`); None leaves them.
 
     Returns:

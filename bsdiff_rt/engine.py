@@ -66,7 +66,7 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
     Args:
         bundle: what it must have been built from.
         device: what it must have been built for.
-        precision: fp32, bf16 or fp16; "auto" takes any that the device computes.
+        precision: fp32, bf16 or fp16; "auto" takes any.
         runner: what it must be for.
 
     Raises:
@@ -80,9 +80,6 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
                 continue
             if precision not in ("auto", manifest.precision):
                 reasons.append(f"{folder.name} is in {manifest.precision}, not {precision}")
-                continue
-            if precision == "auto" and manifest.precision == "bf16" and not computes_bf16(device):
-                reasons.append(f"{folder.name} is in bf16, which {device} emulates; --precision bf16 takes it")
                 continue
             return open_engine(folder, bundle, device)
         except EngineError as error:
@@ -139,7 +136,10 @@ def choose(
         try:
             if reason := (not_loaded or {}).get(name):
                 raise EngineError(reason)
-            return _candidate(bundle, name, device, precision, "; ".join(reasons) or "fastest available")
+            found = _candidate(bundle, name, device, precision, "; ".join(reasons) or "fastest available")
+            if precision == "auto" and found.precision == "bf16" and not computes_bf16(device):
+                raise EngineError(f"its newest engine is in bf16, which {device} emulates; --runner {name} takes it")
+            return found
         except EngineError as error:
             reasons.append(f"not {name}: {error}")
     raise EngineError(f"--precision {precision}: no runner has it here: {'; '.join(reasons)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,11 +13,15 @@ if TYPE_CHECKING:
     from bsdiff_rt.report import FileEntry
 
 PLAIN_EVERY_S = 10.0
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's controls, bytes that are no text, line and paragraph separators
 
 
 def printable(text: str) -> str:
     """A message without what would move a terminal's cursor or begin another line: a file name may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in _UNPRINTABLE else c
+        for c in text
+    )
 
 
 class FileProgress:

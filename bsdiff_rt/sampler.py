@@ -274,7 +274,7 @@ class _Graph(_Recording):
             torch._C._cuda_clearCublasWorkspaces()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves the side stream current when a recording breaks off
-            # ... and, before 2.12, the graph's pool open: every later `empty_cache` of the process would fail (pytorch
+            # ... and, as of 2.11, the graph's pool open: every later `empty_cache` of the process would fail (pytorch
             # pull request 180395). Where it is closed already, this says so.
             with suppress(RuntimeError):
                 device = torch.cuda.current_device() if cxr.device.index is None else cxr.device.index

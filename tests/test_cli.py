@@ -433,6 +433,12 @@ def test_a_name_cannot_begin_a_line(infer, tmp_path):
         assert not any(line.startswith("failed: b.png") for line in (done.err + done.out).splitlines())
 
 
+def test_a_name_of_any_language_is_shown_as_it_is():
+    name = "胸部\u3000X線 می\u200cخواهم \u00a0é.png"  # with spaces and a joiner that Python does not call printable
+    assert module.printable(name) == name
+    assert module.printable("a\udcff\u2028b\r") == "a\\udcff\\u2028b\\r"
+
+
 def test_log_lines_go_to_what_is_stderr_at_the_time(capsys, monkeypatch):
     """The live bar puts itself in the place of stderr, and prints above itself."""
     command_line._log(quiet=False, verbose=False)

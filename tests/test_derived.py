@@ -220,6 +220,21 @@ def test_nothing_absent_is_made_up(tmp_path):
     assert derived.SeriesDescription == SERIES_SUFFIX
 
 
+DX_TYPE_2 = ("AnatomicRegionSequence", "DetectorType", "PositionerType", "AcquisitionContextSequence")
+
+
+def test_what_dx_requires_is_there_empty_where_the_source_lacks_it_and_kept_where_it_has_it(tmp_path):
+    bare = dx_dataset(stored(PICTURE, 12))
+    for keyword in DX_TYPE_2:
+        if keyword in bare:
+            delattr(bare, keyword)
+    derived = derive(tmp_path, bare)
+    assert all(derived[keyword].is_empty for keyword in DX_TYPE_2)
+    bare.DetectorType = "DIRECT"
+    assert derive(tmp_path, bare).DetectorType == "DIRECT"
+    assert not any(keyword in derive(tmp_path, dataset(stored(PICTURE, 12))) for keyword in DX_TYPE_2[1:])  # CR
+
+
 def test_equipment_is_added_to_what_contributed_before(tmp_path):
     item = Dataset()
     item.Manufacturer = "before"

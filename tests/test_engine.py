@@ -559,14 +559,15 @@ def computes_bf16(monkeypatch):
     monkeypatch.setattr(engine, "computes_bf16", lambda _: True)
 
 
-def test_an_engine_in_what_the_device_emulates_is_not_chosen_but_taken_when_asked_for(three, small, monkeypatch):
+def test_an_engine_in_what_the_device_emulates_is_taken_only_when_named(three, small, monkeypatch):
     monkeypatch.setattr(engine, "computes_bf16", lambda _: False)
-    assert find_engine(small, CPU, "auto", "aoti").folder == three[0]
-    assert find_engine(small, CPU, "bf16", "aoti").folder == three[1]
-    for folder in (three[0], three[2]):
-        shutil.rmtree(folder)
-    with pytest.raises(EngineError, match="lower is in bf16, which cpu emulates; --precision bf16 takes it"):
-        find_engine(small, CPU, "auto", "aoti")
+    chosen = choose(small, "auto", CPU)
+    assert chosen.runner != "aoti"
+    assert "not aoti: its newest engine is in bf16, which cpu emulates; --runner aoti takes it" in chosen.why
+    for runner, precision in (("aoti", "auto"), ("auto", "bf16")):
+        assert choose(small, runner, CPU, precision).engine.folder == three[1]
+    monkeypatch.setattr(engine, "computes_bf16", lambda _: True)
+    assert choose(small, "auto", CPU).engine.folder == three[1]
 
 
 def test_a_damaged_engine_is_passed_over(three, small):

@@ -264,12 +264,16 @@ def test_detail_from_the_source_keeps_its_tone(one, darker):
     assert np.abs(network - source).mean() > 0.04
 
 
+def equalise(bundle: Path, clip_limit: float) -> None:
+    content = json.loads((bundle / MANIFEST).read_text())
+    content["preprocessing"]["clahe_clip_limit"] = clip_limit
+    (bundle / MANIFEST).write_text(signed(content))
+
+
 @pytest.mark.parametrize("clahe", [0.0, 3.0])
 def test_detail_from_the_source_at_the_networks_matrix(run, darker, bundle_copy, tmp_path, clahe):
     """The tone is the source's here too, not that of the equalised picture the networks see."""
-    content = json.loads((bundle_copy / MANIFEST).read_text())
-    content["preprocessing"]["clahe_clip_limit"] = clahe
-    (bundle_copy / MANIFEST).write_text(signed(content))
+    equalise(bundle_copy, clahe)
     png(tmp_path / "in" / "a.png")
     run(bundle=str(bundle_copy), detail="source", size="model")
     shown = pixels(tmp_path / "out" / "a.png") / 255
@@ -289,9 +293,7 @@ def test_detail_from_both_has_the_networks_tone_and_the_sources_sharpness(one, d
 
 @pytest.mark.parametrize("clahe", [0.0, 3.0])
 def test_detail_from_both_at_the_networks_matrix_is_the_networks(run, darker, bundle_copy, tmp_path, clahe):
-    content = json.loads((bundle_copy / MANIFEST).read_text())
-    content["preprocessing"]["clahe_clip_limit"] = clahe
-    (bundle_copy / MANIFEST).write_text(signed(content))
+    equalise(bundle_copy, clahe)
     png(tmp_path / "in" / "a.png")
     found = []
     for detail in ("network", "both"):
