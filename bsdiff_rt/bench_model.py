@@ -207,7 +207,11 @@ def load_candidates(model: Model, wanted: Wanted, device: torch.device) -> tuple
         outcomes += _try_runner(model, runner, wanted, device)
     for folder in wanted.engines:
         outcomes.append(_try(f"engine {folder.name}", model, ("auto", "auto"), device, asked=True, folder=folder))
-    return [o for o in outcomes if isinstance(o, Candidate)], [o for o in outcomes if isinstance(o, Missing)]
+    absent = [outcome for outcome in outcomes if isinstance(outcome, Missing)]
+    for each in absent:
+        if each.exit_code:  # asked for; said before the others are measured, which may take long
+            logger.warning("%s will not be measured: %s", each.name, each.reason)
+    return [outcome for outcome in outcomes if isinstance(outcome, Candidate)], absent
 
 
 def _try_runner(model: Model, runner: str, wanted: Wanted, device: torch.device) -> list[Candidate | Missing]:

@@ -435,9 +435,11 @@ def test_bench(cli, tiny_bundle, tmp_path, rates):
 def test_what_was_asked_for_and_is_missing_ends_with_its_exit_code(cli, tiny_bundle, tmp_path, rates):
     written = tmp_path / "b.json"
     arguments = ("--bundle", tiny_bundle, "--device", "cpu", "--batch", 1, "--steps", 1, "--repeats", 1)
-    done = cli("bench", *arguments, "--runner", "tensorrt,eager", "--json", written, "--quiet")
+    done = cli("bench", *arguments, "--runner", "tensorrt,eager", "--json", written)
     assert done.code == 4
     assert re.search(r"^not measured: tensorrt: --runner tensorrt cannot be used on cpu", done.out, re.MULTILINE)
+    early, late = "tensorrt will not be measured: --runner tensorrt cannot", "warming up"
+    assert done.err.index(early) < done.err.index(late)
     found = json.loads(written.read_text())
     assert [row["name"] for row in found["rows"]] == ["eager"]
     assert [entry["name"] for entry in found["not_measured"]] == ["tensorrt"]

@@ -59,8 +59,7 @@ def _load(path: Path) -> NDArray[np.uint8]:
 def _draw(seeds: Iterable[int], size: int) -> NDArray[np.uint8]:
     """X-ray and soft tissue of each seed's phantom, [N, 2, size, size]."""
     drawn = (phantom(seed, size) for seed in seeds)
-    stacked = np.stack([np.stack([each.cxr, each.soft_tissue]) for each in drawn])
-    return np.rint(stacked * 255).astype(np.uint8)
+    return np.stack([np.rint(np.stack([each.cxr, each.soft_tissue]) * 255).astype(np.uint8) for each in drawn])
 
 
 def held_out_phantoms(count: int, size: int) -> list[Pair]:

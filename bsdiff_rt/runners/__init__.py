@@ -83,7 +83,7 @@ def resolve_precision(runner: RunnerName, precision: str, device: torch.device) 
         return "fp32"
     if precision == "fp16" and runner == "onnxruntime" and device.type == "cuda":
         return "fp16"
-    raise EngineError(f"--precision {precision}: runner {runner} computes in fp32 on {device}; use --precision auto")
+    raise EngineError(f"it computes in fp32 on {device}, not in {precision}; use --precision auto")
 
 
 def load_runner(bundle: Bundle, name: RunnerName, device: torch.device, precision: Precision = "fp32") -> Runner:
@@ -105,9 +105,9 @@ def load_runner(bundle: Bundle, name: RunnerName, device: torch.device, precisio
             device=device,
             precision=precision,
         )
-    resolve_precision(name, precision, device)
     if name != "eager":
         raise EngineError(f"runner {name} needs a built engine; bsdiff-rt build-engine makes one")
+    resolve_precision(name, precision, device)
     denoiser, enhancer = load_networks(bundle)
     return EagerRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, device)
 

@@ -92,7 +92,7 @@ def test_precision(runner, device):
         if (runner, precision, device) == ("onnxruntime", "fp16", GPU):
             assert resolve_precision(runner, precision, device) == "fp16"
             continue
-        with pytest.raises(EngineError, match=f"--precision {precision}: runner {runner} computes in fp32 on {device}"):
+        with pytest.raises(EngineError, match=f"it computes in fp32 on {device}, not in {precision}; use --precision auto"):
             resolve_precision(runner, precision, device)
 
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_loaded_is_never_substituted(monkeypatch):
     bundle = open_bundle("demo")
     with pytest.raises(EngineError, match="--runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
         load_runner(bundle, "tensorrt", CPU)
-    with pytest.raises(EngineError, match="--precision bf16: runner eager computes in fp32 on cpu"):
+    with pytest.raises(EngineError, match="it computes in fp32 on cpu, not in bf16"):
         load_runner(bundle, "eager", CPU, "bf16")
     with pytest.raises(EngineError, match="runner aoti needs a built engine; bsdiff-rt build-engine makes one"):
         load_runner(bundle, "aoti", CPU)
