@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -63,11 +63,9 @@ def find_tasks(
     """
     found = list(_files(inputs, output))
     sources = {_real(file): file for file, relative, _ in found if relative is not None}
+    places = _Places(output, sources, results_in(output), reserved, overwrite)
     tasks: list[Task] = []
-    taken: dict[Path, Path] = {}
-    mapped: dict[Path, Path] = {}  # the same of deviation maps
     seen: set[str] = set()
-    results = results_in(output)
     for file, relative, refusal in found:
         if relative is None:
             tasks.append(Task(file, None, refusal))
@@ -78,25 +76,54 @@ def find_tasks(
         seen.add(real)
         suffix = ".dcm" if file_format == "dicom" or (file_format == "auto" and is_dicom(file)) else ".png"
         target = relative.parent / (stem_of(relative) + suffix)
-        if target in taken:
-            refusal = f"its result {target} would replace that of {taken[target]}; give it another --output"
-        elif source := sources.get(_real(output / target)):
-            refusal = f"its result would replace the X-ray {source}; choose another --output"
-        elif beside := _beside(file, output, target, results):
-            refusal = f"its result would replace {beside}, which this program did not write; choose another --output"
-        elif not overwrite and (earlier := results.get(target)) and _is_anothers(output / target, earlier, file):
-            refusal = (
+        refusal = places.refusal(file, target)
+        tasks.append(Task(file, None if refusal else target, refusal))
+    return tasks
+
+
+@dataclass
+class _Places:
+    """Where results go, and whose place they would take.
+
+    Attributes:
+        output: the output folder.
+        sources: every input of this run, by its real path.
+        results: of an earlier run, by their places.
+        reserved, overwrite: as of `find_tasks`.
+        taken: places given away, and to which file.
+        mapped: the same of deviation maps.
+    """
+
+    output: Path
+    sources: Mapping[str, Path]
+    results: Mapping[Path, FileEntry]
+    reserved: Collection[str]
+    overwrite: bool
+    taken: dict[Path, Path] = field(default_factory=dict)
+    mapped: dict[Path, Path] = field(default_factory=dict)
+
+    def refusal(self, file: Path, target: Path) -> str | None:
+        """Why the result of `file` cannot go to `target`; None where it can, which is its place from then on."""
+        deviation = uncertainty_path(Path(), target)
+        if target in self.taken:
+            return f"its result {target} would replace that of {self.taken[target]}; give it another --output"
+        if source := self.sources.get(_real(self.output / target)):
+            return f"its result would replace the X-ray {source}; choose another --output"
+        if beside := _beside(file, self.output, target, self.results):
+            return f"its result would replace {beside}, which this program did not write; choose another --output"
+        earlier = None if self.overwrite else self.results.get(target)
+        if earlier and _is_anothers(self.output / target, earlier, file):
+            return (
                 f"its result {target} would replace that of an earlier run's {earlier.input}, which is another file; "
                 "give it another --output, or --overwrite"
             )
-        elif str(target) in reserved or target.parts[0] in reserved:
-            refusal = f"its result {target} would replace the run's own; rename it"
-        elif UNCERTAINTY in reserved and (other := mapped.get(deviation := uncertainty_path(Path(), target))):
-            refusal = f"its deviation map {deviation.name} would replace that of {other}; give it another --output"
-        else:
-            taken[target] = mapped[uncertainty_path(Path(), target)] = file
-        tasks.append(Task(file, None if refusal else target, refusal))
-    return tasks
+        if str(target) in self.reserved or target.parts[0] in self.reserved:
+            return f"its result {target} would replace the run's own; rename it"
+        if UNCERTAINTY in self.reserved and deviation in self.mapped:
+            other = self.mapped[deviation]
+            return f"its deviation map {deviation.name} would replace that of {other}; give it another --output"
+        self.taken[target] = self.mapped[deviation] = file
+        return None
 
 
 def _beside(file: Path, output: Path, target: Path, results: Collection[Path]) -> Path | None:

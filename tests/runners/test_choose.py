@@ -92,7 +92,9 @@ def test_precision(runner, device):
         if (runner, precision, device) == ("onnxruntime", "fp16", GPU):
             assert resolve_precision(runner, precision, device) == "fp16"
             continue
-        with pytest.raises(EngineError, match=f"it computes in fp32 on {device}, not in {precision}; use --precision auto"):
+        with pytest.raises(
+            EngineError, match=f"it computes in fp32 on {device}, not in {precision}; use --precision auto"
+        ):
             resolve_precision(runner, precision, device)
 
 
