@@ -35,7 +35,7 @@ from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
-from bsdiff_rt.tone import scanner_power
+from bsdiff_rt.tone import tone_change
 
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 
@@ -134,21 +134,23 @@ def judge(
     noise = ImageNoise(0, grey_digest(cxr))
     found = {}
     for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
-        made = (cxr, cxr_net, predicted, placement, manifest.preprocessing)
-        power = power_of(cxr_net, predicted, placement, manifest)
+        toned = in_its_tone(cxr_net, predicted, placement, manifest)
+        prep = manifest.preprocessing
         written = {
-            "network": from_network(predicted, placement, power),
-            "both": add_source_detail(*made, power),
-            "source": subtract_local_bone(*made),
+            "network": from_network(toned, placement),
+            "both": add_source_detail(cxr, cxr_net, toned, placement, prep),
+            "source": subtract_local_bone(cxr, cxr_net, predicted, placement, prep),
         }
         for detail, picture in written.items():
             found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, picture)))
     return found
 
 
-def power_of(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> float | None:
-    """What `infer` raises the networks' picture to, to give it its scanner's tone, where the model knows that."""
-    return scanner_power(cxr_net, predicted, placement, manifest.tone) if manifest.tone.cxr else None
+def in_its_tone(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
+    """The networks' picture as `infer` tones it, where the model knows its scanner's tone; [S, S] in [-1, 1]."""
+    if not manifest.tone.cxr:
+        return predicted
+    return tone_change(cxr_net, predicted, placement, manifest.tone).apply(predicted, cxr_net)
 
 
 def both_stages(

@@ -27,7 +27,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import both_stages, power_of
+from benchmarks.quality import both_stages, in_its_tone
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
 from bsdiff_rt.engine import load
@@ -171,7 +171,7 @@ def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Pred
         cxr_net, placement = cxr * 2 - 1, place(cxr.shape, cxr.shape[0])
         results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
         return {  # at the networks' matrix every --detail but source is their picture
-            name: (from_network(image, placement, power_of(cxr_net, image, placement, manifest)), taken)
+            name: (from_network(in_its_tone(cxr_net, image, placement, manifest), placement), taken)
             for name, (image, taken) in zip((STAGE_1, BOTH), results, strict=True)
         }
 

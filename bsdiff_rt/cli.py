@@ -107,7 +107,7 @@ def infer(
         typer.Option(
             "--scanner-tone/--no-scanner-tone",
             show_default="the bundle's",
-            help="X-rays of the model's own scanner: give the picture that scanner's mean grey level.",
+            help="Tone: X-rays of the model's own scanner get the mean of its soft tissue, others keep theirs.",
         ),
     ] = None,
     size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",

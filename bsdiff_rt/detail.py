@@ -65,7 +65,6 @@ def add_source_detail(
     soft_tissue_net: NDArray[np.float32],
     placement: Placement,
     prep: Preprocessing,
-    power: float | None = None,
 ) -> NDArray[np.float32]:
     """The networks' picture, and what of the source is finer than their pixels and no bone (`--detail both`).
 
@@ -75,7 +74,6 @@ def add_source_detail(
 
     Args:
         cxr, cxr_net, soft_tissue_net, placement, prep: as of `subtract_local_bone`.
-        power: what the grey levels are raised to (`scanner_power`); None leaves them.
 
     Returns:
         [H, W], float32, in [0, 1].
@@ -88,7 +86,7 @@ def add_source_detail(
         seen, soft_tissue = shown(cxr_net, placement), shown(soft_tissue_net, placement)
         share = unit(resize(bone_share(seen, seen - soft_tissue), cxr.shape))
         picture = unit(picture + (1 - share) * (cxr - resize(seen, cxr.shape)))
-    return picture if power is None else np.power(picture, np.float32(power))
+    return picture
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -91,19 +91,17 @@ def seen_by_networks(picture: NDArray[np.float32], prep: Preprocessing) -> NDArr
     return shown(square, placement)
 
 
-def from_network(image: NDArray[np.float32], placement: Placement, power: float | None = None) -> NDArray[np.float32]:
+def from_network(image: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
     """Undo padding and resizing (bicubic on the way up). CLAHE is not undone: the tone is the networks'.
 
     Args:
         image: [size, size], float32, in [-1, 1].
-        power: what the grey levels are raised to (`scanner_power`); None leaves them.
 
     Returns:
         [H, W], float32, in [0, 1], with H, W the source's matrix.
     """
     picture = resize(crop(image, placement), (placement.rows, placement.columns))
-    picture = unit((picture + np.float32(1)) / np.float32(2))
-    return picture if power is None else picture ** np.float32(power)
+    return unit((picture + np.float32(1)) / np.float32(2))
 
 
 def unit(picture: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

@@ -40,7 +40,7 @@ from bsdiff_rt.report import FileEntry, Report, environment, finished_before, pa
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
-from bsdiff_rt.tone import scanner_power
+from bsdiff_rt.tone import ToneChange, tone_change
 
 logger = logging.getLogger(__name__)
 
@@ -271,13 +271,13 @@ class Inference:
                 _check_result(one)
             samples = without_mirror(passes) if self.settings.mirror else passes
             soft_tissue_net = samples.mean(0, dtype=np.float64).astype(np.float32)
-            power = self._power(ready, soft_tissue_net)
-            soft_tissue = self._to_output(ready, soft_tissue_net, power)
+            change = self._tone_change(ready, soft_tissue_net)
+            soft_tissue = self._to_output(ready, change.apply(soft_tissue_net, ready.cxr_net))
             if self.settings.samples > 1:
                 self._write_uncertainty(ready, samples)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".dcm":
-                write_derived(path, ready.radiograph, soft_tissue, self._derivation(power), self.settings.sop)
+                write_derived(path, ready.radiograph, soft_tissue, self._derivation(change), self.settings.sop)
             else:
                 write_png(path, soft_tissue, ready.radiograph.bits_stored)
             digest = file_sha256(path)
@@ -287,7 +287,8 @@ class Inference:
             )
         seconds = round(ready.seconds + time.monotonic() - started, 4)
         hashes = (digest, ready.input_sha256, path_digest(ready.task.input))
-        return FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, *hashes, tone_power=power)
+        entry = FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, *hashes)
+        return replace(entry, tone_power=change.power, tone_offset=change.offset)
 
     def _write_uncertainty(self, ready: Ready, samples: NDArray[np.float32]) -> None:
         """The samples' standard deviation at the output matrix: 16 bits, 65535 is the whole range of grey levels."""
@@ -323,14 +324,12 @@ class Inference:
         # The picture without its padding, at the network's resolution.
         return replace(ready.placement, rows=ready.placement.height, columns=ready.placement.width)
 
-    def _power(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> float | None:
+    def _tone_change(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> ToneChange:
         if not self.settings.scanner_tone:
-            return None
-        return scanner_power(ready.cxr_net, soft_tissue_net, ready.placement, self.bundle.manifest.tone)
+            return ToneChange()
+        return tone_change(ready.cxr_net, soft_tissue_net, ready.placement, self.bundle.manifest.tone)
 
-    def _to_output(
-        self, ready: Ready, soft_tissue_net: NDArray[np.float32], power: float | None
-    ) -> NDArray[np.float32]:
+    def _to_output(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> NDArray[np.float32]:
         """[H, W] in [0, 1] at the output matrix, with the detail asked for."""
         cxr, placement = ready.radiograph.cxr, self._placement(ready)
         if self.settings.size == "model":
@@ -340,10 +339,10 @@ class Inference:
         if self.settings.detail == "source":
             return subtract_local_bone(*made)
         if self.settings.detail == "both":
-            return add_source_detail(*made, power)
-        return from_network(soft_tissue_net, placement, power)
+            return add_source_detail(*made)
+        return from_network(soft_tissue_net, placement)
 
-    def _derivation(self, power: float | None) -> Derivation:
+    def _derivation(self, change: ToneChange) -> Derivation:
         settings, report = self.settings, self.report
         size = self.bundle.manifest.preprocessing.size
         return Derivation(
@@ -352,7 +351,8 @@ class Inference:
                 f"{step_count(self.table.steps)}, {_seeds(settings.seed, settings.samples)}, "
                 f"stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
-                f"{f'grey levels to the power {power:.4f}, ' if power is not None else ''}"
+                f"{f'grey levels to the power {change.power:.4f}, ' if change.power is not None else ''}"
+                f"{f'{change.offset:+.4f} of the range added to grey levels, ' if change.offset is not None else ''}"
                 f"network matrix {size} x {size}, "
                 f"detail from {'network and source' if settings.detail == 'both' else settings.detail}, "
                 f"runner {report.settings['runner']} {report.settings['precision']}. Not for diagnostic use."

@@ -41,7 +41,8 @@ class FileEntry:
         sha256: of the output file.
         input_sha256: of the input file, where it could be read; a changed input is done again.
         path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
-        tone_power: what `--scanner-tone` raised the networks' grey levels to; None where it left them.
+        tone_power, tone_offset: what `--scanner-tone` raised the networks' grey levels to, or added to them, of a scale
+            1 wide; None where it left them.
     """
 
     input: str
@@ -53,6 +54,7 @@ class FileEntry:
     input_sha256: str | None = None
     path_sha256: str | None = None
     tone_power: float | None = None
+    tone_offset: float | None = None
 
 
 @dataclass

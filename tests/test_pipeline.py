@@ -147,6 +147,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "input_sha256": pipeline.file_sha256(tmp_path / "in" / "c.png"),
         "path_sha256": path_digest(tmp_path / "in" / "c.png"),
         "tone_power": None,
+        "tone_offset": None,
     }
     assert report["settings"] == {
         "sampler": "ddim",
@@ -911,7 +912,7 @@ def test_an_x_ray_of_the_models_scanner_gets_its_tone(run, toned, tmp_path):
     settings = {"bundle": toned, "enhance": False, "overwrite": True}
     plain = run(**settings, scanner_tone=False)
     own = {name: pixels(tmp_path / "out" / name).astype(float) / 255 for name in ("a.png", "b.png")}
-    assert {entry.tone_power for entry in plain.values()} == {None}
+    assert {(entry.tone_power, entry.tone_offset) for entry in plain.values()} == {(None, None)}
     for asked in (None, True):  # the default of a bundle that knows it
         found = run(**settings, scanner_tone=asked)
         assert report_of(tmp_path / "out")["settings"]["scanner_tone"] is True
@@ -920,8 +921,10 @@ def test_an_x_ray_of_the_models_scanner_gets_its_tone(run, toned, tmp_path):
         assert report_of(tmp_path / "out")["files"][0]["tone_power"] == power
         assert result.mean() == pytest.approx(0.45, abs=0.005)  # at the source's matrix, not the networks'
         np.testing.assert_allclose(result, own["a.png"] ** power, atol=0.02)  # of levels rounded to 8 bits before
-        assert found["b.png"].tone_power is None
-        np.testing.assert_array_equal(pixels(tmp_path / "out" / "b.png") / 255, own["b.png"])
+        assert (found["a.png"].tone_offset, found["b.png"].tone_power) == (None, None)
+        assert found["b.png"].tone_offset == pytest.approx(0.05, abs=0.001)  # its own tone: what was taken off is back
+        source = pixels(tmp_path / "in" / "b.png") / 255
+        np.testing.assert_allclose(pixels(tmp_path / "out" / "b.png") / 255, source, atol=1.5 / 255)
     described = dcmread(tmp_path / "out" / "c.dcm").DerivationDescription
     assert f"grey levels to the power {found['c.dcm'].tone_power:.4f}, network matrix" in described
 
@@ -929,7 +932,12 @@ def test_an_x_ray_of_the_models_scanner_gets_its_tone(run, toned, tmp_path):
 def test_a_tone_the_networks_kept_stays(run, toned, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "denoise", lambda x_t, cxr, _, out: torch.sub(cxr, 0.01, out=out))
     png(tmp_path / "in" / "a.png")
-    assert run(bundle=toned, enhance=False)["a.png"].tone_power is None
+    dicom(tmp_path / "in" / "b.dcm")
+    found = run(bundle=toned, enhance=False)
+    assert {entry.tone_power for entry in found.values()} == {None}
+    assert found["a.png"].tone_offset == pytest.approx(0.005, abs=0.0005)
+    described = dcmread(tmp_path / "out" / "b.dcm").DerivationDescription
+    assert f"{found['b.dcm'].tone_offset:+.4f} of the range added to grey levels, network matrix" in described
 
 
 def test_a_scanners_tone_is_refused_where_it_cannot_be(run, toned, tmp_path):

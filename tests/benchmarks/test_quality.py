@@ -15,6 +15,7 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.metrics import mean_quality, quality
 from bsdiff_rt.pipeline import Inference
+from bsdiff_rt.tone import ToneChange
 from train.phantoms import write_pairs
 
 
@@ -48,7 +49,7 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
 
 def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_bundle, tmp_path, monkeypatch):
     for module in ("benchmarks.quality", "bsdiff_rt.pipeline"):
-        monkeypatch.setattr(f"{module}.scanner_power", lambda *_: 1.5)
+        monkeypatch.setattr(f"{module}.tone_change", lambda *_: ToneChange(power=1.5))
     path = tmp_path / "q.json"
     arguments = ["--bundle", toned_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
     arguments += ["--device", "cpu", "--json", path]
@@ -68,7 +69,7 @@ def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_
 
 
 def test_a_scanners_tone_is_a_switch(phantoms, toned_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.quality.scanner_power", lambda *_: 3.0)
+    monkeypatch.setattr("benchmarks.quality.tone_change", lambda *_: ToneChange(power=3.0))
     found = []
     for asked, known in (("--scanner-tone", True), ("--no-scanner-tone", False)):
         path = tmp_path / "q.json"

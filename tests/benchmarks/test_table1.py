@@ -16,6 +16,7 @@ from benchmarks.table1 import BOTH, PUBLISHED, STAGE_1, UNTOUCHED, app, comparat
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import InputFailed, SettingsError
+from bsdiff_rt.tone import ToneChange
 
 SIZE = 64
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_rows_of_every_network_with_the_papers_values(dataset, tiny_bundle, tmp_
 
 
 def test_bs_diff_is_judged_in_its_scanners_tone_or_without(dataset, toned_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.quality.scanner_power", lambda *_: 3.0)
+    monkeypatch.setattr("benchmarks.quality.tone_change", lambda *_: ToneChange(power=3.0))
     means = []
     for asked, known in (("--scanner-tone", True), ("--no-scanner-tone", False)):
         path = tmp_path / "t.json"
