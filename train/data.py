@@ -34,6 +34,7 @@ from bsdiff_rt.tone import BONES_WINDOW_PX, tone_of
 Image = NDArray[np.float32]
 
 ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
+FOREIGN_BONE = (0.35, 1.25)  # how strong another scanner shows bone, of what this one does
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
 # What `python -m train prepare` writes and `load_dataset` reads.
@@ -65,8 +66,9 @@ class Augmentation:
         foreign: share of the real samples made to look like another scanner's (tone-matched target).
         swap_bones: share of the real samples whose bone layer comes from another pair or a phantom.
         blur_noise: share of the samples with changed sharpness or added noise.
-        phantoms: share of the phantoms warped, and toned anew as often as `foreign` says. The others stay as drawn but
-            for the flip: each is another patient under another exposure already, and warping smooths its grain.
+        phantoms: share of the phantoms warped and, unless `foreign` is 0, shown with weaker or stronger bone, and toned
+            anew as often as `foreign` says. The others stay as drawn but for the flip: each is another patient under
+            another exposure already, and warping smooths its grain.
         flip, rotation, zoom, elastic: which parts of the geometry there are; zoom is also shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
     """
@@ -276,6 +278,8 @@ class Batches:
         if rng.random() >= augmentation.phantoms:
             augmentation = replace(augmentation, foreign=0.0, rotation=False, zoom=False, elastic=False)
         cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, augmentation)
+        if augmentation.foreign:
+            cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * (cxr - soft_tissue)
         if rng.random() < augmentation.foreign:
             curve = tone_curve(rng)
             return curve(cxr), curve(soft_tissue)
@@ -290,7 +294,7 @@ class Batches:
         if rng.random() < self.augmentation.swap_bones:
             bone = self._other_bone(rng, size, crop, foreign)
         if foreign:
-            cxr = soft_tissue + rng.uniform(0.35, 1.25) * bone
+            cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
             curve = tone_curve(rng)
             return curve(np.clip(cxr, 0, 1)), curve(soft_tissue)
         if not self.augmentation.contrast:

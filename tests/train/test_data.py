@@ -12,6 +12,7 @@ from bsdiff_rt.errors import InputFailed, SettingsError
 from bsdiff_rt.raster import find_pairs
 from train.data import (
     AUGMENTATION_SETS,
+    FOREIGN_BONE,
     Augmentation,
     Batches,
     Pair,
@@ -291,6 +292,30 @@ def test_degrading_changes_both_images_and_adds_the_same_noise_to_both(pair):
         assert not np.array_equal(soft_tissue, pair.soft_tissue)
         noisy += np.allclose(cxr - soft_tissue, pair.cxr - pair.soft_tissue, atol=1e-6)  # rounding of float32 sums
     assert 0 < noisy < 12
+
+
+def test_warped_phantoms_show_bone_as_weak_or_strong_as_another_scanner_does(pool):
+    """The soft tissue is the same, the bone layer a multiple of it; as drawn they keep theirs."""
+
+    def strengths(phantoms, foreign):
+        # Toned anew never (a share this small), so that the layers can be compared.
+        augmentation = Augmentation(geometry=0.0, phantoms=phantoms, foreign=foreign, blur_noise=0.0)
+        found = []
+        for step in range(40):
+            cxr, soft_tissue = (Batches([], pool, 0.0, augmentation, 0).batch(step, 1, 64, 64)[0] + 1) / 2
+            own = min(pool.astype(np.float32) / 255, key=lambda one: np.abs(one[1] - soft_tissue).max())
+            np.testing.assert_allclose(soft_tissue, own[1], atol=2e-3)
+            bone = own[0] - own[1]
+            seen = cxr < 0.99  # what is stronger may reach white
+            found.append(float(((cxr - soft_tissue) * bone)[seen].sum() / (bone**2)[seen].sum()))
+        return np.array(found)
+
+    np.testing.assert_allclose(strengths(phantoms=1.0, foreign=0.0), 1, atol=0.02)
+    np.testing.assert_allclose(strengths(phantoms=0.0, foreign=1e-9), 1, atol=0.02)
+    changed = strengths(phantoms=1.0, foreign=1e-9)
+    assert changed.min() > FOREIGN_BONE[0] - 0.02
+    assert changed.max() < FOREIGN_BONE[1] + 0.02
+    assert changed.std() > 0.2
 
 
 def test_phantoms_are_bent_and_toned_anew_as_often_as_asked_else_only_mirrored(pool):
