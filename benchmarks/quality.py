@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.batching import enhanced, suppress, without_mirror
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import SAMPLERS, ScannerTone
+from bsdiff_rt.config import SAMPLERS, SamplerName, ScannerTone
 from bsdiff_rt.detail import add_source_detail, subtract_local_bone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, run_command
@@ -70,9 +70,14 @@ def main(
     mirror = manifest.mirror if mirror is None else mirror
     groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
     groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
-    settings = [(sampler, count) for sampler in SAMPLERS for count in numbers(steps)]
-    settings += [("ddpm", schedule.train_steps)] if full else []
-    tables = [sampler_table(schedule, *setting) for setting in settings]  # refuses what cannot be run, before hours
+    if not groups:
+        raise SettingsError("nothing to judge: give --phantoms, --pairs, or both")
+    settings: list[tuple[SamplerName, int, int | None]]
+    settings = [(sampler, count, None) for sampler in SAMPLERS for count in numbers(steps)]
+    settings += [("ddpm", schedule.train_steps, full)] if full else []
+    tables = [
+        sampler_table(schedule, sampler, count) for sampler, count, _ in settings
+    ]  # refuses what cannot be run, before hours
     if output:
         head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
@@ -81,8 +86,8 @@ def main(
     rows: list[dict[str, Any]] = []
     with load(model, "auto", resolve_device(device)) as runner:
         for group, images in groups.items():
-            for (sampler, count), table in zip(settings, tables, strict=True):
-                some = images[:full] if count == schedule.train_steps else images
+            for (sampler, count, most), table in zip(settings, tables, strict=True):
+                some = images[:most]
                 started = time.monotonic()
                 found = [judge(runner, manifest, table, pair, size, mirror) for pair in some]
                 row = {"group": group, "images": len(some), "sampler": sampler, "steps": count, "mirror": mirror}

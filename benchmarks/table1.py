@@ -5,8 +5,9 @@
 DATASET is a folder made by `python -m train prepare` (its test part is judged), or any folder of NAME_cxr.png and
 NAME_soft_tissue.png. Every NAME.onnx in --comparators, written by `python -m train comparator`, is a row; so is the
 untouched X-ray. BS-Diff is sampled as the bundle says, mirror image and scanner tone included (--no-scanner-tone leaves
-that out, as `infer` does); a comparator sees each image once, and its picture is judged as it is. All
-are judged on the same images, at the size and with the preprocessing of the networks, in [0, 1].
+that out, as `infer` does), and in Table 1 with stage 2 or without as the bundle has; a comparator sees each image once,
+and its picture is judged as it is. All are judged on the same images, at the size and with the preprocessing of the
+networks, in [0, 1].
 95 % intervals are percentiles of 1000 bootstrap samples of patients. Below each row stand the paper's values, on data
 of its own: its bone suppression ratio is set below the release's, the form its published code computes.
 """
@@ -27,7 +28,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import both_stages, in_its_tone
+from benchmarks.quality import both_stages, in_its_tone, write
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
 from bsdiff_rt.engine import load
@@ -77,7 +78,7 @@ def main(
     comparators: Annotated[Path | None, typer.Option(help="Folder of NAME.onnx; each is a row.")] = None,
     part: Annotated[str, typer.Option(help="Part of a prepared data set: train, val or test.")] = "test",
     sampler: Annotated[SamplerName | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps.", show_default="the bundle's")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the bundle's")] = None,
     scanner_tone: Annotated[
         bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
     ] = True,
@@ -91,9 +92,18 @@ def main(
     settings, mirror = manifest.sampler, manifest.mirror
     settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
     cases = read_cases(dataset, part, model.manifest.preprocessing)
+    head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
+    head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
+    head |= {"sampler": asdict(settings), "mirror": mirror, "scanner_tone": bool(manifest.tone.cxr)}
+    head |= {"images": len(cases), "seed": seed}
+    if output:  # refuses a place that cannot be written before anything is judged
+        write(output, head | {"rows": []})
     rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
     known = {BOTH: warn_of_training_images(BOTH, manifest.training.get("trained_on", ()), cases)}
-    for path in sorted(comparators.glob("*.onnx")) if comparators else []:
+    networks = sorted(comparators.glob("*.onnx")) if comparators else []
+    if comparators and not networks:
+        raise SettingsError(f"--comparators {comparators}: no NAME.onnx there; `python -m train comparator` writes it")
+    for path in networks:
         rows += (found := judge(comparator(path, where), cases, seed))
         known[found[0]["name"]] = warn_of_training_images(found[0]["name"], trained_on(path), cases)
     table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
@@ -105,14 +115,10 @@ def main(
     print(f"{step_count(settings.steps)}{', mirror images averaged in' if mirror else ''}", end="")
     print(f"{', tone of the scanner' if manifest.tone.cxr else ''}, {kind} on {where}; ", end="")
     print("brackets: 95 % interval over patients; second line: the paper")
-    print_table("Table 1: methods", [row for row in rows if row["name"] != STAGE_1])
+    print_table("Table 1: methods", [row for row in rows if row["name"] != (STAGE_1 if manifest.enhance else BOTH)])
     print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
     if output:
-        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
-        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
-        head |= {"sampler": asdict(settings), "mirror": mirror, "scanner_tone": bool(manifest.tone.cxr)}
-        head |= {"runner": kind, "images": len(cases), "images_trained_on": known, "seed": seed}
-        output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        write(output, head | {"runner": kind, "images_trained_on": known, "rows": rows})
 
 
 def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
@@ -135,14 +141,16 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
             raise SettingsError(f"{folder}: no pairs in {part}")
         stems = [(entry["patient"], folder / part / entry["name"]) for entry in found]
         files = [(patient, Path(f"{stem}_cxr.png"), Path(f"{stem}_soft_tissue.png")) for patient, stem in stems]
+        digests = [entry.get("digest") for entry in found]
         prep = replace(prep, clahe_clip_limit=0.0)
     else:
         files = find_pairs(folder)
+        digests = [None] * len(files)
     cases = []
-    for patient, *paths in files:
+    for (patient, *paths), known in zip(files, digests, strict=True):
         pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
         cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
-        digest = grey_digest(pair[0]).hex()[:16]  # train/data.py does the same
+        digest = known or grey_digest(pair[0]).hex()[:16]  # train/data.py does the same
         cases.append(Case(patient, cxr, soft_tissue, digest))
     return cases
 

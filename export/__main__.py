@@ -228,12 +228,8 @@ def read_provenance(path: Path) -> dict[str, object]:
 
 def main() -> None:
     """Entry point: our errors become one line and their exit code."""
-    # `export CHECKPOINTS` is the plain form; a first word that is no command is its folder.
-    if (
-        len(sys.argv) > 1
-        and sys.argv[1] not in ("random", "published", "checkpoints")
-        and not sys.argv[1].startswith("-")
-    ):
+    # `export CHECKPOINTS` is the plain form; a first word that is no command is its folder, or one of its options.
+    if len(sys.argv) > 1 and sys.argv[1] not in ("random", "published", "checkpoints", "--help"):
         sys.argv.insert(1, "checkpoints")
     run_command(app)
 

@@ -298,6 +298,11 @@ def enhancer(
     stage.check_held_out(held_out)
     source = source_of(chosen, phantoms, real_share, augment)
     batches = batches_of(source, real, dataset, output, size, seed + 1)
+    if None not in (header.get("clahe"), batches.clahe) and header["clahe"] != batches.clahe:
+        raise SettingsError(
+            f"{output / 'denoiser.pt'}: trained on CLAHE {header['clahe']:g}, this data set has "
+            f"{batches.clahe:g}; give both stages the same --dataset"
+        )
     sampler = replace(chosen.stage_one, steps=stage_one_steps or chosen.stage_one.steps)
     samples = samples or chosen.samples or VERSIONS_PER_PAIR * len(real)
     outputs = stage_one_outputs(output, stage, batches, samples, size, sampler)
@@ -329,7 +334,7 @@ def make_dataset(
         typer.Option(help="Text file of pairs to leave out: one name or stem a line, `# reason` behind it."),
     ] = None,
     patient_pattern: Annotated[
-        str | None, typer.Option(help="Where there is no PatientID: regular expression, group 1 is the patient.")
+        str | None, typer.Option(help="Regular expression whose group 1 is the patient, before PatientID.")
     ] = None,
     cxr_suffix: Annotated[str, typer.Option(help="End of X-rays' stems, no part of the name.")] = "_cxr",
     soft_suffix: Annotated[str, typer.Option(help="The same of soft-tissue images.")] = "_soft_tissue",

@@ -149,24 +149,24 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
     """
     pairs = []
     parts, _ = _record(folder)
-    for name in (name for name, its in parts if its == part):
+    for name, digest in ((name, digest) for name, its, digest in parts if its == part):
         cxr, soft_tissue = (
             read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
         )
-        digest = xray_digest(cxr)
+        digest = digest or xray_digest(cxr)  # a data set by an older version says none
         if size is not None:
             cxr, soft_tissue = (np.clip(resize(image, (size, size)), 0, 1) for image in (cxr, soft_tissue))
         pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), digest))
     return pairs
 
 
-def _record(folder: Path) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Name and part of each pair of a data set, and its size and CLAHE."""
+def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, float]]:
+    """Name, part and X-ray's digest of each pair of a data set, and its size and CLAHE."""
     path = folder / DATASET_FILE
     try:
         record = json.loads(path.read_text())
         settings = {name: record["settings"][name] for name in ("size", "clahe")}
-        return [(entry["name"], entry["part"]) for entry in record["pairs"]], settings
+        return [(entry["name"], entry["part"], entry.get("digest")) for entry in record["pairs"]], settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"{path}: not the record of a data set ({type(error).__name__}); make one with `python -m train prepare`"

@@ -7,7 +7,7 @@ squared error of what the network predicts (`Schedule.objective`): eps as in the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ def train_denoiser(
     Returns: the checkpoint's path. Also writes denoiser.csv (loss, quality), denoiser_samples.png, tensorboard/.
 
     Raises:
-        SettingsError: the checkpoint in `folder` is of other settings, or began with a bundle and now none is given.
+        SettingsError: the checkpoint in `folder` is of other settings, or began with a bundle and now none is given; or
+            a pair held out is among those that it, or the bundle, learned from.
     """
     torch.manual_seed(options.seed)
     network = Denoiser(preset.denoiser)
@@ -160,6 +161,7 @@ def train_denoiser(
     elif bundle:
         began = bundle.sha256
         trained_on = sorted({*trained_on, *bundle.manifest.training.get("trained_on", ())})
+    check_held_out(validation, trained_on)
     run.header |= {"start": began, "trained_on": trained_on}
     diffusion = Diffusion(schedule, trainee.accelerator.device)
 
@@ -172,6 +174,20 @@ def train_denoiser(
         loss = trainee.update(denoiser_losses(trainee, *noised))
         run.after_step({"loss": loss})
     return run.path
+
+
+def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:
+    """What a network learned from is no measure of it.
+
+    Raises:
+        SettingsError: one of the pairs held out is among those whose digests are given.
+    """
+    known = set(trained_on)
+    if seen := [pair.name for pairs in validation.groups.values() for pair in pairs if pair.digest in known]:
+        raise SettingsError(
+            f"held out here, but trained on, here or in the bundle it starts from: {', '.join(seen)}; hold others out, "
+            "or none"
+        )
 
 
 def dry_run_denoiser(

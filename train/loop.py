@@ -259,6 +259,10 @@ class Run:
             stopping = self.restored.get("stopping", {})
             self.best, self.checks = stopping.get("best", self.best), stopping.get("checks", 0)
             self.finished = stopping.get("finished", False)
+            if self.finished and trainee.options.steps != self.restored["options"].get("steps", trainee.options.steps):
+                raise SettingsError(
+                    f"{last}: finished, the best of it kept, so more steps cannot follow; train into another folder"
+                )
             logger.info("%s at step %d", "finished" if self.finished else "resuming", trainee.step)
         trainee.accelerator.wait_for_everyone()  # all have seen the same file before one replaces it
         self._log = Log(folder, name, trainee.step) if trainee.accelerator.is_main_process else None

@@ -35,13 +35,14 @@ from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.raster import read_raster, read_together, write_png
 from train.contact_sheet import Row, contact_sheet
-from train.data import DATASET_BITS, DATASET_FILE, PARTS
+from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.pairing import Match, Unmatched, pair_files
 from train.registration import MIN_CORRELATION, Image, apply, register, unregistered
 
 logger = logging.getLogger(__name__)
 
 CONTACT_SHEET = "contact_sheet.png"
+SAME_IMAGE = 1e-4  # largest difference of grey levels in [0, 1]: less than one of 14 bits is rounding
 ASPECT_TOLERANCE = 1.02  # ratio of aspect ratios up to which two pictures show the same field
 # Mean of a soft-tissue image over that of its X-ray: outside, one of them was probably scaled by another depth.
 SAME_SCALE = (0.5, 1.4)
@@ -87,6 +88,7 @@ class Entry:
     status: str = "used"
     reason: str | None = None
     registration: dict[str, Any] | None = None
+    digest: str | None = None  # of the X-ray as it was read (`data.xray_digest`), whatever is made of it
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def prepare(
     pattern = _compiled(options.patient_pattern)
     matches, unmatched = pair_files(cxr_folder, soft_tissue_folder, options.cxr_suffix, options.soft_tissue_suffix)
     if not matches:
-        raise SettingsError(f"{cxr_folder}, {soft_tissue_folder}: no file of one belongs to a file of the other")
+        why = f" ({unmatched[0].file}: {unmatched[0].reason})" if unmatched else ""
+        raise SettingsError(f"{cxr_folder}, {soft_tissue_folder}: no file of one belongs to a file of the other{why}")
     reasons = _exclusions(matches, exclude)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".prepare-") as temporary:
@@ -142,6 +145,7 @@ def prepare(
         entries: list[Entry] = []
         rows: list[Row] = []
         patients: dict[str, str] = {}  # who is behind each pair; never written
+        seen: dict[str, str] = {}  # the first pair of each X-ray
         for number, one in enumerate(matches, 1):
             entry = Entry(one.name, one.cxr.relative, one.soft_tissue.relative, one.matched_by)
             entries.append(entry)
@@ -150,10 +154,11 @@ def prepare(
             else:
                 try:
                     patients[one.name] = patient_of(one, pattern)
-                    rows.append(_make(one, entry, work, options))
+                    rows.append(_make(one, entry, work, options, seen))
                 except BsdiffError as error:
                     entry.status, entry.reason = "bad", str(error)
             logger.info("%d of %d: %s %s", number, len(matches), one.name, entry.status)
+        _warn_of_split_patients(matches, patients)
         dataset = _divide(entries, unmatched, patients, work, options)
         _write_record(work / DATASET_FILE, dataset, options)
         if rows:
@@ -185,6 +190,21 @@ def patient_of(one: Match, pattern: re.Pattern[str] | None) -> str:
     return f"folder {folder}" if folder else f"stem {one.cxr.stem}"
 
 
+def _warn_of_split_patients(matches: list[Match], patients: dict[str, str]) -> None:
+    """A pattern goes before PatientID, which anonymised archives fill with one word: whether it parts a patient."""
+    behind: dict[str, set[str]] = {}
+    for one in matches:
+        if one.cxr.patient and one.name in patients:
+            behind.setdefault(one.cxr.patient, set()).add(patients[one.name])
+    if spread := sum(len(found) > 1 for found in behind.values()):
+        logger.warning(
+            "by --patient-pattern %d of %d PatientIDs are more than one patient, and may land in two parts; leave it "
+            "out, unless these DICOM files name no patient",
+            spread,
+            len(behind),
+        )
+
+
 def divide(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
     """The part of each patient: ordered by SHA-256 of seed and patient, cut at the shares in whole patients."""
     order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
@@ -199,7 +219,7 @@ def read_exclusions(path: Path) -> dict[str, str]:
         SettingsError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: the list of exclusions cannot be read ({type(error).__name__})") from None
     parted = (line.partition("#") for line in lines)
@@ -253,11 +273,16 @@ def _called(one: Match) -> set[str]:
     return {one.name} | {name for each in sides for name in (each.relative, each.key, each.path.name, each.stem)}
 
 
-def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions) -> Row:
+def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: dict[str, str]) -> Row:
     """Read, register and write one pair, and say so in its entry; what to show of it."""
     cxr, soft_tissue = read_pair(one.cxr.path, one.soft_tissue.path)
+    entry.digest = xray_digest(cxr)
     reason = None
-    if options.register:
+    if (first := seen.setdefault(entry.digest, one.name)) != one.name:
+        logger.warning("%s: the same X-ray as %s; --exclude one, or training may be judged on it", one.name, first)
+    if np.abs(cxr - soft_tissue).max() < SAME_IMAGE:
+        reason = "X-ray and soft tissue are the same image"
+    if options.register and reason is None:
         try:
             found = register(cxr, soft_tissue)
         except InputFailed as error:

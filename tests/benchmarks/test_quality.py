@@ -143,3 +143,16 @@ def test_an_interruption_keeps_the_rows_that_are_there(phantoms, tiny_bundle, tm
     CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--device", "cpu")])
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert {(row["sampler"], row["steps"]) for row in rows} == {("ddpm", 1)}
+
+
+def test_nothing_to_judge_is_said(tiny_bundle):
+    with pytest.raises(SettingsError, match="nothing to judge: give --phantoms, --pairs, or both"):
+        CliRunner().invoke(app, ["--bundle", str(tiny_bundle)], catch_exceptions=False)
+
+
+def test_all_steps_asked_for_by_number_run_on_every_image(phantoms, tiny_bundle, monkeypatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.quality.judge", lambda _, prep, table, *rest: seen.append(table.steps) or {})
+    arguments = ["--bundle", str(tiny_bundle), "--phantoms", str(phantoms), "--steps", "1000", "--full", "0"]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    assert seen == [1000] * 8

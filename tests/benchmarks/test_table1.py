@@ -217,3 +217,25 @@ def test_the_device_asked_for_is_used_or_refused(tmp_path):
     write_network(tmp_path / "x.onnx", 1.0)
     with pytest.raises(SettingsError, match="no CUDAExecutionProvider here"):
         comparator(tmp_path / "x.onnx", torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("enhance", [True, False])
+def test_table_1_has_stage_2_as_the_bundle_has(dataset, tiny_bundle, monkeypatch, enhance):
+    model = open_bundle(str(tiny_bundle))
+    seen = replace(model, manifest=replace(model.manifest, enhance=enhance))
+    monkeypatch.setattr("benchmarks.table1.open_bundle", lambda _: seen)
+    result = CliRunner().invoke(app, [str(dataset), "--device", "cpu"], catch_exceptions=False)
+    first, second = result.output.split("Table 2")
+    assert (STAGE_1 in first) is not enhance
+    assert all(f"\n{name} " in second for name in (STAGE_1, BOTH))
+
+
+def test_what_table_1_cannot_use_or_write_is_said_before_anything_is_judged(dataset, tiny_bundle, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for extra, message in (
+        (["--comparators", tmp_path / "empty"], r"--comparators .*empty: no NAME\.onnx there"),
+        (["--json", tmp_path / "nowhere" / "t.json"], "--json .*: cannot be written"),
+    ):
+        arguments = [str(a) for a in (dataset, "--bundle", tiny_bundle, "--device", "cpu", *extra)]
+        with pytest.raises(SettingsError, match=message):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)

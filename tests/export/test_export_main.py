@@ -56,11 +56,12 @@ def test_an_unknown_preset_is_refused(tmp_path):
 
 def test_main_turns_an_error_into_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys):
     """A first word that is no command is the folder of checkpoints."""
-    monkeypatch.setattr("sys.argv", ["export", str(tmp_path), "-o", str(tmp_path / "b")])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    assert stop.value.code == 2
-    assert "denoiser.pt: no such checkpoint" in capsys.readouterr().err
+    for arguments in ([str(tmp_path), "-o", str(tmp_path / "b")], ["-o", str(tmp_path / "b"), str(tmp_path)]):
+        monkeypatch.setattr("sys.argv", ["export", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        assert stop.value.code == 2
+        assert "denoiser.pt: no such checkpoint" in capsys.readouterr().err
 
 
 def test_the_training_datas_clahe_goes_into_the_bundle(tmp_path, monkeypatch):

@@ -189,6 +189,8 @@ def test_training_stops_when_the_figure_gets_no_better_and_keeps_the_best(tmp_pa
     assert kept["size"] == 8
     assert kept["stopping"] == {"best": 3.0, "checks": 0, "finished": True}
     assert run_to_the_end(tmp_path, [], patience=2) == []  # finished: the same command changes nothing
+    with pytest.raises(SettingsError, match=r"x\.pt: finished, the best of it kept, so more steps cannot follow"):
+        run_to_the_end(tmp_path, [], patience=2, steps=77)
 
 
 def test_patience_is_counted_on_after_an_interruption(tmp_path):

@@ -15,9 +15,10 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.dicom import read_dicom
 from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.intensity import to_network
+from bsdiff_rt.raster import read_raster
 from train.__main__ import app
 from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
-from train.data import Augmentation, load_dataset
+from train.data import Augmentation, load_dataset, xray_digest
 from train.pairing import Match, Source
 from train.phantoms import phantom
 from train.prepare import PrepareOptions, divide, parse_split, patient_of, prepare, read_exclusions, read_pair
@@ -436,3 +437,41 @@ def test_two_grey_scales_are_warned_of(drawn, tmp_path, caplog):
     write(tmp_path / "s.png", drawn[0].soft_tissue / 16)
     read_pair(tmp_path / "c.png", tmp_path / "s.png")
     assert "c.png: its soft tissue is on average 0.0" in caplog.text
+
+
+def test_an_x_ray_paired_with_itself_is_bad_and_one_that_comes_twice_is_told(drawn, tmp_path, caplog):
+    for name, soft_tissue in (("a", drawn[0].soft_tissue), ("b", drawn[0].soft_tissue), ("c", drawn[4].cxr)):
+        write(tmp_path / "c" / f"{name}.png", drawn[4].cxr if name == "c" else drawn[0].cxr)
+        write(tmp_path / "s" / f"{name}.png", soft_tissue)
+    done = prepare(tmp_path / "c", tmp_path / "s", tmp_path / "out", PrepareOptions(size=32, split=(1, 0, 0)), {})
+    assert [(entry.name, entry.status) for entry in done.pairs] == [("a", "used"), ("b", "used"), ("c", "bad")]
+    assert done.pairs[2].reason == "X-ray and soft tissue are the same image"
+    assert "b: the same X-ray as a; --exclude one" in caplog.text
+    assert done.pairs[0].digest == done.pairs[1].digest != done.pairs[2].digest
+
+
+@pytest.mark.parametrize(("size", "clahe"), [(32, 0.0), (64, 2.0)])
+def test_an_x_ray_keeps_its_digest_whatever_is_made_of_it(drawn, tmp_path, size, clahe):
+    write(tmp_path / "c" / "a.png", drawn[0].cxr)
+    write(tmp_path / "s" / "a.png", drawn[0].soft_tissue)
+    options = PrepareOptions(size=size, clahe=clahe, split=(1, 0, 0))
+    prepare(tmp_path / "c", tmp_path / "s", tmp_path / "out", options, {})
+    expected = xray_digest(read_raster(tmp_path / "c" / "a.png").cxr)
+    assert [pair.digest for pair in load_dataset(tmp_path / "out", "train")] == [expected]
+
+
+def test_a_pattern_that_parts_a_patient_id_is_warned_of(drawn, tmp_path, caplog):
+    for side, picture in (("c", drawn[0].cxr), ("s", drawn[0].soft_tissue)):
+        (tmp_path / side).mkdir()
+        for number in (1, 2):
+            study = {"PatientID": "ANN", "StudyInstanceUID": f"1.2.3.{number}"}
+            save(tmp_path / side / f"p{number}_a.dcm", dataset(stored(picture, 12), 12, **study))
+    options = PrepareOptions(size=32, patient_pattern=r"^(p\d)")
+    prepare(tmp_path / "c", tmp_path / "s", tmp_path / "out", options, {})
+    assert "1 of 1 PatientIDs are more than one patient" in caplog.text
+
+
+def test_a_list_from_a_windows_editor_is_read(tmp_path):
+    listed = tmp_path / "exclude.txt"
+    listed.write_text("ann-1 # moved\n", encoding="utf-8-sig")
+    assert read_exclusions(listed) == {"ann-1": "moved"}

@@ -1,6 +1,7 @@
 """Both stages: an interrupted run ends as an uninterrupted one, with its losses; stage 1's cached outputs."""
 
 import csv
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ TWO_STEPS = SamplerSettings("ddim", 2)
 
 class Judge:
     """A validation that costs nothing, and interrupts the run at a chosen call."""
+
+    groups: ClassVar = {}
 
     def __init__(self, interrupt_at=None):
         self.calls, self.interrupt_at = 0, interrupt_at

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 from train.checkpoint import load_checkpoint
-from train.data import Augmentation, Batches
+from train.data import Augmentation, Batches, Pair
 from train.denoiser import train_denoiser
 from train.loop import TrainOptions
 from train.start import start_from
@@ -81,15 +82,17 @@ def test_no_such_bundle():
 
 
 class Judge:
+    groups: ClassVar = {}
+
     def denoiser(self, network, picture):
         return {"phantoms_psnr": 1.0}
 
 
-def train(folder, steps, start=None):
+def train(folder, steps, start=None, judge=None):
     pool = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32), dtype=np.uint8)
     batches = Batches([], pool, 0.0, Augmentation(), 0)
     options = TrainOptions(steps=steps, warmup=0, crops=((1.0,),), images=1, bf16=False, save_every=1)
-    return train_denoiser(folder, PRESETS["tiny"], SCHEDULE, batches, Judge(), options, 32, start)
+    return train_denoiser(folder, PRESETS["tiny"], SCHEDULE, batches, judge or Judge(), options, 32, start)
 
 
 def test_the_checkpoint_knows_its_start_which_resuming_does_not_need(bundle_copy, tmp_path):
@@ -119,3 +122,19 @@ def test_a_run_is_resumed_with_a_start_or_without_as_it_began(tiny_bundle, tmp_p
     train(tmp_path / "without", 1)
     with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with start None, not .*tiny; give the same"):
         train(tmp_path / "without", 1, str(tiny_bundle))
+
+
+def test_what_the_start_was_trained_on_cannot_be_held_out(bundle_copy, tmp_path):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["training"]["trained_on"] = ["ab" * 8]
+    (bundle_copy / "manifest.json").write_text(signed(manifest))
+    image = np.zeros((32, 32), np.float32)
+    held_out = [Pair("phantom", image, image, image), Pair("known", image, image, image, "ab" * 8)]
+    judge = Judge()
+    judge.groups = {"pairs": held_out}
+    with pytest.raises(
+        SettingsError, match="held out here, but trained on, .* it starts from: known; hold"
+    ):
+        train(tmp_path, 1, str(bundle_copy), judge)
+    judge.groups = {"pairs": held_out[:1]}
+    train(tmp_path, 1, str(bundle_copy), judge)

@@ -116,6 +116,15 @@ def test_pairs_are_kept_large_enough_for_the_network(tmp_path):
         assert (pair.cxr.shape, held_out.cxr.shape) == ((stored, stored), (size, size))
 
 
+def test_both_stages_learn_from_data_of_one_clahe(trained, tmp_path):
+    run(app, "phantoms", tmp_path / "p", "--count", 4, "--size", 64, "--seed", 1_000_000)
+    run(app, "prepare", tmp_path / "p", tmp_path / "p", "-o", tmp_path / "d", "--size", 64, "--no-register")
+    state = torch.load(trained / "denoiser.pt", weights_only=True)
+    torch.save(state | {"clahe": 2.0}, tmp_path / "denoiser.pt")
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained on CLAHE 2, this data set has 0; give both stages"):
+        run(app, "enhancer", "-o", tmp_path, "--dataset", tmp_path / "d", "--phantoms", 2, "--samples", 3, "--steps", 2)
+
+
 def test_a_data_set_smaller_than_the_network_is_refused(tmp_path):
     run(app, "phantoms", tmp_path / "p", "--count", 4, "--size", 64)
     prepared = ("--size", 64, "--split", "2:1:1", "--no-register", "--clahe", 2)
