@@ -132,9 +132,7 @@ def test_what_the_start_was_trained_on_cannot_be_held_out(bundle_copy, tmp_path)
     held_out = [Pair("phantom", image, image, image), Pair("known", image, image, image, "ab" * 8)]
     judge = Judge()
     judge.groups = {"pairs": held_out}
-    with pytest.raises(
-        SettingsError, match="held out here, but trained on, .* it starts from: known; hold"
-    ):
+    with pytest.raises(SettingsError, match=r"held out here, but trained on, .* it starts from: known; hold"):
         train(tmp_path, 1, str(bundle_copy), judge)
     judge.groups = {"pairs": held_out[:1]}
     train(tmp_path, 1, str(bundle_copy), judge)
