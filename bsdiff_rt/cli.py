@@ -441,7 +441,7 @@ def main() -> None:
     if None in (sys.stdout, sys.stderr):  # closed (`2>&-`): nobody listens
         nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # to the end of the process
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
-    if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
+    if any(not word or (word.startswith("--") and word.find("=") == len(word) - 1) for word in sys.argv[1:]):
         typer.echo(
             "bsdiff-rt: an empty argument would be the current folder; is a variable of a script not set?", err=True
         )

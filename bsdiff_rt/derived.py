@@ -198,10 +198,11 @@ def _header(source: Dataset, sop: Literal["same", "sc"], *, resized: bool) -> Da
             continue
         try:
             element: DataElement = copy.deepcopy(source[tag])
+            undecoded = _undecoded(element)  # reads every value, those in sequences as well
         except Exception as error:  # a value that its VR does not allow; which one is not said
             logger.warning("element %s of the source is malformed (%s) and left out", tag, type(error).__name__)
             continue
-        if _undecoded(element):
+        if undecoded:
             if tag.group == 0x0010:  # an altered name or ID is another patient's
                 raise InputFailed(
                     "the patient's data are not text of the declared Specific Character Set and cannot be copied "

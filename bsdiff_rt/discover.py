@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from bsdiff_rt.dicom import is_dicom
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.raster import RASTER_SUFFIXES
@@ -60,9 +61,15 @@ def find_tasks(
         file_format: of the results.
         reserved: names of files and folders that the run itself writes into the output folder.
         overwrite: whether results of an earlier run's other inputs may be replaced.
+
+    Raises:
+        SettingsError: an input lies where the run itself writes (`reserved`).
     """
     found = list(_files(inputs, output))
     sources = {_real(file): file for file, relative, _ in found if relative is not None}
+    for name in reserved:
+        if source := sources.get(_real(output / name)):
+            raise SettingsError(f"{source}: this run's own {name} would replace the X-ray; choose another --output")
     places = _Places(output, sources, results_in(output), reserved, overwrite)
     tasks: list[Task] = []
     seen: set[str] = set()
@@ -109,6 +116,8 @@ class _Places:
             return f"its result {target} would replace that of {self.taken[target]}; give it another --output"
         if source := self.sources.get(_real(self.output / target)):
             return f"its result would replace the X-ray {source}; choose another --output"
+        if UNCERTAINTY in self.reserved and (source := self.sources.get(_real(self.output / deviation))):
+            return f"its deviation map would replace the X-ray {source}; choose another --output"
         if beside := _beside(file, self.output, target, self.results):
             return f"its result would replace {beside}, which this program did not write; choose another --output"
         earlier = None if self.overwrite else self.results.get(target)

@@ -23,7 +23,14 @@ def one_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a backend failed for want of memory; each says so in its own words, few with a type of their own."""
-    words = ("out of memory", "alloc_failed", "not enough memory", "failed to allocate memory", "can't allocate memory")
+    words = (
+        "out of memory",
+        "alloc_failed",
+        "allocation_failed",
+        "not enough memory",
+        "failed to allocate memory",
+        "can't allocate memory",
+    )
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 

@@ -129,7 +129,8 @@ def _pictures(one: Match) -> list[NDArray[np.float32]]:
     paths = one.cxr, one.soft_tissue, one.predicted
     cxr, soft_tissue, _ = three = [_read(path) for path in paths]
     if cxr.dataset is not None:
-        return [cxr.cxr, soft_tissue.cxr, read_result(one.predicted, cxr.bits_stored)]
+        truth = soft_tissue.cxr if soft_tissue.dataset is not None else read_result(one.soft_tissue, cxr.bits_stored)
+        return [cxr.cxr, truth, read_result(one.predicted, cxr.bits_stored)]
     deepest = max(picture.bits_stored for picture in three if picture.dataset is None)
     return [
         picture.cxr if picture.bits_stored == deepest else read_result(path, deepest)

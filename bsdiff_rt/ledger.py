@@ -126,7 +126,9 @@ class Ledger:
         waiting = [
             replace(entry, status="skipped")
             for entry in self._before.values()
-            if entry.input not in inputs and entry.output not in outputs
+            if entry.input not in inputs
+            and entry.output not in outputs
+            and (self._folder / str(entry.output)).is_file()
         ]
         files = [*self.report.files, *waiting]
         named = {entry.output for entry in files}
@@ -141,6 +143,8 @@ class Ledger:
         """Remove the result of what the input was before, only while it is what that run wrote."""
         earlier = self._earlier.get(output) if output is not None else None
         if output is None or earlier is None:
+            return
+        if earlier.path_sha256 not in (None, entry.path_sha256):  # another input's
             return
         inputs = {earlier.input_sha256, entry.input_sha256}
         if None in inputs or len(inputs) == 1:  # not known to have changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import unicodedata
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,14 +64,15 @@ class FileProgress:
         elif time.monotonic() - self._told > PLAIN_EVERY_S:
             self._told = time.monotonic()
             left = elapsed / self._done * (self._total - self._done)
-            typer.echo(f"{self._done}/{self._total} files, {speed}{left:.0f} s left", err=True)
+            self._say(f"{self._done}/{self._total} files, {speed}{left:.0f} s left")
 
     def _say(self, line: str) -> None:
         line = printable(line)
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            typer.echo(line, err=True)
+        with suppress(OSError):  # whoever listened is gone: no reason to leave files undone
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                typer.echo(line, err=True)
 
 
 class BuildProgress:

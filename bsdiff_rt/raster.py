@@ -35,8 +35,6 @@ from bsdiff_rt.radiograph import (
 
 _Grey = NDArray[np.uint8] | NDArray[np.uint16]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-
 # Largest difference between the channels of a grey picture saved as colour, of the full range: JPEG's colour
 # conversion and quantisation leave up to a few levels of 255.
 GREY_TOLERANCE = 8 / 255

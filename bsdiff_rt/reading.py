@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections import deque
@@ -23,6 +24,8 @@ from bsdiff_rt.intensity import Placement, to_network
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.report import FileEntry, path_digest
+
+logger = logging.getLogger(__name__)
 
 READERS = 2
 
@@ -133,5 +136,7 @@ def reason_of(error: Exception, doing: Literal["read", "written"]) -> str:
         return "too large for this machine's memory"
     if isinstance(error, OSError):
         return f"cannot be {doing}: {error.strerror or type(error).__name__}"
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    logger.debug("a bug:\n%s", "".join(traceback.format_list(frames)))  # without the text, as above
+    place = ([frame for frame in frames if Path(frame.filename).parent == Path(__file__).parent] or frames)[-1]
     return f"a bug ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno}); please report it"

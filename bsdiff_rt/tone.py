@@ -30,8 +30,8 @@ TONE_CXR_RMS = 0.04
 TONE_OTHER_RMS = 0.08
 TONE_CHANGE = 0.01
 TONE_POWERS = (0.8, 1.25)  # what would take a stronger one is no matter of tone
-# How much of the picture lies, by its envelope, darker than the X-ray by less than the networks' change of tone: the
-# spine and what is beside it keep bone in the widest window.
+# Which percentile of the envelope over the picture is the networks' change of overall tone: below the median, because
+# around the spine even the widest window leaves bone in it.
 OFFSET_PERCENTILE = 40
 
 

@@ -411,6 +411,12 @@ def test_an_empty_argument_is_not_the_current_folder(cli, arguments, tmp_path, m
     done = cli(*arguments)
     assert (done.code, done.out) == (2, "")
     assert "an empty argument would be the current folder; is a variable of a script not set?" in done.err
+
+
+def test_a_folder_may_end_in_an_equals_sign(cli, tmp_path):
+    png(tmp_path / "a.png")
+    done = cli("infer", tmp_path / "a.png", f"--output={tmp_path / 'run='}", "--dry-run")
+    assert (done.code, "an empty argument" in done.err) == (0, False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

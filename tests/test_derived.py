@@ -356,6 +356,18 @@ def test_a_malformed_element_is_left_out_and_said_without_its_value(tmp_path, ca
     assert not any(secret in heard for secret in SECRETS)
 
 
+def test_a_malformed_element_in_a_sequence_costs_the_sequence_alone(tmp_path, caplog):
+    inner = Dataset()
+    inner.add_new("PregnancyStatus", "LO", "SECRET")  # as above
+    path = save(tmp_path / "s.dcm", dataset(stored(PICTURE, 12), 12, RequestAttributesSequence=[inner]))
+    content = path.read_bytes()
+    at = content.index(b"\x10\x00\xc0\x21LO")
+    path.write_bytes(content[: at + 4] + b"FD" + content[at + 6 :])
+    write_derived(tmp_path / "o.dcm", read_dicom(path), SOFT, DERIVATION)
+    assert "RequestAttributesSequence" not in dcmread(tmp_path / "o.dcm")
+    assert "element (0040,0275) of the source is malformed" in caplog.text
+
+
 def _in_another_character_set(tmp_path, **elements):
     """Latin-1 bytes that the header calls UTF-8, as faulty gateways write them."""
     path = save(tmp_path / "SECRET.dcm", dataset(stored(PICTURE, 12), **elements))

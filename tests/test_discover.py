@@ -11,6 +11,7 @@ from helpers import dicom, png
 
 from bsdiff_rt import discover
 from bsdiff_rt.discover import find_tasks, uncertainty_path
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.report import path_digest
 
@@ -353,3 +354,14 @@ def test_images_of_other_kinds_are_left_out_and_said(tmp_path, caplog):
     assert (
         f"{tmp_path}: images of kinds not read here are left out (2 .bmp, 1 .webp); convert to PNG" in caplog.messages
     )
+
+
+def test_what_the_run_writes_besides_replaces_no_x_ray(folder):
+    put(folder / "preview.png", folder / "uncertainty" / "x.png")
+    with pytest.raises(SettingsError, match=r"in/preview\.png: this run's own preview\.png would replace the X-ray"):
+        find_tasks([folder / "preview.png"], folder, "png", reserved=("preview.png",))
+    maps = folder / "uncertainty"
+    assert refusals(maps, output=folder, reserved=("uncertainty",)) == {
+        "x.png": f"its deviation map would replace the X-ray {maps / 'x.png'}; choose another --output"
+    }
+    assert refusals(maps, output=folder) == {}

@@ -249,3 +249,12 @@ def test_a_dicom_file_that_cannot_be_read_tells_no_patient(place, tmp_path):
     ((_, error),) = evaluate(match(place("a.png", PREDICTED), place("b.png", SOFT_TISSUE), broken))
     assert isinstance(error, InputFailed)
     assert not any(secret in str(error) for secret in SECRETS)
+
+
+def test_a_truth_at_the_depth_of_its_dicom_x_ray_is_not_taken_for_a_brighter_one(tmp_path, place):
+    """A 12-bit truth below 2048, equal to the prediction."""
+    cxr, soft_tissue = (np.float32(0.45) * image for image in (CXR, SOFT_TISSUE))
+    cxr[0, :8] = 0.7
+    source = save(tmp_path / "c.dcm", dataset(stored(cxr, 12), 12, WindowCenter=2048, WindowWidth=4096))
+    ((_, found),) = evaluate(match(place("a.png", soft_tissue, 12), place("b.png", soft_tissue, 12), source), size=96)
+    assert found.bsr == pytest.approx(1, abs=1e-6)

@@ -66,6 +66,7 @@ def test_the_report_lists_the_inputs_in_order_whoever_finishes_first(tmp_path):
 
 def test_what_was_finished_before_stays_known(tmp_path):
     before = {"a.png": DONE, "c.png": dataclasses.replace(DONE, input="in/c.png", output="c.png")}
+    (tmp_path / "c.png").touch()
     ledger = Ledger(make(), tmp_path, OUTPUTS, before, lambda _: None)
     ledger.add(dataclasses.replace(DONE, seconds=9.0))
     ledger.save()
@@ -124,6 +125,23 @@ def test_a_changed_input_that_gives_no_result_keeps_no_older_one(tmp_path, now, 
     ledger.add(FAILED)
     assert (tmp_path / "b.png").exists() == (now == b"mine")
     assert (f"{tmp_path / 'b.png'}: removed; it was made before in/b.png changed" in caplog.text) == (now == b"pixels")
+
+
+def test_anothers_result_stays_where_an_input_gives_none(tmp_path):
+    older = dataclasses.replace(wrote(tmp_path, "b.png"), path_sha256="3" * 64)
+    dataclasses.replace(make(), files=[older]).write(tmp_path)
+    ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(dataclasses.replace(FAILED, path_sha256="4" * 64))
+    assert (tmp_path / "b.png").read_bytes() == b"pixels"
+
+
+def test_a_result_that_is_gone_is_not_called_skipped(tmp_path):
+    before = {"b.png": wrote(tmp_path, "b.png")}
+    Ledger(make(), tmp_path, OUTPUTS, before, lambda _: None).save()
+    assert saved(tmp_path) == {("in/b.png", "b.png"): "skipped"}
+    (tmp_path / "b.png").unlink()
+    Ledger(make(), tmp_path, OUTPUTS, before, lambda _: None).save()
+    assert saved(tmp_path) == {}
 
 
 @pytest.mark.parametrize("input_sha256", ["2" * 64, None], ids=["as it was", "cannot be read"])

@@ -1038,7 +1038,7 @@ def test_a_file_that_cannot_be_written(run, toy, tmp_path):
         (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
         (OSError("something"), "cannot be written: OSError"),
         (MemoryError(), "too large for this machine's memory"),
-        (ValueError("SECRET"), "a bug (ValueError in test_pipeline.py, line "),
+        (ValueError("SECRET"), "a bug (ValueError in pipeline.py, line "),
     ],
 )
 def test_a_write_that_fails(run, toy, tmp_path, monkeypatch, error, reason):
@@ -1064,7 +1064,7 @@ def test_a_write_that_fails(run, toy, tmp_path, monkeypatch, error, reason):
         (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
         (OSError("something"), "cannot be read: OSError"),
         (MemoryError(), "too large for this machine's memory"),
-        (ValueError("SECRET"), "a bug (ValueError in test_pipeline.py, line "),
+        (ValueError("SECRET"), "a bug (ValueError in reading.py, line "),
     ],
 )
 def test_a_file_that_cannot_be_read(run, toy, tmp_path, monkeypatch, error, reason):

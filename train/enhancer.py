@@ -73,6 +73,25 @@ class StageOne:
             )
 
 
+def _claim(partial: Path, path: Path) -> None:
+    """Have the disk keep room for a file that was only given its length: written through memory where there is none, it
+    would end the process with a bus error.
+
+    Raises:
+        SettingsError: there is none; the file is gone.
+    """
+    bytes_wanted = partial.stat().st_size
+    try:
+        with partial.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, bytes_wanted)
+    except OSError as error:
+        partial.unlink()
+        raise SettingsError(
+            f"{path}: stage 1's outputs take {bytes_wanted / 1e6:.0f} MB, which cannot be written ({error.strerror}); "
+            "free some, or give fewer --samples"
+        ) from None
+
+
 def stage_one_outputs(
     folder: Path, stage: StageOne, batches: Batches, count: int, size: int, sampler: SamplerSettings
 ) -> NDArray[np.float16]:
@@ -82,7 +101,7 @@ def stage_one_outputs(
     made: an interrupted run goes on, and several processes share the work.
 
     Raises:
-        SettingsError: the cache is damaged, or an output of stage 1 is not finite.
+        SettingsError: the disk has no room for the cache, it is damaged, or an output of stage 1 is not finite.
     """
     key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
@@ -91,6 +110,7 @@ def stage_one_outputs(
         logger.info("running stage 1 on %d samples, %s in %d steps", count, sampler.name, sampler.steps)
         partial = path.with_suffix(".partial")
         empty = np.lib.format.open_memmap(partial, "w+", np.float16, (count, 2, size, size))
+        _claim(partial, path)
         empty[:] = np.nan  # not made yet
         empty.flush()
         os.replace(partial, path)

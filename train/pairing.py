@@ -6,6 +6,7 @@ studies or patients are no pair, whatever their names.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pydicom import dcmread
 from bsdiff_rt.dicom import is_dicom, quiet_pydicom
 from bsdiff_rt.discover import is_input, stem_of
 from bsdiff_rt.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("X-ray", "soft-tissue image")
 
@@ -103,10 +106,17 @@ def pair_files(
 
 
 def sources(folder: Path, suffix: str) -> list[Source]:
-    """Every image and DICOM file below `folder`, sorted by path."""
+    """Every image and DICOM file below `folder`, sorted by path.
+
+    As in `infer`, hidden folders are left out, and links to folders are told, not followed.
+    """
     found = []
     for path in sorted(folder.rglob("*")):
-        if is_input(path):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and path.is_dir():
+            logger.warning("%s: a link to a folder, which is not followed; put the folder itself there", path)
+        elif is_input(path):
             relative, stem = path.relative_to(folder), stem_of(path)
             labelled = bool(suffix) and stem.endswith(suffix) and stem != suffix
             key = (relative.parent / (stem.removesuffix(suffix) if labelled else stem)).as_posix()

@@ -56,9 +56,11 @@ def unavailable(name: RunnerName, device: torch.device) -> str | None:
     if name == "onnxruntime":
         if find_spec("onnxruntime") is None:
             return "the package onnxruntime is not installed"
-        if device.type == "cuda":
+        try:
             import onnxruntime
-
+        except (ImportError, OSError) as error:  # a library of it is missing, say
+            return f"the onnxruntime installed cannot be loaded ({one_line(error)})"
+        if device.type == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 return "the onnxruntime installed has no CUDA provider; install onnxruntime-gpu in its place"
             # It has no CUDA libraries of its own: it finds those that torch has loaded.

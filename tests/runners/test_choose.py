@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_packages_that_are_missing(monkeypatch):
     assert unavailable("tensorrt", GPU) == expected
     monkeypatch.setattr(runners, "find_spec", lambda _: object())
     assert unavailable("tensorrt", GPU) is None
+
+
+def test_an_onnxruntime_that_cannot_be_imported_is_passed_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # its import raises ImportError
+    monkeypatch.setattr(runners, "find_spec", lambda _: object())
+    for device in (CPU, GPU):
+        assert unavailable("onnxruntime", device).startswith("the onnxruntime installed cannot be loaded (")
 
 
 def test_onnxruntime_on_a_gpu_needs_its_provider(monkeypatch):

@@ -183,3 +183,14 @@ def test_a_damaged_header_says_nothing(folders):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(SettingsError, match="no such folder"):
         pair_files(tmp_path, tmp_path / "none", "_cxr", "_soft_tissue")
+
+
+def test_links_to_folders_are_told_and_hidden_folders_left_out(folders, tmp_path, caplog):
+    for folder in folders:
+        png(folder / "a" / "1.png")
+        png(folder / ".Trash" / "2.png")
+        png(tmp_path / "elsewhere" / folder.name / "3.png")
+        (folder / "b").symlink_to(tmp_path / "elsewhere" / folder.name)
+    matches, unmatched = pair_files(*folders, "_cxr", "_soft_tissue")
+    assert ([one.name for one in matches], unmatched) == (["a_1"], [])
+    assert caplog.text.count("a link to a folder, which is not followed") == 2

@@ -1,6 +1,7 @@
 """Both stages: an interrupted run ends as an uninterrupted one, with its losses; stage 1's cached outputs."""
 
 import csv
+import errno
 from typing import ClassVar
 
 import numpy as np
@@ -154,6 +155,18 @@ def test_a_cache_that_was_cut_off_is_named(stage, batches, tmp_path, length):
     with pytest.raises(SettingsError, match=rf"{path.name}: damaged \(.*\); remove it, and it is made anew"):
         stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert path.read_bytes() == cut
+
+
+def test_a_full_disk_is_said_before_stage_1_runs(stage, batches, tmp_path, monkeypatch):
+    """Written through memory, a file that has only its length would end the process with a bus error."""
+
+    def full(file, start, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(SettingsError, match=r"stage 1's outputs take 0 MB, which cannot be written \(No space left"):
+        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch):
