@@ -75,9 +75,8 @@ def main(
     settings: list[tuple[SamplerName, int, int | None]]
     settings = [(sampler, count, None) for sampler in SAMPLERS for count in numbers(steps)]
     settings += [("ddpm", schedule.train_steps, full)] if full else []
-    tables = [
-        sampler_table(schedule, sampler, count) for sampler, count, _ in settings
-    ]  # refuses what cannot be run, before hours
+    # Here, because it refuses what cannot be run: before hours.
+    tables = [sampler_table(schedule, sampler, count) for sampler, count, _ in settings]
     if output:
         head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
