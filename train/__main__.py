@@ -327,7 +327,10 @@ def make_dataset(
         bool, typer.Option("--register/--no-register", help="Move the soft tissue onto its X-ray.")
     ] = PrepareOptions.register,
     min_correlation: Annotated[
-        float, typer.Option(min=-1.0, max=1.0, help="Correlation of edges below which a pair is bad.")
+        float,
+        typer.Option(
+            min=-1.0, max=1.0, help="Correlation of edges below which a pair is bad; -1: no pair is, by its look."
+        ),
     ] = PrepareOptions.min_correlation,
     exclude: Annotated[
         Path | None,

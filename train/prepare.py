@@ -28,24 +28,19 @@ import numpy as np
 
 from bsdiff_rt import __version__
 from bsdiff_rt.config import Preprocessing
-from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsError
-from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.intensity import resize, to_network
-from bsdiff_rt.raster import read_raster, read_together, write_png
+from bsdiff_rt.intensity import to_network
+from bsdiff_rt.raster import write_png
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
+from train.pair_images import read_pair, same_image, swapped
 from train.pairing import Match, Unmatched, pair_files
 from train.registration import MIN_CORRELATION, Image, apply, register, unregistered
 
 logger = logging.getLogger(__name__)
 
 CONTACT_SHEET = "contact_sheet.png"
-SAME_IMAGE = 1e-4  # largest difference of grey levels in [0, 1]: less than one of 14 bits is rounding
-ASPECT_TOLERANCE = 1.02  # ratio of aspect ratios up to which two pictures show the same field
-# Mean of a soft-tissue image over that of its X-ray: outside, one of them was probably scaled by another depth.
-SAME_SCALE = (0.5, 1.4)
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class PrepareOptions:
         size: side of the images, px.
         clahe: OpenCV's clip limit, 0 for none; X-ray and soft tissue are equalised each for itself.
         register: move the soft tissue onto its X-ray; without it only the correlation is looked at.
-        min_correlation: of the edges of a pair; below it, the pair is bad.
+        min_correlation: of the edges of a pair; below it, the pair is bad. At -1 no pair is called bad by its look.
         split: shares of train, val and test.
         seed: of the split.
         cxr_suffix, soft_tissue_suffix: ends of stems that say the role.
@@ -277,11 +272,9 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
     """Read, register and write one pair, and say so in its entry; what to show of it."""
     cxr, soft_tissue = read_pair(one.cxr.path, one.soft_tissue.path)
     entry.digest = xray_digest(cxr)
-    reason = None
     if (first := seen.setdefault(entry.digest, one.name)) != one.name:
         logger.warning("%s: the same X-ray as %s; --exclude one, or training may be judged on it", one.name, first)
-    if np.abs(cxr - soft_tissue).max() < SAME_IMAGE:
-        reason = "X-ray and soft tissue are the same image"
+    reason = same_image(cxr, soft_tissue)
     if options.register and reason is None:
         try:
             found = register(cxr, soft_tissue)
@@ -304,6 +297,8 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
     if reason is None and after < options.min_correlation:
         reason = f"edges of X-ray and soft tissue correlate with {after:.2f}, less than {options.min_correlation:.2f}"
         reason += ": not one patient's, mirrored, or moved apart"
+    if reason is None and options.min_correlation > -1:
+        reason = swapped(cxr, soft_tissue)
     if reason:
         entry.status, entry.reason = "bad", reason
     shown = [_at_size(image, options) for image in (cxr, soft_tissue)]
@@ -311,36 +306,6 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
         for role, image in zip(("cxr", "soft_tissue"), shown, strict=True):
             write_png(work / f"{one.name}_{role}.png", image, DATASET_BITS)
     return Row(entry.name, entry.status == "used", entry.registration, *shown)
-
-
-def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
-    """Both pictures as inference reads them, at the X-ray's matrix, [H, W] float32 in [0, 1].
-
-    Image files share the deeper one's grey scale; DICOM files say their own.
-
-    Raises:
-        InputRefused, InputFailed: a file that cannot be read, or two that do not show the same field.
-    """
-    if not is_dicom(cxr_path) and not is_dicom(soft_tissue_path):
-        cxr, soft_tissue = read_together([cxr_path, soft_tissue_path])
-    else:
-        source = read_dicom(cxr_path) if is_dicom(cxr_path) else read_raster(cxr_path)
-        cxr = source.cxr
-        if is_dicom(soft_tissue_path):
-            soft_tissue = read_dicom(soft_tissue_path).cxr
-        else:
-            soft_tissue = read_result(soft_tissue_path, source.bits_stored)
-    if not SAME_SCALE[0] < soft_tissue.mean() / cxr.mean() < SAME_SCALE[1]:
-        logger.warning(
-            "%s: its soft tissue is on average %.2f times as bright; are both on one grey scale? (docs/training.md)",
-            cxr_path.name,
-            soft_tissue.mean() / cxr.mean(),
-        )
-    ratios = [image.shape[0] / image.shape[1] for image in (cxr, soft_tissue)]
-    if max(ratios) / min(ratios) > ASPECT_TOLERANCE:
-        shapes = " and ".join(f"{image.shape[0]} x {image.shape[1]} px" for image in (cxr, soft_tissue))
-        raise InputRefused(f"X-ray and soft tissue differ in aspect ratio: {shapes}")
-    return cxr, np.clip(resize(soft_tissue, cxr.shape), 0, 1)
 
 
 def _at_size(image: Image, options: PrepareOptions) -> Image:

@@ -66,7 +66,7 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
     Raises:
         InputFailed: the estimate does not converge.
     """
-    fixed, moving = _reduced(cxr), _reduced(soft_tissue)
+    fixed, moving = reduced(cxr), reduced(soft_tissue)
     warp = np.eye(2, 3, dtype=np.float32)
     try:
         for scale in COARSE_SCALES:
@@ -89,7 +89,7 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
 
 def unregistered(cxr: Image, soft_tissue: Image) -> Registration:
     """Two images of one size as they lie."""
-    as_it_lies = _correlation(edges(_reduced(cxr)), edges(_reduced(soft_tissue)), np.eye(2, 3, dtype=np.float32))
+    as_it_lies = _correlation(edges(reduced(cxr)), edges(reduced(soft_tissue)), np.eye(2, 3, dtype=np.float32))
     return Registration(np.eye(2, 3), as_it_lies, as_it_lies, 0.0, 0.0)
 
 
@@ -136,7 +136,8 @@ def _correlation(fixed: Image, moving: Image, warp: NDArray[np.float32]) -> floa
     return float(np.corrcoef(fixed[inside], seen[inside])[0, 1])
 
 
-def _reduced(image: Image) -> Image:
+def reduced(image: Image) -> Image:
+    """The image with its longer side at REGISTRATION_PX."""
     placement = place(image.shape, REGISTRATION_PX)
     return resize(image, (placement.height, placement.width))
 

@@ -21,7 +21,7 @@ from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
 from train.data import Augmentation, load_dataset, xray_digest
 from train.pairing import Match, Source
 from train.phantoms import phantom
-from train.prepare import PrepareOptions, divide, parse_split, patient_of, prepare, read_exclusions, read_pair
+from train.prepare import PrepareOptions, divide, parse_split, patient_of, prepare, read_exclusions
 
 SIZE_PX = 64
 OPTIONS = PrepareOptions(size=SIZE_PX)
@@ -233,36 +233,6 @@ def test_dicom_pairs_are_read_as_inference_reads_them_and_name_nobody(drawn, tmp
     np.testing.assert_allclose(found.cxr * 2 - 1, expected, atol=4e-5)  # rounded to 16 bits: half of 2 / 65535
 
 
-def test_a_mixed_pair_shares_the_xrays_depth(drawn, tmp_path):
-    """12 bits saved in a 16-bit PNG, dark enough to need only 11: read alone, twice too bright."""
-    save(tmp_path / "1.dcm", dataset(stored(drawn[0].cxr, 12), 12))
-    write(tmp_path / "1.png", drawn[0].soft_tissue * 0.4 * 4095 / 65535)
-    _, soft_tissue = read_pair(tmp_path / "1.dcm", tmp_path / "1.png")
-    np.testing.assert_allclose(soft_tissue, drawn[0].soft_tissue * 0.4, atol=1e-3)
-    write(tmp_path / "2.png", drawn[0].cxr, 8)
-    save(tmp_path / "2.dcm", dataset(stored(drawn[0].soft_tissue, 12), 12))
-    cxr, soft_tissue = read_pair(tmp_path / "2.png", tmp_path / "2.dcm")
-    np.testing.assert_allclose(cxr, drawn[0].cxr, atol=3e-3)  # 8 bits
-    np.testing.assert_allclose(soft_tissue, drawn[0].soft_tissue, atol=2e-4)
-
-
-def test_sizes_may_differ_but_not_the_field(tmp_path, drawn):
-    write(tmp_path / "c.png", drawn[0].cxr)
-    write(tmp_path / "s.png", cv2.resize(drawn[0].soft_tissue, (128, 128), interpolation=cv2.INTER_AREA))
-    cxr, soft_tissue = read_pair(tmp_path / "c.png", tmp_path / "s.png")
-    assert cxr.shape == soft_tissue.shape == (256, 256)
-    write(tmp_path / "s.png", drawn[0].soft_tissue[:200])
-    with pytest.raises(InputRefused, match="aspect ratio: 256 x 256 px and 200 x 256 px"):
-        read_pair(tmp_path / "c.png", tmp_path / "s.png")
-
-
-def test_own_results_are_no_truth(drawn, tmp_path):
-    for name, kind in (("c.dcm", ["ORIGINAL", "PRIMARY"]), ("s.dcm", ["DERIVED", "SECONDARY", "", "BONE_SUPPRESSED"])):
-        save(tmp_path / name, dataset(stored(drawn[0].cxr, 12), 12, ImageType=kind))
-    with pytest.raises(InputRefused, match="already bone suppressed"):
-        read_pair(tmp_path / "c.dcm", tmp_path / "s.dcm")
-
-
 def test_a_pair_that_cannot_be_registered_is_bad_and_shown(drawn, tmp_path):
     dot = np.zeros((256, 256))
     dot[0, 0] = 1
@@ -432,13 +402,6 @@ def test_a_folder_for_each_patient(drawn, tmp_path):
     assert all(len({e.part for e in done.pairs if e.cxr.startswith(f"P{n}")}) == 1 for n in range(1, 5))
 
 
-def test_two_grey_scales_are_warned_of(drawn, tmp_path, caplog):
-    write(tmp_path / "c.png", drawn[0].cxr)
-    write(tmp_path / "s.png", drawn[0].soft_tissue / 16)
-    read_pair(tmp_path / "c.png", tmp_path / "s.png")
-    assert "c.png: its soft tissue is on average 0.0" in caplog.text
-
-
 def test_an_x_ray_paired_with_itself_is_bad_and_one_that_comes_twice_is_told(drawn, tmp_path, caplog):
     for name, soft_tissue in (("a", drawn[0].soft_tissue), ("b", drawn[0].soft_tissue), ("c", drawn[4].cxr)):
         write(tmp_path / "c" / f"{name}.png", drawn[4].cxr if name == "c" else drawn[0].cxr)
@@ -475,3 +438,13 @@ def test_a_list_from_a_windows_editor_is_read(tmp_path):
     listed = tmp_path / "exclude.txt"
     listed.write_text("ann-1 # moved\n", encoding="utf-8-sig")
     assert read_exclusions(listed) == {"ann-1": "moved"}
+
+
+def test_swapped_folders_are_bad(archive, tmp_path):
+    cxr, soft = archive
+    result = run("prepare", soft, cxr, "-o", tmp_path / "set", "--size", SIZE_PX)
+    assert result.exit_code == 3
+    assert "bad  ann-1: the soft tissue shows the bones, not the X-ray: are they swapped?" in result.stdout
+    assert {pair["status"] for pair in record(tmp_path / "set")["pairs"]} == {"bad"}
+    result = run("prepare", soft, cxr, "-o", tmp_path / "taken", "--size", SIZE_PX, "--min-correlation", -1)
+    assert {"used"} == {pair["status"] for pair in record(tmp_path / "taken")["pairs"] if pair["name"] != "eve-1"}
