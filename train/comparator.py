@@ -40,7 +40,7 @@ def train_comparator(
     comparator = COMPARATORS[name]
     trainee = Trainee(comparator.build(size), options)
     loss = loss_of(comparator, trainee)
-    header = {"comparator": name, "size": size} | batches.description()
+    header = {"comparator": name, "size": size} | batches.description() | validation.description()
     judge = functools.partial(validation.direct, trainee.averaged)
     run = Run(folder, name, trainee, "psnr", judge, loss.state, **header)
     loss.resume(run.restored)

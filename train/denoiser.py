@@ -145,7 +145,7 @@ def train_denoiser(
     torch.manual_seed(options.seed)
     network = Denoiser(preset.denoiser)
     header: dict[str, Any] = {"preset": preset.name, "schedule": asdict(schedule), "size": size}
-    header |= batches.description()
+    header |= batches.description() | validation.description()
     trained_on = header.pop("trained_on")
     last = last_checkpoint(folder, "denoiser")
     bundle = None if start is None or last else start_from(network, schedule, start)

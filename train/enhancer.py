@@ -179,7 +179,8 @@ def train_enhancer(
     trainee = Trainee(Enhancer(stage.preset.enhancer), options)
     loss = hybrid_loss(weights, vgg, trainee.accelerator)
     learned_from = {"data": hashlib.sha256(np.ascontiguousarray(outputs).data).hexdigest(), "losses": asdict(weights)}
-    header = {"preset": stage.preset.name, "stage_one": stage.sha256, "size": size} | dict(samples) | learned_from
+    header = {"preset": stage.preset.name, "stage_one": stage.sha256, "size": size}
+    header |= dict(samples) | learned_from | validation.description()
     judge = functools.partial(validation.both, stage.network, trainee.averaged)
     run = Run(folder, "enhancer", trainee, "psnr", judge, loss.state, **header)
     loss.resume(run.restored)

@@ -41,10 +41,16 @@ class Log:
 
 
 def append(path: Path, columns: dict[str, str]) -> None:
-    """Add one row to a CSV file under the columns it has; a new or empty one gets these columns as its header."""
+    """Add one row to a CSV file under the columns it has; a new or empty one gets these columns as its header.
+
+    A step that it has already, from a validation that was interrupted after it was logged, gets no second row.
+    """
     if not path.exists() or not path.stat().st_size:  # a full disk leaves it empty
         path.write_text(",".join(columns) + "\n")
     with path.open(newline="") as file:
-        header = next(csv.reader(file))
+        reader = csv.DictReader(file)
+        header = list(reader.fieldnames or columns)
+        if any(row["step"] == columns["step"] for row in reader):
+            return
     with path.open("a", newline="") as file:
         csv.DictWriter(file, header, restval="", extrasaction="ignore").writerow(columns)

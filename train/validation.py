@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class Validation:
     groups: dict[str, list[Pair]]
     schedule: Schedule
     sampler: SamplerSettings = FEW_STEPS
+
+    def description(self) -> dict[str, str]:
+        """What a checkpoint says of what it is judged on: early stopping compares figures, which others would change."""
+        said = []
+        for group, pairs in self.groups.items():
+            digests = hashlib.sha256("".join(sorted(pair.digest for pair in pairs)).encode()).hexdigest()
+            said.append(f"{len(pairs)} {group}" + (f" ({digests[:8]})" if any(pair.digest for pair in pairs) else ""))
+        return {"judged_on": ", ".join(said)}
 
     def denoiser(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """Stage 1 alone: BSR and PSNR per group after a few steps; and, for real pairs shown with a foreign tone, the

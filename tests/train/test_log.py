@@ -34,6 +34,14 @@ def test_a_row_keeps_to_the_columns_of_its_file(tmp_path):
     assert path.read_text().split() == ["step,loss", "1,2", "3,4", "6,"]
 
 
+def test_a_step_has_one_row(tmp_path):
+    path = tmp_path / "x.csv"
+    for _ in range(2):  # a run killed between the row and the removal of the checkpoint not judged yet
+        append(path, {"step": "1", "loss": "2"})
+    append(path, {"step": "2", "loss": "2"})
+    assert path.read_text().split() == ["step,loss", "1,2", "2,2"]
+
+
 def test_a_log_that_a_full_disk_left_empty_is_a_new_one(tmp_path):
     path = tmp_path / "x.csv"
     path.touch()

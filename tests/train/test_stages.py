@@ -11,12 +11,13 @@ import torch
 from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
 from bsdiff_rt.errors import SettingsError
 from train.checkpoint import load_checkpoint
-from train.data import Augmentation, Batches
+from train.data import Augmentation, Batches, Pair
 from train.denoiser import train_denoiser
 from train.enhancer import StageOne, stage_one_outputs, train_enhancer
 from train.loop import TrainOptions
 from train.losses import LossWeights
 from train.perceptual import VGG16
+from train.validation import Validation
 
 SIZE, TINY, SCHEDULE = 32, PRESETS["tiny"], Schedule(objective="eps")
 OPTIONS = TrainOptions(steps=6, warmup=0, crops=((1.0,),), images=1, bf16=False, save_every=1)
@@ -28,8 +29,11 @@ class Judge:
 
     groups: ClassVar = {}
 
-    def __init__(self, interrupt_at=None):
-        self.calls, self.interrupt_at = 0, interrupt_at
+    def __init__(self, interrupt_at=None, judged_on="nothing"):
+        self.calls, self.interrupt_at, self.judged_on = 0, interrupt_at, judged_on
+
+    def description(self):
+        return {"judged_on": self.judged_on}
 
     def denoiser(self, network, picture):
         self.calls += 1
@@ -84,6 +88,31 @@ def test_no_stage_resumes_on_other_data_or_another_loss(batches, stage, tmp_path
         train_enhancer(tmp_path, stage, outputs[:2], *what)
     with pytest.raises(SettingsError, match=r"enhancer\.pt: trained with losses \{.*'mae': 1.0.*, not \{.*'mae': 2.0"):
         train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights(mae=2.0, ms_ssim=0.0))
+
+
+def test_no_stage_resumes_judged_on_something_else(batches, stage, tmp_path):
+    """Early stopping compares figures: the best of easier images would be kept for good."""
+    train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with judged_on nothing, not 2 pairs; give the same"):
+        train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(judged_on="2 pairs"), OPTIONS, SIZE)
+    outputs = np.zeros((1, 2, SIZE, SIZE), np.float16)
+    train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights())
+    with pytest.raises(SettingsError, match=r"enhancer\.pt: trained with judged_on nothing, not 2 pairs"):
+        train_enhancer(tmp_path, stage, outputs, Judge(judged_on="2 pairs"), OPTIONS, LossWeights())
+
+
+def test_what_is_judged_on_is_known_by_its_pairs():
+    flat = np.zeros((SIZE, SIZE), np.float32)
+    one, other = (Pair(name, flat, flat, flat, digest) for name, digest in (("a", "1234"), ("b", "5678")))
+    drawn = [Pair("p", flat, flat, flat)] * 3
+
+    def said(**groups):
+        return Validation(groups, SCHEDULE).description()["judged_on"]
+
+    assert said(phantoms=drawn, pairs=[one, other]) == said(phantoms=drawn, pairs=[other, one])
+    assert said(phantoms=drawn, pairs=[one]).startswith("3 phantoms, 1 pairs (")
+    assert said(pairs=[one]) != said(pairs=[other])
+    assert said(phantoms=drawn) == "3 phantoms"
 
 
 def test_stage_1_resumes_exactly(batches, tmp_path):

@@ -84,6 +84,9 @@ def test_no_such_bundle():
 class Judge:
     groups: ClassVar = {}
 
+    def description(self):
+        return {}
+
     def denoiser(self, network, picture):
         return {"phantoms_psnr": 1.0}
 
