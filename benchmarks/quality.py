@@ -20,14 +20,14 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.batching import enhanced, suppress, without_mirror
+from bsdiff_rt.batching import enhanced, suppress
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, SamplerName, ScannerTone
 from bsdiff_rt.detail import add_source_detail, subtract_local_bone
 from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.intensity import Placement, from_network, place, resize, to_network
+from bsdiff_rt.intensity import Placement, from_network, place, resize, to_network, without_mirror
 from bsdiff_rt.metrics import Quality, mean_quality, quality
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.radiograph import grey_digest

@@ -38,6 +38,9 @@ NOISE_THREADS = 2
 NOISE_AHEAD = 8  # draws; a thread may be late by some milliseconds without the device noticing
 
 
+Taken = tuple[NDArray[np.float32], float]  # one result, [S, S], and its share of the seconds of its batch
+
+
 class HostBatch:
     """Pinned memory for one batch: X-rays in, results out. Each image's result is taken once.
 
@@ -50,15 +53,18 @@ class HostBatch:
         self.cxr, self.soft_tissue = (torch.empty(shape, pin_memory=pin) for _ in range(2))
         self._released = released
         self._lock = threading.Lock()
-        self._left = 0
+        self._left = self._count = 0
         self._clock: _Clock = _Clock()
 
     def order(self, count: int, clock: _Clock) -> None:
         """`count` results will be taken; `clock` knows when they are there."""
-        self._left, self._clock = count, clock
+        self._left = self._count = count
+        self._clock = clock
 
-    def take(self, number: int) -> NDArray[np.float32]:
+    def take(self, number: int) -> Taken:
         """Wait for the device and copy out result `number`, [S, S]; after the last one the memory is free again.
+
+        Returns: it, and its share of the seconds that the networks took for the batch.
 
         Raises:
             RuntimeError: the device failed after the batch was ordered.
@@ -66,7 +72,7 @@ class HostBatch:
         try:
             self._clock.wait()
             image: NDArray[np.float32] = self.soft_tissue[number, 0].numpy().copy()
-            return image
+            return image, self._clock.busy_s / self._count
         finally:
             with self._lock:
                 self._left -= 1
@@ -287,18 +293,6 @@ def suppress(
     if enhance:
         x_0 = enhanced(runner, x_0)
     return np.asarray(x_0.cpu().numpy(), dtype=np.float32)
-
-
-def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What becomes of images that were given to the networks mirrored as well: the mean of both, turned back.
-
-    Args:
-        passes: [2N, ..., S], each image's result and then that of its mirror image.
-
-    Returns:
-        [N, ..., S].
-    """
-    return (passes[::2] + passes[1::2, ..., ::-1]) * np.float32(0.5)
 
 
 def enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:

@@ -118,3 +118,15 @@ def crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float3
     """The picture's part of the square, [height, width]."""
     bottom, right = placement.top + placement.height, placement.left + placement.width
     return square[placement.top : bottom, placement.left : right]
+
+
+def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What becomes of images that were given to the networks mirrored as well: the mean of both, turned back.
+
+    Args:
+        passes: [2N, ..., S], each image's result and then that of its mirror image.
+
+    Returns:
+        [N, ..., S].
+    """
+    return (passes[::2] + passes[1::2, ..., ::-1]) * np.float32(0.5)

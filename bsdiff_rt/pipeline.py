@@ -16,36 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bsdiff_rt import __version__
-from bsdiff_rt.batching import Suppressor, auto_batch, without_mirror
+from bsdiff_rt.batching import Suppressor, Taken, auto_batch
 from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import InferSettings, step_count
-from bsdiff_rt.derived import Derivation, write_derived
-from bsdiff_rt.detail import add_source_detail, subtract_local_bone
-from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks, uncertainty_path
+from bsdiff_rt.config import InferSettings
+from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks
 from bsdiff_rt.engine import Choice, choose, load_first
-from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError, one_line, out_of_memory
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.files import file_sha256
-from bsdiff_rt.intensity import Placement, from_network, to_network
+from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
 from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
-from bsdiff_rt.preview import ROWS, Preview
-from bsdiff_rt.raster import write_png
-from bsdiff_rt.reading import Reader, Ready, not_done, read_radiograph, reason_of
+from bsdiff_rt.reading import Reader, Ready, not_done
 from bsdiff_rt.report import FileEntry, Report, environment, finished_before, path_digest
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
-from bsdiff_rt.tone import ToneChange, tone_change
+from bsdiff_rt.writing import Writer
 
 logger = logging.getLogger(__name__)
 
 WRITERS = 2
-CONSTANT = 1e-4  # a result whose grey levels, in [0, 1], span less than this shows nothing
 
 
 class Inference:
@@ -91,7 +81,6 @@ class Inference:
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))
         if choice.engine:
             self.report.environment["engine"] = choice.engine.sha256
-        self._digest = self.report.settings_digest()
 
     def _scanner_tone(self, asked: bool | None) -> bool:
         """Whether results get their scanner's tone: by default where it is known and the picture is the networks'.
@@ -150,7 +139,7 @@ class Inference:
         choice, runner = load_first(self.bundle, asked.runner, self.device, asked.precision, asked.engine)
         with runner, only_run(folder):
             self._settle(choice)  # not always the one of the plan: what does not load is passed over
-            reader = self._reader()
+            reader, writer = self._reader(), Writer(self.settings, self.bundle, self.table.steps, self.report)
             outputs = {str(task.input): task.output for task in tasks}
             ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
             self.batch = _batch(self.settings.batch, runner)
@@ -158,16 +147,16 @@ class Inference:
             try:
                 with (
                     suppressor,
-                    closing(reader.ahead(tasks, 2 * self.batch)) as outcomes,
-                    ThreadPoolExecutor(WRITERS) as writers,
+                    closing(reader.ahead(tasks, self._in_flight())) as outcomes,
+                    ThreadPoolExecutor(WRITERS) as threads,
                 ):
                     writing: deque[Future[None]] = deque()
                     for outcome in self._batched(outcomes):
                         if isinstance(outcome, FileEntry):
                             ledger.add(outcome)
                             continue
-                        writing += self._do(outcome, suppressor, writers, ledger)
-                        while len(writing) > 2 * self.batch:
+                        writing += self._do(outcome, suppressor, threads, writer, ledger)
+                        while len(writing) > self._in_flight():
                             writing.popleft().result()
                     for write in writing:
                         write.result()
@@ -178,8 +167,12 @@ class Inference:
             # After the writers: leaving their `with` has waited for what they were given.
             ledger.save(suppressor.busy_s)
         if self.settings.preview:
-            self._write_preview()
+            writer.write_preview(self.report.files)
         return self.report
+
+    def _in_flight(self) -> int:
+        """Files held in memory before the networks, and as many behind them: two batches, of all passes of a file."""
+        return max(2, 2 * self.batch // self._passes)
 
     def _reader(self) -> Reader:
         before = {} if self.settings.overwrite else finished_before(self.settings.output, self.report)
@@ -200,7 +193,7 @@ class Inference:
             yield batch
 
     def _do(
-        self, batch: list[Ready], suppressor: Suppressor, writers: ThreadPoolExecutor, ledger: Ledger
+        self, batch: list[Ready], suppressor: Suppressor, threads: ThreadPoolExecutor, writer: Writer, ledger: Ledger
     ) -> Iterator[Future[None]]:
         """Both networks on every pass of some files, then hand each file to a writer, which enters it in the ledger.
 
@@ -209,30 +202,30 @@ class Inference:
         """
         started = time.monotonic()
         try:
-            results = list(self._order(batch, suppressor, writers))
+            results = list(self._order(batch, suppressor, threads))
         except (RuntimeError, MemoryError) as error:
             logger.debug("a batch failed", exc_info=True)
             smaller = max(self.batch // 2, suppressor.smallest)
             if out_of_memory(error) and smaller < self.batch:
                 logger.warning("out of memory with %d images at once; going on with %d", self.batch, smaller)
                 self.batch = smaller
-                yield from self._do(batch, suppressor, writers, ledger)
+                yield from self._do(batch, suppressor, threads, writer, ledger)
                 return
             reason = f"the networks failed ({one_line(error)}); nothing was written"
             for ready in batch:
                 ledger.add(not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256))
             return
 
-        def finish(ready: Ready, mine: list[Future[NDArray[np.float32]]]) -> None:
-            ledger.add(self._finish(ready, mine, started, len(batch)))
+        def finish(ready: Ready, mine: list[Future[Taken]]) -> None:
+            ledger.add(self._finish(ready, mine, writer))
 
         for index, ready in enumerate(batch):
             mine = results[index * self._passes : (index + 1) * self._passes]
-            yield writers.submit(finish, ready, mine)
+            yield threads.submit(finish, ready, mine)
 
     def _order(
-        self, files: list[Ready], suppressor: Suppressor, writers: ThreadPoolExecutor
-    ) -> Iterator[Future[NDArray[np.float32]]]:
+        self, files: list[Ready], suppressor: Suppressor, threads: ThreadPoolExecutor
+    ) -> Iterator[Future[Taken]]:
         """Give the networks `batch` passes at a time; each one's result, [S, S], is fetched by a writer thread.
 
         Passes of a file: its samples, one after another, each followed by that of its mirror image where asked for.
@@ -248,120 +241,18 @@ class Inference:
             part = passes[first : first + self.batch]
             host = suppressor.submit([cxr_net for cxr_net, _ in part], [noise for _, noise in part])
             for place in range(len(part)):  # before anything waits for them: they free the memory for the next part
-                yield writers.submit(host.take, place)
+                yield threads.submit(host.take, place)
 
-    def _finish(
-        self, ready: Ready, results: list[Future[NDArray[np.float32]]], started: float, files: int
-    ) -> FileEntry:
-        """Wait for a file's passes and write what they give; `started` is when its batch of `files` files was begun."""
+    def _finish(self, ready: Ready, results: list[Future[Taken]], writer: Writer) -> FileEntry:
+        """Wait for a file's passes and write what they give."""
+        started = time.monotonic()
         try:
-            passes = np.stack([result.result() for result in results])
+            taken = [result.result() for result in results]
+            passes = np.stack([image for image, _ in taken])
         except (RuntimeError, MemoryError) as error:
             reason = f"the networks failed ({one_line(error)}); nothing was written"
             return not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256)
-        share = (time.monotonic() - started) / files
-        return self._write(replace(ready, seconds=ready.seconds + share), passes)
-
-    def _write(self, ready: Ready, passes: NDArray[np.float32]) -> FileEntry:
-        """Bring one result to its output matrix and write it; a result that is no image fails its file."""
-        started = time.monotonic()
-        path = self.settings.output / ready.output
-        try:
-            for one in passes:
-                _check_result(one)
-            samples = without_mirror(passes) if self.settings.mirror else passes
-            soft_tissue_net = samples.mean(0, dtype=np.float64).astype(np.float32)
-            change = self._tone_change(ready, soft_tissue_net)
-            soft_tissue = self._to_output(ready, change.apply(soft_tissue_net, ready.cxr_net))
-            if self.settings.samples > 1:
-                self._write_uncertainty(ready, samples)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".dcm":
-                write_derived(path, ready.radiograph, soft_tissue, self._derivation(change), self.settings.sop)
-            else:
-                write_png(path, soft_tissue, ready.radiograph.bits_stored)
-            digest = file_sha256(path)
-        except Exception as error:
-            return not_done(
-                ready.task, "failed", reason_of(error, "written"), started - ready.seconds, ready.input_sha256
-            )
-        seconds = round(ready.seconds + time.monotonic() - started, 4)
-        hashes = (digest, ready.input_sha256, path_digest(ready.task.input))
-        entry = FileEntry(str(ready.task.input), str(ready.output), "ok", None, seconds, *hashes)
-        return replace(entry, tone_power=change.power, tone_offset=change.offset)
-
-    def _write_uncertainty(self, ready: Ready, samples: NDArray[np.float32]) -> None:
-        """The samples' standard deviation at the output matrix: 16 bits, 65535 is the whole range of grey levels."""
-        deviation = samples.std(0, dtype=np.float64).astype(np.float32)  # of values in [-1, 1]: at most 1
-        path = uncertainty_path(self.settings.output, ready.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, from_network(deviation - 1, self._placement(ready)), 16)
-
-    def _write_preview(self) -> None:
-        """preview.png from the files as they lie there, so that those of an earlier run are in it, too."""
-        shown = [entry for entry in self.report.files if entry.output is not None]
-        preview = Preview()
-        for entry in shown[:ROWS]:
-            try:
-                radiograph = read_radiograph(Path(entry.input), force_view=True)
-                result = read_result(self.settings.output / str(entry.output), radiograph.bits_stored)
-                path = uncertainty_path(self.settings.output, str(entry.output))
-                deviation = read_result(path, 16) if self.settings.samples > 1 else None
-            except BsdiffError as error:  # changed since it was done
-                logger.warning("%s is not in the preview: %s", entry.input, error)
-                continue
-            preview.add(radiograph.cxr, result, deviation)
-        try:
-            written = preview.write(self.settings.output)
-        except OSError as error:
-            logger.warning("%s cannot be written (%s); no result depends on it", PREVIEW, error.strerror)
-            return
-        logger.info("preview: %s; %d left out", written or "nothing was written", max(0, len(shown) - ROWS))
-
-    def _placement(self, ready: Ready) -> Placement:
-        if self.settings.size == "source":
-            return ready.placement
-        # The picture without its padding, at the network's resolution.
-        return replace(ready.placement, rows=ready.placement.height, columns=ready.placement.width)
-
-    def _tone_change(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> ToneChange:
-        if not self.settings.scanner_tone:
-            return ToneChange()
-        return tone_change(ready.cxr_net, soft_tissue_net, ready.placement, self.bundle.manifest.tone)
-
-    def _to_output(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[H, W] in [0, 1] at the output matrix, with the detail asked for."""
-        cxr, placement = ready.radiograph.cxr, self._placement(ready)
-        if self.settings.size == "model":
-            own_tone = replace(self.bundle.manifest.preprocessing, clahe_clip_limit=0.0)
-            cxr = from_network(to_network(cxr, own_tone)[0], placement)
-        made = (cxr, ready.cxr_net, soft_tissue_net, placement, self.bundle.manifest.preprocessing)
-        if self.settings.detail == "source":
-            return subtract_local_bone(*made)
-        if self.settings.detail == "both":
-            return add_source_detail(*made)
-        return from_network(soft_tissue_net, placement)
-
-    def _derivation(self, change: ToneChange) -> Derivation:
-        settings, report = self.settings, self.report
-        size = self.bundle.manifest.preprocessing.size
-        return Derivation(
-            description=(
-                f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}, "
-                f"{step_count(self.table.steps)}, {_seeds(settings.seed, settings.samples)}, "
-                f"stage 2 {'on' if settings.enhance else 'off'}, "
-                f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
-                f"{f'grey levels to the power {change.power:.4f}, ' if change.power is not None else ''}"
-                f"{f'{change.offset:+.4f} of the range added to grey levels, ' if change.offset is not None else ''}"
-                f"network matrix {size} x {size}, "
-                f"detail from {'network and source' if settings.detail == 'both' else settings.detail}, "
-                f"runner {report.settings['runner']} {report.settings['precision']}. Not for diagnostic use."
-            ),
-            bundle_name=self.bundle.manifest.name,
-            bundle_sha256=self.bundle.sha256,
-            settings_digest=self._digest,
-            software_version=__version__,
-        )
+        return writer.write(ready, passes, sum(seconds for _, seconds in taken))
 
 
 def _batch(asked: int | None, runner: Runner) -> int:
@@ -374,22 +265,6 @@ def _batch(asked: int | None, runner: Runner) -> int:
     if asked is not None and most is not None and asked > most:
         raise SettingsError(f"--batch {asked}: this {runner.name} engine takes at most {most}; build a larger one")
     return asked or auto_batch(runner)
-
-
-def _seeds(first: int, samples: int) -> str:
-    return f"seed {first}" if samples == 1 else f"mean of {samples} samples, seeds {first} to {first + samples - 1}"
-
-
-def _check_result(soft_tissue_net: NDArray[np.float32]) -> None:
-    """Refuse to write a result that is no image.
-
-    Raises:
-        InputFailed: NaN, infinity, or (nearly) one grey level everywhere.
-    """
-    if not np.isfinite(soft_tissue_net).all():
-        raise InputFailed("the networks returned NaN or infinity for this image; nothing was written")
-    if float(np.ptp(soft_tissue_net)) / 2 < CONSTANT:
-        raise InputFailed("the networks returned one grey level for the whole image; nothing was written")
 
 
 def _make_output_folder(folder: Path) -> None:

@@ -101,8 +101,12 @@ class Reader:
             and entry.input_sha256 == input_sha256
             and path.is_file()
             and file_sha256(path) == entry.sha256
-            and (self._settings.samples == 1 or uncertainty_path(self._settings.output, output).is_file())
+            and (self._settings.samples == 1 or self._has_deviation(output, entry))
         )
+
+    def _has_deviation(self, output: Path, entry: FileEntry) -> bool:
+        path = uncertainty_path(self._settings.output, output)
+        return path.is_file() and file_sha256(path) == entry.deviation_sha256
 
 
 def read_radiograph(path: Path, *, force_view: bool = False) -> Radiograph:

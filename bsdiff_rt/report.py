@@ -37,12 +37,13 @@ class FileEntry:
         status: `ok` written now, `skipped` written by an earlier run with the same settings, `refused` not something
             this program processes, `failed` should have worked.
         reason: one line, for refused and failed.
-        seconds: reading, its share of the batch, and writing.
+        seconds: reading, the networks' for it, and writing; not what it waited between.
         sha256: of the output file.
         input_sha256: of the input file, where it could be read; a changed input is done again.
         path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
         tone_power, tone_offset: what `--scanner-tone` raised the networks' grey levels to, or added to them, of a scale
             1 wide; None where it left them.
+        deviation_sha256: of the samples' deviation map; None where there is none.
     """
 
     input: str
@@ -55,6 +56,7 @@ class FileEntry:
     path_sha256: str | None = None
     tone_power: float | None = None
     tone_offset: float | None = None
+    deviation_sha256: str | None = None
 
 
 @dataclass

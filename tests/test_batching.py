@@ -72,8 +72,16 @@ def test_submitting_gives_what_the_plain_function_gives(sampler, enhance):
             count = min(2, 5 - first)
             host = suppressor.submit(images(5)[first : first + count], STREAMS[first : min(first + count, 5)])
             for place in range(count):
-                assert np.array_equal(host.take(place), expected[first + place, 0])
+                assert np.array_equal(host.take(place)[0], expected[first + place, 0])
         assert suppressor.busy_s > 0
+
+
+def test_the_seconds_of_a_batch_are_shared_by_its_results():
+    runner, table = ToyRunner(SIZE[0]), sampler_table(SCHEDULE, "ddim", 1)
+    with Suppressor(runner, table, enhance=False, batch=2) as suppressor:
+        host = suppressor.submit(images(2), STREAMS[:2])
+        seconds = [host.take(place)[1] for place in range(2)]
+        assert seconds[0] == seconds[1] == pytest.approx(suppressor.busy_s / 2)
 
 
 def test_batches_wait_until_results_are_taken():
@@ -98,7 +106,7 @@ def test_a_failure_gives_the_memory_back():
             with pytest.raises(RuntimeError, match="failed"):
                 suppressor.submit(images(1), STREAMS[:1])
         runner.before = lambda _: None
-        assert suppressor.submit(images(1), STREAMS[:1]).take(0).shape == SIZE
+        assert suppressor.submit(images(1), STREAMS[:1]).take(0)[0].shape == SIZE
 
 
 def test_a_device_error_that_lasts_stops_no_later_call(monkeypatch):
@@ -124,7 +132,7 @@ def test_too_few_images_are_filled_up():
     with Suppressor(runner, table, enhance=True, batch=4) as suppressor:
         for _ in range(2 * BATCHES_IN_FLIGHT):  # the filled-up place is not waited for
             host = suppressor.submit(images(3), STREAMS[:3])
-            assert [np.array_equal(host.take(place), expected[place, 0]) for place in range(3)] == [True] * 3
+            assert [np.array_equal(host.take(place)[0], expected[place, 0]) for place in range(3)] == [True] * 3
     assert runner.batches[1:] == [4] * 2 * BATCHES_IN_FLIGHT
 
 
@@ -214,5 +222,5 @@ def test_streams_and_pinned_memory_change_no_pixel_on_a_gpu(sampler):
         with Suppressor(runner, table, enhance=True, batch=2) as suppressor:
             hosts = [suppressor.submit(images(2), STREAMS[:2]) for _ in range(BATCHES_IN_FLIGHT)]
             for host in hosts:
-                assert np.array_equal(np.stack([host.take(place) for place in range(2)]), expected[:, 0])
+                assert np.array_equal(np.stack([host.take(place)[0] for place in range(2)]), expected[:, 0])
         assert batching.auto_batch(runner) == FULL_BATCH

@@ -19,11 +19,12 @@ from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
 from synthetic import chest
 
-from bsdiff_rt import batching, engine, pipeline, preview, reading
+from bsdiff_rt import batching, engine, pipeline, preview, reading, writing
 from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.ledger import only_run
 from bsdiff_rt.pipeline import Inference
@@ -134,8 +135,8 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
     files = {Path(entry["input"]).name: entry for entry in report["files"]}
     for name in ("a.png", "b.dcm"):
         assert files[name]["status"] == "ok"
-        assert files[name]["sha256"] == pipeline.file_sha256(tmp_path / "out" / name)
-        assert files[name]["input_sha256"] == pipeline.file_sha256(tmp_path / "in" / name)
+        assert files[name]["sha256"] == file_sha256(tmp_path / "out" / name)
+        assert files[name]["input_sha256"] == file_sha256(tmp_path / "in" / name)
         assert files[name]["seconds"] > 0
     assert files["c.png"] | {"seconds": 0, "input": ""} == {
         "input": "",
@@ -144,10 +145,11 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "reason": "not a PNG, JPEG or TIFF file",
         "seconds": 0,
         "sha256": None,
-        "input_sha256": pipeline.file_sha256(tmp_path / "in" / "c.png"),
+        "input_sha256": file_sha256(tmp_path / "in" / "c.png"),
         "path_sha256": path_digest(tmp_path / "in" / "c.png"),
         "tone_power": None,
         "tone_offset": None,
+        "deviation_sha256": None,
     }
     assert report["settings"] == {
         "sampler": "ddim",
@@ -411,7 +413,7 @@ def test_a_preview_that_cannot_be_written_is_said(run, toy, monkeypatch, tmp_pat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline.Preview, "write", full)
+    monkeypatch.setattr(writing.Preview, "write", full)
     assert statuses(run(preview=True)) == {"a.png": "ok"}
     assert "preview.png cannot be written (No space left on device); no result depends on it" in caplog.text
 
@@ -615,7 +617,7 @@ def test_an_interruption_keeps_what_is_done_and_resumes(run, toy, tmp_path, batc
     assert tree(tmp_path / "out") == {"report.json", *(f"{seed}.png" for seed in range(done))}
     for entry in report_of(tmp_path / "out")["files"]:
         assert read_raster(tmp_path / "out" / entry["output"]).cxr.shape == SHAPE
-        assert entry["sha256"] == pipeline.file_sha256(tmp_path / "out" / entry["output"])
+        assert entry["sha256"] == file_sha256(tmp_path / "out" / entry["output"])
     toy.before = stop_at(toy.enhanced + 2)  # once more: what the first run did must not be forgotten
     with pytest.raises(Stop):
         run(batch=batch)
@@ -639,7 +641,7 @@ def test_an_interruption_while_the_last_files_are_written(run, toy, tmp_path, mo
     """The networks are done and the main thread waits for the writers: the likeliest moment on a fast device."""
     for seed in range(3):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
-    real_write, real_result = pipeline.write_png, Future.result
+    real_write, real_result = writing.write_png, Future.result
     networks_done = threading.Event()
     toy.after = lambda call, _: networks_done.set() if call == 3 else None
 
@@ -653,7 +655,7 @@ def test_an_interruption_while_the_last_files_are_written(run, toy, tmp_path, mo
             raise Stop
         return real_result(future, *arguments)
 
-    monkeypatch.setattr(pipeline, "write_png", slow_write)
+    monkeypatch.setattr(writing, "write_png", slow_write)
     monkeypatch.setattr(Future, "result", interrupted_result)
     with pytest.raises(Stop):
         run(batch=1)
@@ -960,6 +962,45 @@ def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):
     assert (tmp_path / "out" / "uncertainty" / "a.png").is_file()
 
 
+def test_a_deviation_map_that_is_not_what_was_written_is_made_again(run, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    entry = run(samples=2)["a.png"]
+    written = tmp_path / "out" / "uncertainty" / "a.png"
+    assert entry.deviation_sha256 == file_sha256(written)
+    assert statuses(run(samples=2)) == {"a.png": "skipped"}
+    png(written, seed=3)
+    assert statuses(run(samples=2)) == {"a.png": "ok"}
+    assert file_sha256(written) == entry.deviation_sha256
+
+
+@pytest.mark.parametrize(("batch", "samples", "ahead"), [(1, 1, 2), (8, 1, 16), (8, 4, 4), (4, 16, 2)])
+def test_files_held_ahead_are_two_batches_of_passes(run, toy, tmp_path, monkeypatch, batch, samples, ahead):
+    depths = []
+    real = reading.Reader.ahead
+    monkeypatch.setattr(
+        reading.Reader, "ahead", lambda self, tasks, depth: depths.append(depth) or real(self, tasks, depth)
+    )
+    png(tmp_path / "in" / "a.png")
+    run(batch=batch, samples=samples, mirror=False)
+    assert depths == [ahead]
+
+
+def test_a_files_seconds_are_not_those_it_waited_for_others(run, toy, tmp_path, monkeypatch):
+    """Six files of one batch, 0.1 s each to write, by two writers: the last waits for two others."""
+    for seed in range(6):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    real = writing.write_png
+
+    def slowly(*arguments):
+        time.sleep(0.1)
+        real(*arguments)
+
+    monkeypatch.setattr(writing, "write_png", slowly)
+    seconds = [entry.seconds for entry in run(batch=6).values()]
+    assert min(seconds) > 0.1
+    assert max(seconds) < 0.25
+
+
 def test_no_deviation_map_of_another_picture_stays(run, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     png(tmp_path / "in" / "b.png", seed=1)
@@ -1038,20 +1079,20 @@ def test_a_file_that_cannot_be_written(run, toy, tmp_path):
         (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
         (OSError("something"), "cannot be written: OSError"),
         (MemoryError(), "too large for this machine's memory"),
-        (ValueError("SECRET"), "a bug (ValueError in pipeline.py, line "),
+        (ValueError("SECRET"), "a bug (ValueError in writing.py, line "),
     ],
 )
 def test_a_write_that_fails(run, toy, tmp_path, monkeypatch, error, reason):
     png(tmp_path / "in" / "a.png")
     png(tmp_path / "in" / "b.png")
-    real = pipeline.write_png
+    real = writing.write_png
 
     def write(path, *arguments):
         if path.name == "a.png":
             raise error
         real(path, *arguments)
 
-    monkeypatch.setattr(pipeline, "write_png", write)
+    monkeypatch.setattr(writing, "write_png", write)
     entries = run()
     assert statuses(entries) == {"a.png": "failed", "b.png": "ok"}
     assert entries["a.png"].reason.startswith(reason)

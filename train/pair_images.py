@@ -82,4 +82,4 @@ def _bright_lines(image: Image, other: Image) -> float:
     alone = image - tone(other).astype(np.float32)
     fine = alone - cv2.GaussianBlur(alone, (0, 0), max(alone.shape) / 16)
     fine = fine.astype(np.float64) - float(fine.mean())
-    return float(np.mean(fine**3) / max(np.mean(fine**2) ** 1.5, 1e-30))
+    return float(np.mean(fine**3)) / max(float(np.mean(fine**2)) ** 1.5, 1e-30)
