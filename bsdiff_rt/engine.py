@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +57,16 @@ def cache_folder() -> Path:
 
 def engines_in_cache() -> list[Path]:
     """Folders of the engines in the cache, usable or not, newest first."""
-    found = [path.parent for path in cache_folder().glob(f"[!.]*/{MANIFEST}")]
-    return sorted(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
+    found: dict[Path, float] = {}
+    for path in cache_folder().glob(f"[!.]*/{MANIFEST}"):
+        with suppress(OSError):  # it has just been removed, or replaced by a build
+            found[path.parent] = path.stat().st_mtime
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
-def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: EngineRunnerName) -> Engine:
+def find_engine(
+    bundle: Bundle, device: torch.device, precision: str, runner: EngineRunnerName, batch: int | None = None
+) -> Engine:
     """The newest engine in the cache that fits.
 
     Args:
@@ -68,6 +74,7 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
         device: what it must have been built for.
         precision: fp32, bf16 or fp16; "auto" takes any.
         runner: what it must be for.
+        batch: images that it must take at once; None: any.
 
     Raises:
         EngineError: none fits; says why not, and the command that builds one.
@@ -81,17 +88,21 @@ def find_engine(bundle: Bundle, device: torch.device, precision: str, runner: En
             if precision not in ("auto", manifest.precision):
                 reasons.append(f"{folder.name} is in {manifest.precision}, not {precision}")
                 continue
+            if batch is not None and batch > manifest.batch_max:
+                reasons.append(f"{folder.name} takes at most {manifest.batch_max} at once, not {batch}")
+                continue
             return open_engine(folder, bundle, device)
         except EngineError as error:
             logger.debug("not used: %s", error)
             reasons.append(str(error))
     wanted = "" if precision == "auto" else f" --precision {precision}"
     name = bundle.folder.name if bundle.folder.parent == BUNDLES else str(bundle.folder)
+    size = "" if batch in (None, 1) else f" --batch 1:{batch}"
     place = "" if device.type == "cpu" or device.index in (None, 0) else f" --device {device}"
     raise EngineError(
         f"no engine built for this bundle and device{' in ' + precision if wanted else ''}"
         f"{' (' + '; '.join(reasons) + ')' if reasons else ''}: "
-        f"bsdiff-rt build-engine {name} --runner {runner}{wanted}{place}"
+        f"bsdiff-rt build-engine {name} --runner {runner}{wanted}{size}{place}"
     )
 
 
@@ -101,6 +112,7 @@ def choose(
     device: torch.device,
     precision: str = "auto",
     engine: Path | None = None,
+    batch: int | None = None,
     not_loaded: Mapping[RunnerName, str] | None = None,
 ) -> Choice:
     """What `--runner`, `--precision` and `--engine` mean here. What was asked for by name is used, or the run stops.
@@ -111,6 +123,7 @@ def choose(
         device: where to run.
         precision: fp32, bf16 or fp16, or "auto": what the runner or the newest engine has.
         engine: an engine's folder; default: those in the cache.
+        batch: images that an engine from the cache must take at once; None: any.
         not_loaded: runners that "auto" passes over, and why.
 
     Raises:
@@ -128,7 +141,7 @@ def choose(
         return Choice(opened.manifest.runner, opened.manifest.precision, f"--engine {engine}", opened)
     if runner != "auto":
         try:
-            return _candidate(bundle, runner, device, precision, "asked for")  # type: ignore[arg-type]  # checked names
+            return _candidate(bundle, runner, device, precision, batch, "asked for")  # type: ignore[arg-type]  # checked names
         except EngineError as error:
             raise EngineError(f"--runner {runner} cannot be used on {device}: {error}") from error
     reasons: list[str] = []
@@ -136,7 +149,7 @@ def choose(
         try:
             if reason := (not_loaded or {}).get(name):
                 raise EngineError(reason)
-            found = _candidate(bundle, name, device, precision, "; ".join(reasons) or "fastest available")
+            found = _candidate(bundle, name, device, precision, batch, "; ".join(reasons) or "fastest available")
             if precision == "auto" and found.precision == "bf16" and not computes_bf16(device):
                 raise EngineError(f"its newest engine is in bf16, which {device} emulates; --runner {name} takes it")
             return found
@@ -145,7 +158,9 @@ def choose(
     raise EngineError(f"--precision {precision}: no runner has it here: {'; '.join(reasons)}")
 
 
-def _candidate(bundle: Bundle, runner: RunnerName, device: torch.device, precision: str, why: str) -> Choice:
+def _candidate(
+    bundle: Bundle, runner: RunnerName, device: torch.device, precision: str, batch: int | None, why: str
+) -> Choice:
     """One runner by name.
 
     Raises:
@@ -154,13 +169,18 @@ def _candidate(bundle: Bundle, runner: RunnerName, device: torch.device, precisi
     if reason := unavailable(runner, device):
         raise EngineError(reason)
     if runner == "aoti" or runner == "tensorrt":
-        found = find_engine(bundle, device, precision, runner)
+        found = find_engine(bundle, device, precision, runner, batch)
         return Choice(runner, found.manifest.precision, why, found)
     return Choice(runner, resolve_precision(runner, precision, device), why)
 
 
 def load_first(
-    bundle: Bundle, runner: str, device: torch.device, precision: str = "auto", engine: Path | None = None
+    bundle: Bundle,
+    runner: str,
+    device: torch.device,
+    precision: str = "auto",
+    engine: Path | None = None,
+    batch: int | None = None,
 ) -> tuple[Choice, Runner]:
     """`choose` a runner and load it; where "auto" chose one that does not load, say so and take the next.
 
@@ -171,7 +191,7 @@ def load_first(
     """
     not_loaded: dict[RunnerName, str] = {}
     while True:
-        choice = choose(bundle, runner, device, precision, engine, not_loaded)
+        choice = choose(bundle, runner, device, precision, engine, batch, not_loaded)
         try:
             return choice, _load(bundle, choice, device)
         except EngineError as error:

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bsdiff_rt.batching import Suppressor, Taken, auto_batch
-from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks
 from bsdiff_rt.engine import Choice, choose, load_first
@@ -71,7 +72,12 @@ class Inference:
             ImageNoise(seed, b"")  # refuses a seed out of range before any work is done
         self.device = resolve_device(settings.device)
         self.batch = settings.batch or 1  # images the networks are given at once; resolved when the runner is loaded
-        self._settle(choose(self.bundle, settings.runner, self.device, settings.precision, settings.engine))
+        self._settle(choose(*self._asked()))
+
+    def _asked(self) -> tuple[Bundle, str, torch.device, str, Path | None, int | None]:
+        """What to run, in the order of `choose` and `load_first`."""
+        asked = self.settings
+        return self.bundle, asked.runner, self.device, asked.precision, asked.engine, asked.batch
 
     def _settle(self, choice: Choice) -> None:
         """Begin the report: what decides the pixels. Batch and device do not: noise belongs to the image."""
@@ -135,8 +141,7 @@ class Inference:
         """
         folder = self.settings.output
         _make_output_folder(folder)
-        asked = self.settings
-        choice, runner = load_first(self.bundle, asked.runner, self.device, asked.precision, asked.engine)
+        choice, runner = load_first(*self._asked())
         with runner, only_run(folder):
             self._settle(choice)  # not always the one of the plan: what does not load is passed over
             reader, writer = self._reader(), Writer(self.settings, self.bundle, self.table.steps, self.report)

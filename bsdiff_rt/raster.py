@@ -3,8 +3,9 @@
 OpenCV decodes, but it returns a partly grey picture for a truncated PNG or JPEG, the first page of many, the first
 frame of an animation, and wrong pixels for some TIFF layouts, all without an error. So the container is walked first:
 PNG chunks with their checksums up to IEND (PNG specification, third edition, section 5), JPEG segments up to the end of
-image marker (ITU-T T.81, annex B), TIFF directories and whether each strip lies inside the file (TIFF 6.0, section 2).
-What this cannot see: data replaced inside a file whose structure is whole, in formats without checksums (JPEG, TIFF).
+image marker (ITU-T T.81, annex B), TIFF directories, whether each strip lies inside the file (TIFF 6.0, section 2) and,
+where strips are Deflate streams, their checksums (RFC 1950). What this cannot see: data replaced inside a file whose
+structure is whole, in formats without checksums (JPEG, other TIFFs).
 
 A picture turned by an EXIF orientation is refused: rotating it would break the overlay with the source file, and not
 rotating it would show the networks a sideways chest.
@@ -47,6 +48,9 @@ _ORIENTATION = 274
 RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 # OpenCV prints what its decoders find; the one line of an InputFailed says it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+_TIFF_DEFLATE = (8, 32946)  # Compression: Adobe's number and the one before it
+_INFLATED_AT_ONCE = 1 << 20  # bytes
 
 _UPRIGHT = (0, 1)  # 0 is not defined: some writers leave it where they know nothing
 _TIFF_INTEGERS = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # field type: struct code, bytes
@@ -280,6 +284,23 @@ def _check_tiff(content: bytes) -> None:
         raise InputFailed("the TIFF file is damaged: it does not say where its pixels are")
     if any(offset + count > len(content) or not count for offset, count in zip(offsets, counts, strict=True)):
         raise InputFailed("the TIFF file is truncated: it ends before its pixels do")
+    if tags.get(259, [1])[0] in _TIFF_DEFLATE:
+        for offset, count in zip(offsets, counts, strict=True):
+            _check_deflate(content[offset : offset + count])
+
+
+def _check_deflate(strip: bytes) -> None:
+    """Inflate a strip, which OpenCV does without a look at its checksum, and keep nothing of it."""
+    stream = zlib.decompressobj()
+    try:
+        while strip and not stream.eof:
+            stream.decompress(strip, _INFLATED_AT_ONCE)
+            strip = stream.unconsumed_tail
+        stream.flush()  # what the last codes stand for, where they met the limit
+    except zlib.error:
+        raise InputFailed("the TIFF file is damaged: a strip's checksum or code does not match") from None
+    if not stream.eof:
+        raise InputFailed("the TIFF file is damaged: a strip ends too early")
 
 
 def _tiff_directory(content: bytes) -> tuple[dict[int, list[int]], int]:

@@ -575,6 +575,31 @@ def test_a_damaged_engine_is_passed_over(three, small):
     assert find_engine(small, CPU, "auto", "aoti").folder == three[0]
 
 
+def test_an_engine_removed_while_it_is_looked_at_is_no_engine(three, monkeypatch):
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.parent == three[0] and path.name == MANIFEST:
+            raise FileNotFoundError(2, "No such file or directory")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert engines_in_cache() == [three[1], three[2]]
+
+
+def test_auto_takes_an_engine_of_the_batch_asked_for_or_says_why_not(three, small):
+    for folder, most, age in zip(three, (4, 1, 2), (2000, 3000, 1000), strict=True):
+        change(folder, batch_min=1, batch_max=most)
+        aged(folder, age)
+    assert choose(small, "auto", CPU, batch=1).engine.folder == three[1]
+    assert choose(small, "auto", CPU, batch=3).engine.folder == three[0]
+    choice = choose(small, "auto", CPU, batch=8)
+    assert (choice.runner, choice.engine) == ("onnxruntime", None)
+    assert f"{three[1].name} takes at most 1 at once, not 8" in choice.why
+    with pytest.raises(EngineError, match=rf"build-engine {small.folder} --runner aoti --precision fp32 --batch 1:8$"):
+        find_engine(small, CPU, "fp32", "aoti", 8)
+
+
 def test_half_built_engines_are_not_looked_at(three, small, cache):
     shutil.copytree(three[0], cache / ".building-x" / "engine")
     shutil.copytree(three[0], cache / ".building-y")

@@ -250,6 +250,27 @@ def test_damage_inside(tmp_path):
         read_raster(put(tmp_path, tiff(GREY_8).replace(struct.pack("<HHI", 273, 4, 1), struct.pack("<HHI", 9, 4, 1))))
 
 
+@pytest.mark.parametrize("compression", [8, 32946])
+def test_damage_anywhere_in_a_deflate_tiff_is_seen(tmp_path, compression):
+    content = encode(".tiff", GREY_16, cv2.IMWRITE_TIFF_COMPRESSION, compression)
+    np.testing.assert_array_equal(
+        read_raster(put(tmp_path, content)).cxr, read_raster(put(tmp_path, tiff(GREY_16))).cxr
+    )
+    directory = struct.unpack_from("<I", content, 4)[0]
+    for place in np.random.default_rng(0).integers(8, directory, 60):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(InputFailed, match=r"a strip's checksum or code does not match|a strip ends too early"):
+            read_raster(put(tmp_path, bytes(damaged)))
+
+
+def test_a_deflate_strip_that_grows_a_thousandfold_is_read(tmp_path):
+    flat = np.zeros((4000, 3000), np.uint16)
+    flat[::7, ::5] = 4095
+    content = encode(".tiff", flat, cv2.IMWRITE_TIFF_COMPRESSION, 8, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 4000)
+    assert read_raster(put(tmp_path, content)).cxr.shape == flat.shape
+
+
 def test_unreadable(tmp_path):
     with pytest.raises(InputFailed, match="empty"):
         read_raster(put(tmp_path, b""))
