@@ -171,9 +171,12 @@ def read_dicom(path: Path, *, force_view: bool = False, derived: bool = False) -
 def quiet_pydicom() -> Iterator[None]:
     """Keep pydicom's log records of this thread, and its warnings, to itself: both quote element values.
 
-    The warnings filter stays in place afterwards: taking it away again would not be safe with several reading threads.
+    The warnings filter stays in place afterwards: taking it away again would not be safe with several reading threads,
+    and neither would putting it there again, which Python does by taking it away first.
     """
-    warnings.filterwarnings("ignore", module=r"pydicom\.")
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or getattr(first[3], "pattern", None) != _PYDICOM:
+        warnings.filterwarnings("ignore", module=_PYDICOM)
     before = getattr(_reading, "active", False)
     _reading.active = True
     try:
@@ -182,6 +185,7 @@ def quiet_pydicom() -> Iterator[None]:
         _reading.active = before
 
 
+_PYDICOM = r"pydicom\."
 _reading = threading.local()
 # A logger's filter does not see what its children log: each has its own.
 for _name in ("pydicom", *(name for name in logging.root.manager.loggerDict if name.startswith("pydicom."))):

@@ -6,6 +6,7 @@ attribute that names or dates a person is ever formatted into one.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -71,9 +72,23 @@ class EngineError(BsdiffError):
 
 
 def run_command(app: Callable[[], object]) -> None:
-    """Run a command of `python -m`: one of our errors becomes one line on stderr and the process's exit code."""
+    """Run a command of `python -m`: one of our errors becomes one line on stderr and the process's exit code.
+
+    So does a file or folder that the system does not let us use. A job scheduler's stop (SIGTERM) ends it as an exit
+    does: half-made folders are removed.
+    """
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except BsdiffError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.filename is None:  # no file's: a bug, or nobody reads what is printed
+            raise
+        sys.stderr.write(f"{error.filename}: cannot be used ({error.strerror})\n")
+        raise SystemExit(SettingsError.exit_code) from None
+
+
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(128 + number)

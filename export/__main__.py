@@ -134,11 +134,17 @@ def export_checkpoints(
     else:
         second, enhancer_state = untrained_enhancer(checkpoints, first)
     check_stages(checkpoints, first, second, stage_one=weights_digest(state) if enhance else None)
-    preset, schedule = PRESETS[first["preset"]], Schedule(**first["schedule"])
+    preset = PRESETS[first["preset"]]
     preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe_of(first, clahe))
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
-    denoiser.load_state_dict(state)
-    enhancer.load_state_dict(enhancer_state)
+    try:
+        schedule = Schedule(**first["schedule"])
+        denoiser.load_state_dict(state)
+        enhancer.load_state_dict(enhancer_state)
+    except (RuntimeError, TypeError) as error:  # a preset, or the schedule's fields, changed between versions
+        raise SettingsError(
+            f"{checkpoints}: the weights do not fit preset {preset.name} of this version; train them anew"
+        ) from error
     options = BundleOptions(
         name=name,
         sampler=SamplerSettings(sampler, steps),

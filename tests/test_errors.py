@@ -1,11 +1,15 @@
-"""What other people's exceptions are taken for."""
+"""What other people's exceptions are taken for, and how a command ends."""
 
 from __future__ import annotations
+
+import os
+import signal
+import tempfile
 
 import pytest
 import torch
 
-from bsdiff_rt.errors import out_of_memory
+from bsdiff_rt.errors import BundleError, out_of_memory, run_command
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,46 @@ from bsdiff_rt.errors import out_of_memory
 )
 def test_out_of_memory(error, expected):
     assert out_of_memory(error) is expected
+
+
+@pytest.fixture
+def ended(capsys):
+    """Exit code and stderr of a command."""
+
+    def end(command):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                run_command(command)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return stop.value.code, capsys.readouterr().err
+
+    return end
+
+
+def test_our_errors_and_the_systems_are_one_line(ended, tmp_path):
+    def refused():
+        raise BundleError("no bundle")
+
+    assert ended(refused) == (4, "no bundle\n")
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "folder"
+    assert ended(below.mkdir) == (2, f"{below}: cannot be used (Not a directory)\n")
+
+
+def test_what_is_no_files_error_shows_its_trace():
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run_command(broken)
+
+
+def test_a_job_schedulers_stop_removes_what_is_half_made(ended, tmp_path):
+    def stopped():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert ended(stopped) == (143, "")
+    assert not list(tmp_path.iterdir())

@@ -286,6 +286,8 @@ def enhancer(
     weights = replace(chosen.losses, **given(perceptual=perceptual, adversarial=adversarial))
     vgg = load_vgg16(vgg16) if weights.perceptual else None  # first: a missing file should not show after hours
     header = load_checkpoint(output / "denoiser.pt")
+    if not {"preset", "size", "schedule"} <= header.keys():
+        raise SettingsError(f"{output / 'denoiser.pt'}: not stage 1's checkpoint; `python -m train denoiser` writes it")
     shape, size = preset_of(header["preset"]), header["size"]
     real, held_out = real_pairs(pairs, hold_out, dataset, size)
     fixed = {"accumulate": accumulate, "seed": seed, "bf16": mixed_precision(bf16)}

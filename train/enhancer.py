@@ -49,15 +49,23 @@ class StageOne:
 
     @classmethod
     def load(cls, path: Path, preset: Preset) -> StageOne:
-        """From a checkpoint of `python -m train denoiser`."""
+        """From a checkpoint of `python -m train denoiser`.
+
+        Raises:
+            SettingsError: there is none, or it is of another network than the preset's.
+        """
         state = load_checkpoint(path)
         network = Denoiser(preset.denoiser).eval()
-        network.load_state_dict(state["averaged"])
+        try:
+            network.load_state_dict(state["averaged"])
+            schedule = Schedule(**state["schedule"])
+        except (RuntimeError, TypeError) as error:  # the preset, or the schedule's fields, changed between versions
+            raise SettingsError(f"{path}: does not fit preset {preset.name} of this version; train it anew") from error
         digest = hashlib.sha256()
         for tensor in state["averaged"].values():
             digest.update(tensor.contiguous().numpy().tobytes())
         trained_on = frozenset(state.get("trained_on") or ())
-        return cls(network, preset, Schedule(**state["schedule"]), digest.hexdigest(), trained_on)
+        return cls(network, preset, schedule, digest.hexdigest(), trained_on)
 
     def check_held_out(self, held_out: Iterable[Pair]) -> None:
         """What it learned from is no measure of it.

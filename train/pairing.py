@@ -6,6 +6,7 @@ studies or patients are no pair, whatever their names.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -67,6 +68,7 @@ class Unmatched:
     reason: str
 
 
+Groups = dict[str, list[Source]]  # files by what they are called on one level
 # What two halves of a pair may share, most certain first.
 LEVELS: dict[str, Callable[[Source], str | None]] = {
     "path": lambda source: source.key,
@@ -138,28 +140,36 @@ def match(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], 
                     partner_of[cxr.relative] = soft_tissue, level
                     taken.add(soft_tissue.relative)
     matches: list[Match] = []
+    names: set[str] = set()
     for cxr in cxrs:
         if cxr.relative in partner_of:
-            name = _unique(cxr.key.replace("/", "_"), {each.name for each in matches})
+            name = _unique(cxr.key.replace("/", "_"), names)
+            names.add(name)
             matches.append(Match(name, cxr, *partner_of[cxr.relative]))
+    ours, theirs = (
+        {level: _groups(files, key_of) for level, key_of in LEVELS.items()} for files in (cxrs, soft_tissues)
+    )
     left = [
-        Unmatched(each.relative, role, _reason(each, ours, theirs, role))
-        for role, ours, theirs, done in (
-            ("cxr", cxrs, soft_tissues, partner_of),
-            ("soft_tissue", soft_tissues, cxrs, taken),
+        Unmatched(each.relative, role, _reason(each, own, others, role))
+        for role, files, own, others, done in (
+            ("cxr", cxrs, ours, theirs, partner_of),
+            ("soft_tissue", soft_tissues, theirs, ours, taken),
         )
-        for each in ours
+        for each in files
         if each.relative not in done
     ]
     return matches, left
 
 
-def _reason(source: Source, ours: list[Source], theirs: list[Source], role: str) -> str:
-    """Why a file has no partner: the most certain thing it shares with a file of the other kind, and what is wrong."""
+def _reason(source: Source, ours: dict[str, Groups], theirs: dict[str, Groups], role: str) -> str:
+    """Why a file has no partner: the most certain thing it shares with a file of the other kind, and what is wrong.
+
+    `ours` and `theirs` are all files of its kind and of the other one, by level and what they are called there.
+    """
     kind, other = KINDS if role == "cxr" else KINDS[::-1]
     for level, key_of in LEVELS.items():
         key = key_of(source)
-        own, candidates = _groups(ours, key_of).get(key or "", []), _groups(theirs, key_of).get(key or "", [])
+        own, candidates = ours[level].get(key or "", []), theirs[level].get(key or "", [])
         if not candidates:
             continue
         if len(own) > 1 or len(candidates) > 1:
@@ -170,8 +180,8 @@ def _reason(source: Source, ours: list[Source], theirs: list[Source], role: str)
     return f"no {other} of the same path, stem or study"
 
 
-def _groups(files: Iterable[Source], key_of: Callable[[Source], str | None]) -> dict[str, list[Source]]:
-    groups: dict[str, list[Source]] = defaultdict(list)
+def _groups(files: Iterable[Source], key_of: Callable[[Source], str | None]) -> Groups:
+    groups: Groups = defaultdict(list)
     for each in files:
         if key := key_of(each):
             groups[key].append(each)
@@ -185,7 +195,7 @@ def _compatible(one: Source, other: Source) -> bool:
 
 def _unique(name: str, taken: set[str]) -> str:
     """`name`, numbered where it is taken: `a/b_c` and `a_b/c` are two pairs."""
-    candidates = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(each for each in candidates if each not in taken)
 
 

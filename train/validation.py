@@ -43,7 +43,7 @@ class Validation:
     sampler: SamplerSettings = FEW_STEPS
 
     def description(self) -> dict[str, str]:
-        """What a checkpoint says of what it is judged on: early stopping compares figures, which others would change."""
+        """What a checkpoint says of what it is judged on: early stopping compares figures of the same images."""
         said = []
         for group, pairs in self.groups.items():
             digests = hashlib.sha256("".join(sorted(pair.digest for pair in pairs)).encode()).hexdigest()

@@ -29,6 +29,8 @@ def save(folder, denoiser, enhancer=None):
         ({"preset": "giant"}, {"preset": "giant"}, "preset 'giant' is not one of"),
         ({"schedule": None}, {}, "no schedule in it"),
         ({}, {"size": 32}, "denoiser is for 64 px, enhancer for 32 px"),
+        ({"averaged": {}}, {}, "the weights do not fit preset tiny of this version; train them anew"),
+        ({"schedule": {"kind": "linear"}}, {}, "the weights do not fit preset tiny of this version"),
         ({}, {"stage_one": "0" * 64}, "the enhancer learned from another stage 1 .* or leave it off with --no-enhance"),
     ],
 )

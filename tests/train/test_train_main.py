@@ -249,3 +249,18 @@ def test_what_cannot_be_trained_is_said_before_hours_of_work(trained, tmp_path, 
     with pytest.raises(SettingsError, match="preset 'huge': choose one of paper, demo, tiny"):
         run(app, "denoiser", "-o", tmp_path / "x", "--preset", "huge")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": None}, "denoiser.pt: not stage 1's checkpoint; `python -m train denoiser` writes it"),
+        ({"averaged": {}}, "denoiser.pt: does not fit preset tiny of this version; train it anew"),
+        ({"schedule": {"kind": "linear"}}, "denoiser.pt: does not fit preset tiny of this version"),
+    ],
+)
+def test_stage_2_needs_stage_1s_checkpoint_of_this_version(trained, tmp_path, change, message):
+    state = load_checkpoint(trained / "denoiser.pt") | change
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "denoiser.pt")
+    with pytest.raises(SettingsError, match=message):
+        run(app, "enhancer", "-o", tmp_path, "--phantoms", 1, "--samples", 1, "--steps", 1)
