@@ -77,10 +77,11 @@ def find_tasks(
         if relative is None:
             tasks.append(Task(file, None, refusal))
             continue
-        real = _real(file)
-        if real in seen:  # named twice, or named and in a named folder
+        # Named twice, or named and in a named folder. Two links to one file are two files: archives link by content.
+        place = str(Path(_real(file.parent), file.name))
+        if place in seen:
             continue
-        seen.add(real)
+        seen.add(place)
         suffix = ".dcm" if file_format == "dicom" or (file_format == "auto" and is_dicom(file)) else ".png"
         target = relative.parent / (stem_of(relative) + suffix)
         refusal = places.refusal(file, target)

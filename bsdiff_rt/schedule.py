@@ -65,11 +65,6 @@ class Table:
         """Number of rows, which is the number of denoiser calls."""
         return len(self.t)
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether any step adds fresh noise, so that more than the first draw (x_T) is needed."""
-        return bool(np.any(self.S != 0.0))
-
 
 class _Ladder(NamedTuple):
     """Signal and noise scales at both ends of each step: `_s` where it starts, `_r` where it arrives. [N] float64."""

@@ -62,13 +62,17 @@ def write_bundle(
 
     Raises:
         BundleError: they do not agree.
-        SettingsError: `folder` is or holds something that is no bundle, or the default sampler cannot be run.
+        SettingsError: `folder` is or holds something that is no bundle, the default sampler cannot be run, or the
+            networks do not take images of this size.
     """
+    size = options.preprocessing.size
+    multiple = 2 ** (max(len(preset.denoiser.channels), len(preset.enhancer.channels)) - 1)  # each level halves it
+    if size % multiple:
+        raise SettingsError(f"size {size} px: the {preset.name} networks take multiples of {multiple} px")
     sampler_table(schedule, options.sampler.name, options.sampler.steps)
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
         raise SettingsError(f"{folder}: not empty and not a bundle; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    size = options.preprocessing.size
     image = torch.zeros(2, 1, size, size)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".bundle-") as temporary:
         work = Path(temporary) / "work"

@@ -618,3 +618,13 @@ def test_nothing_pydicom_logs_while_reading_is_shown(caplog, name):
     with quiet_pydicom():
         logging.getLogger(name).error("SECRET")
     assert not caplog.records
+
+
+def test_the_filter_of_pydicoms_warnings_is_put_in_place_once(monkeypatch):
+    """Python takes a filter away before it puts it there again: another reading thread would show its warning."""
+    with warnings.catch_warnings():
+        with quiet_pydicom():
+            before = list(warnings.filters)
+        monkeypatch.setattr(warnings, "filterwarnings", lambda *_, **__: pytest.fail("put there again"))
+        with quiet_pydicom():
+            assert warnings.filters == before

@@ -117,11 +117,20 @@ def test_files_given_one_by_one_lie_side_by_side(folder):
     assert list(results(folder / "a" / "x.png", folder / "b" / "y.png").values()) == ["x.png", "y.png"]
 
 
-@pytest.mark.parametrize("second", ["in", "in/a.png", "./in/sub/../a.png", "link.png"])
+@pytest.mark.parametrize("second", ["in", "in/a.png", "./in/sub/../a.png", "linked/a.png"])
 def test_a_file_named_twice_is_done_once(folder, second):
     put(folder / "a.png", folder / "sub" / "b.png")
-    (folder.parent / "link.png").symlink_to(folder / "a.png")
+    (folder.parent / "linked").symlink_to(folder)
     assert sorted(results(Path("in"), Path(second)).values()) == ["a.png", "sub/b.png"]
+
+
+def test_two_links_to_one_file_are_two_files(folder):
+    """Archives that store by content link every name to it; a name without its result would go unnoticed."""
+    put(folder.parent / "store" / "f00.png")
+    folder.mkdir(exist_ok=True)
+    for name in ("p1.png", "p2.png"):
+        (folder / name).symlink_to(folder.parent / "store" / "f00.png")
+    assert list(results(folder).values()) == ["p1.png", "p2.png"]
 
 
 def test_results_that_would_replace_each_other(folder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +130,9 @@ def match(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], 
     """Pairs, and the files left over."""
     partner_of: dict[str, tuple[Source, str]] = {}  # by the X-ray's relative path
     taken: set[str] = set()
-    for level, key_of in LEVELS.items():
-        ours, theirs = _groups(cxrs, key_of), _groups(soft_tissues, key_of)
+    by_level = _by_level(cxrs), _by_level(soft_tissues)
+    for level in LEVELS:
+        ours, theirs = (groups[level] for groups in by_level)
         for key in ours.keys() & theirs.keys():
             if len(ours[key]) == len(theirs[key]) == 1:
                 cxr, soft_tissue = ours[key][0], theirs[key][0]
@@ -146,14 +147,11 @@ def match(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], 
             name = _unique(cxr.key.replace("/", "_"), names)
             names.add(name)
             matches.append(Match(name, cxr, *partner_of[cxr.relative]))
-    ours, theirs = (
-        {level: _groups(files, key_of) for level, key_of in LEVELS.items()} for files in (cxrs, soft_tissues)
-    )
     left = [
         Unmatched(each.relative, role, _reason(each, own, others, role))
         for role, files, own, others, done in (
-            ("cxr", cxrs, ours, theirs, partner_of),
-            ("soft_tissue", soft_tissues, theirs, ours, taken),
+            ("cxr", cxrs, *by_level, partner_of),
+            ("soft_tissue", soft_tissues, *by_level[::-1], taken),
         )
         for each in files
         if each.relative not in done
@@ -180,11 +178,13 @@ def _reason(source: Source, ours: dict[str, Groups], theirs: dict[str, Groups], 
     return f"no {other} of the same path, stem or study"
 
 
-def _groups(files: Iterable[Source], key_of: Callable[[Source], str | None]) -> Groups:
-    groups: Groups = defaultdict(list)
-    for each in files:
-        if key := key_of(each):
-            groups[key].append(each)
+def _by_level(files: list[Source]) -> dict[str, Groups]:
+    """The files of each level by what they are called there."""
+    groups: dict[str, Groups] = {level: defaultdict(list) for level in LEVELS}
+    for level, key_of in LEVELS.items():
+        for each in files:
+            if key := key_of(each):
+                groups[level][key].append(each)
     return groups
 
 

@@ -208,7 +208,7 @@ def divide(patients: set[str], shares: tuple[float, float, float], seed: int) ->
 
 
 def read_exclusions(path: Path) -> dict[str, str]:
-    """Names to leave out and why, from a text file: one a line, the reason behind a `#`; lines of `#` alone are notes.
+    """Names to leave out and why, from a text file: one a line, the reason behind ` #`; lines of `#` are notes.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -217,8 +217,10 @@ def read_exclusions(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: the list of exclusions cannot be read ({type(error).__name__})") from None
-    parted = (line.partition("#") for line in lines)
-    return {name.strip(): reason.strip() or "on the exclusion list" for name, _, reason in parted if name.strip()}
+    parted = (re.split(r"(?:^|\s)#", line.strip(), maxsplit=1) for line in lines)  # names may hold a `#`
+    return {
+        name.strip(): "".join(reason).strip() or "on the exclusion list" for name, *reason in parted if name.strip()
+    }
 
 
 def parse_split(text: str) -> tuple[float, float, float]:

@@ -107,6 +107,12 @@ def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
         command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
 
 
+def test_a_size_that_the_networks_cannot_halve(tmp_path):
+    with pytest.raises(SettingsError, match="size 65 px: the tiny networks take multiples of 2 px"):
+        command.export_random("tiny", tmp_path / "bundle", 65)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_random_weights_make_a_bundle(tmp_path):
     command.export_random("tiny", tmp_path / "bundle", 64, enhance=False, objective="x0", sampler="ddim", steps=2)

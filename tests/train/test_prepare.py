@@ -338,8 +338,9 @@ def test_the_split_as_text():
 
 def test_the_exclusion_list(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text("# note\n a b \n\nsub/c.png # blurred # twice\n", encoding="utf-8")
-    assert read_exclusions(path) == {"a b": "on the exclusion list", "sub/c.png": "blurred # twice"}
+    path.write_text("# note\n a b \n\nsub/c.png # blurred # twice\nbed#4.png\n", encoding="utf-8")
+    listed = "on the exclusion list"
+    assert read_exclusions(path) == {"a b": listed, "sub/c.png": "blurred # twice", "bed#4.png": listed}
     with pytest.raises(SettingsError, match="cannot be read"):
         read_exclusions(tmp_path / "none")
 
