@@ -127,7 +127,9 @@ def infer(
         Literal["same", "sc"], typer.Option(help="DICOM class: same as a CR or DX source, or Secondary Capture.")
     ] = "same",
     preview: Annotated[bool, _flag("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
-    overwrite: Annotated[bool, _flag("--overwrite", help="Do finished files again.")] = False,
+    overwrite: Annotated[
+        bool, _flag("--overwrite", help="Do finished files again, and replace what this program did not write.")
+    ] = False,
     force: Annotated[bool, _flag("--force", help="Take lateral views and other body parts, too.")] = False,
     dry_run: Annotated[bool, _flag("--dry-run", help="List what would be done or refused.")] = False,
     as_json: AsJson = False,

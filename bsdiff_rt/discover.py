@@ -15,7 +15,7 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.raster import RASTER_SUFFIXES
-from bsdiff_rt.report import FileEntry, path_digest, results_in
+from bsdiff_rt.report import FileEntry, path_digest, planned_in, results_in
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,15 @@ def find_tasks(
     Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
     what else lies there is not an input, and neither is what an earlier run wrote into a folder below one that is
     searched. A file named by the user always is one. The output folder is never searched. No result replaces an
-    input, a file beside it, or, but with `overwrite`, the result of another input: it may be another patient's.
+    input or a file beside it, nor, but with `overwrite`, what this program did not write or the result of another
+    input: it may be another patient's.
 
     Args:
         inputs: files and folders.
         output: the output folder.
         file_format: of the results.
         reserved: names of files and folders that the run itself writes into the output folder.
-        overwrite: whether results of an earlier run's other inputs may be replaced.
+        overwrite: whether other files there, and results of an earlier run's other inputs, may be replaced.
 
     Raises:
         SettingsError: an input lies where the run itself writes (`reserved`).
@@ -70,7 +71,9 @@ def find_tasks(
     for name in reserved:
         if source := sources.get(_real(output / name)):
             raise SettingsError(f"{source}: this run's own {name} would replace the X-ray; choose another --output")
-    places = _Places(output, sources, results_in(output), reserved, overwrite)
+    known = results_in(output)
+    written = {*known, *(uncertainty_path(Path(), result) for result in known), *planned_in(output)}
+    places = _Places(output, sources, known, written, reserved, overwrite)
     tasks: list[Task] = []
     seen: set[str] = set()
     for file, relative, refusal in found:
@@ -97,6 +100,7 @@ class _Places:
         output: the output folder.
         sources: every input of this run, by its real path.
         results: of an earlier run, by their places.
+        written: these, their deviation maps, and what an interrupted run was to write.
         reserved, overwrite: as of `find_tasks`.
         taken: places given away, and to which file.
         mapped: the same of deviation maps.
@@ -105,6 +109,7 @@ class _Places:
     output: Path
     sources: Mapping[str, Path]
     results: Mapping[Path, FileEntry]
+    written: Collection[Path]
     reserved: Collection[str]
     overwrite: bool
     taken: dict[Path, Path] = field(default_factory=dict)
@@ -119,8 +124,8 @@ class _Places:
             return f"its result would replace the X-ray {source}; choose another --output"
         if UNCERTAINTY in self.reserved and (source := self.sources.get(_real(self.output / deviation))):
             return f"its deviation map would replace the X-ray {source}; choose another --output"
-        if beside := _beside(file, self.output, target, self.results):
-            return f"its result would replace {beside}, which this program did not write; choose another --output"
+        if foreign := self._foreign(file, target):
+            return foreign
         earlier = None if self.overwrite else self.results.get(target)
         if earlier and _is_anothers(self.output / target, earlier, file):
             return (
@@ -135,14 +140,16 @@ class _Places:
         self.taken[target] = self.mapped[deviation] = file
         return None
 
-
-def _beside(file: Path, output: Path, target: Path, results: Collection[Path]) -> Path | None:
-    """The file beside an input that its result would replace, unless it is the result of an earlier run.
-
-    Elsewhere a result replaces what lies there: a run that was killed has written files its report does not name yet.
-    """
-    path = output / target
-    return path if path.exists() and target not in results and _real(path.parent) == _real(file.parent) else None
+    def _foreign(self, file: Path, target: Path) -> str | None:
+        """Why not to replace a file that no report of the output folder names; beside the X-ray not even if asked."""
+        path = self.output / target
+        if target in self.written or not path.exists():
+            return None
+        beside = _real(path.parent) == _real(file.parent)
+        if self.overwrite and not beside:
+            return None
+        instead = "choose another --output" if beside else "choose another --output, or give --overwrite"
+        return f"its result would replace {path}, which this program did not write; {instead}"
 
 
 def _is_anothers(result: Path, earlier: FileEntry, file: Path) -> bool:
@@ -191,7 +198,7 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
                 if here != Path(given) and (found := results_in(here)):
                     logger.info("%s: results of an earlier run are left out; name the folder to do them", here)
                     results |= {here / PREVIEW}
-                    for result in found:
+                    for result in (*found, *planned_in(here)):
                         results |= {here / result, uncertainty_path(here, result)}
                 for file in (here / name for name in sorted(names)):
                     if file not in results and is_input(file):

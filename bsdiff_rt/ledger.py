@@ -85,10 +85,19 @@ class Ledger:
         self._place = {name: number for number, name in enumerate(outputs)}
         self._before, self._earlier = before, results_in(folder)
         self._results = {*self._earlier, *outputs.values()}
+        self._new = {name: str(path) for name, path in outputs.items() if path and not (folder / path).exists()}
         self._on_file = on_file
         self._lock = threading.RLock()
         self._started = time.monotonic()
         self._next_save = self._started + SAVE_EVERY_S
+
+    def begin(self) -> None:
+        """Write down what will be written: a run that is killed leaves results that its report does not name yet.
+
+        Raises:
+            SettingsError: the report cannot be written.
+        """
+        self.save()
 
     def add(self, entry: FileEntry) -> None:
         """Take up one file's fate."""
@@ -135,7 +144,8 @@ class Ledger:
         older = [entry for path, entry in self._earlier.items() if str(path) not in named]
         earlier = [entry for entry in older if (self._folder / str(entry.output)).is_file()]
         try:
-            replace(self.report, files=files, earlier=earlier).write(self._folder)
+            planned = [output for name, output in self._new.items() if name not in inputs]
+            replace(self.report, files=files, earlier=earlier, planned=planned).write(self._folder)
         except OSError as error:
             raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
 

@@ -70,6 +70,7 @@ class Report:
     networks_busy: float = 0.0  # share of the run's wall time, from 0 to 1
     files: list[FileEntry] = field(default_factory=list)
     earlier: list[FileEntry] = field(default_factory=list)  # results of earlier runs that still lie there
+    planned: list[str] = field(default_factory=list)  # results that were not there when the run began, and not reported
     bsdiff_rt: str = __version__
 
     def counts(self) -> Counter[str]:
@@ -83,6 +84,7 @@ class Report:
         tail |= {"networks_busy": round(self.networks_busy, 4)}
         tail |= {"files": [asdict(entry) for entry in self.files]}
         tail |= {"earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier]}
+        tail |= {"planned": self.planned}
         return json.dumps(head | tail, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -108,7 +110,7 @@ def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be used (%s): every file is done again", path, type(error).__name__)
+        logger.warning("%s cannot be used (%s): nothing is known to be done", path, type(error).__name__)
         return {}
     if not same:
         logger.info("%s is from another version or other settings: every file is done again", path)
@@ -136,6 +138,14 @@ def results_in(folder: Path) -> dict[Path, FileEntry]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's, or damaged
         return {}
+
+
+def planned_in(folder: Path) -> set[Path]:
+    """Results that a run which did not come to its end was to write into `folder`: some may be there, unreported."""
+    try:
+        return {Path(output) for output in json.loads((folder / FILE_NAME).read_text())["planned"]}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another program's
+        return set()
 
 
 def path_digest(path: Path) -> str:

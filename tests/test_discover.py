@@ -161,6 +161,7 @@ def test_the_output_folder_is_not_searched(folder, monkeypatch):
     put(
         folder / "a.png", folder / "out" / "a.png", folder / "out" / "sub" / "b.png", folder / "other" / "out" / "c.png"
     )
+    (folder / "out" / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [{"output": "a.png"}]}))
     expected = ["a.png", "other/out/c.png"]
     assert list(results(folder, output=folder / "out").values()) == expected
     monkeypatch.chdir(folder)
@@ -207,11 +208,17 @@ def test_a_result_never_replaces_an_x_ray(folder):
     assert [task.refusal for task in found] == [None, reason.format(folder / "sub" / "c.png")]
 
 
-def test_a_result_never_replaces_a_file_beside_the_x_ray(folder):
+def test_a_result_never_replaces_a_file_that_this_program_did_not_write(folder):
     elsewhere = folder / "elsewhere"
     put(folder / "a.jpg", folder / "a.png", elsewhere / "b.png", folder / "b.jpg")
     reason = f"its result would replace {folder / 'a.png'}, which this program did not write; choose another --output"
-    assert refusals(folder / "a.jpg", output=folder) == {"a.jpg": reason}
+    for overwrite in (False, True):  # it is the X-ray's, perhaps in another format
+        assert refusals(folder / "a.jpg", output=folder, overwrite=overwrite) == {"a.jpg": reason}
+    reason = f"its result would replace {elsewhere / 'b.png'}, which this program did not write; "
+    reason += "choose another --output, or give --overwrite"
+    assert refusals(folder / "b.jpg", output=elsewhere) == {"b.jpg": reason}
+    assert not refusals(folder / "b.jpg", output=elsewhere, overwrite=True)
+    (elsewhere / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [], "planned": ["b.png"]}))
     assert not refusals(folder / "b.jpg", output=elsewhere)  # a run that was killed may have written it
     (folder / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [{"output": "a.png"}]}))
     assert not refusals(folder / "a.jpg", output=folder)  # the result of an earlier run

@@ -19,7 +19,7 @@ from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
 from synthetic import chest
 
-from bsdiff_rt import batching, engine, pipeline, preview, reading, writing
+from bsdiff_rt import batching, engine, ledger, pipeline, preview, reading, writing
 from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
@@ -511,11 +511,33 @@ def test_a_deleted_or_changed_output_is_done_again(run, finished):
     assert (finished / "b.png").read_bytes() == whole
 
 
+def test_a_killed_runs_results_are_done_again_and_nobody_elses(run, toy, tmp_path, monkeypatch):
+    """Its report names what it was to write; two of them lie there, one is whole. An original of another name stays."""
+    for name in ("a.png", "b.png", "mine.png"):
+        png(tmp_path / "in" / name)
+    png(tmp_path / "out" / "mine.png", seed=7)
+    original = (tmp_path / "out" / "mine.png").read_bytes()
+    with monkeypatch.context() as killed:
+        killed.setattr(ledger.Ledger, "save", lambda *_: None)  # as if it never came to that
+        killed.setattr(ledger.Ledger, "begin", ledger.Ledger._save)
+        run()
+    assert report_of(tmp_path / "out")["files"] == []
+    assert report_of(tmp_path / "out")["planned"] == ["a.png", "b.png"]
+    (tmp_path / "out" / "b.png").write_bytes(b"half")
+    entries = run()
+    assert statuses(entries) == {"a.png": "ok", "b.png": "ok", "mine.png": "refused"}
+    assert "which this program did not write" in entries["mine.png"].reason
+    assert (tmp_path / "out" / "mine.png").read_bytes() == original
+    assert report_of(tmp_path / "out")["planned"] == []
+    assert statuses(run(overwrite=True)) == {"a.png": "ok", "b.png": "ok", "mine.png": "ok"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\x00\xff", b'{"files": 3}'])
 def test_a_damaged_report_is_replaced(run, finished, content, caplog):
     (finished / "report.json").write_bytes(content)
-    assert statuses(run()) == dict.fromkeys(SKIPPED, "ok")
+    assert statuses(run()) == dict.fromkeys(SKIPPED, "refused")  # whose they are is not known
     assert "cannot be used" in caplog.text
+    assert statuses(run(overwrite=True)) == dict.fromkeys(SKIPPED, "ok")
     assert statuses(run()) == SKIPPED
 
 
@@ -1066,7 +1088,7 @@ def test_a_file_that_cannot_be_written(run, toy, tmp_path):
         png(tmp_path / "in" / name)
     (tmp_path / "out" / "b.png").mkdir(parents=True)
     (tmp_path / "out" / "sub").write_text("")
-    entries = run()
+    entries = run(overwrite=True)
     assert statuses(entries) == {"a.png": "ok", "b.png": "failed", "c.png": "failed"}
     assert entries["b.png"].reason.startswith("cannot be written: ")
     assert entries["c.png"].reason.startswith("cannot be written: ")

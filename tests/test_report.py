@@ -27,7 +27,7 @@ def make(files=(), **changes) -> Report:
 def test_the_document():
     document = json.loads(make([DONE, FAILED]).to_json())
     speed = ["images_per_second", "networks_busy"]
-    assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *speed, "files", "earlier"]
+    assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *speed, "files", "earlier", "planned"]
     assert document["bsdiff_rt"] == __version__
     assert document["bundle"] == {"name": "tiny", "sha256": "0" * 64}
     assert document["files"] == [dataclasses.asdict(DONE), dataclasses.asdict(FAILED)]
@@ -113,7 +113,7 @@ def test_a_damaged_report_is_said_and_counts_for_nothing(tmp_path, content, capl
     (tmp_path / "report.json").write_bytes(content)
     assert finished_before(tmp_path, make()) == {}
     assert "cannot be used" in caplog.text
-    assert "every file is done again" in caplog.text
+    assert "nothing is known to be done" in caplog.text
 
 
 def test_a_folder_in_the_reports_place(tmp_path, caplog):
