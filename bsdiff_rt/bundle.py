@@ -93,6 +93,8 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Parse manifest.json strictly: every field present, none unknown, every type right, no byte changed.
 
+        The one exception is `least_span`, which bundles exported before 2026-11-26 have not.
+
         Raises:
             BundleError: naming the field.
         """
@@ -103,7 +105,7 @@ class Manifest:
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}; this version reads format {FORMAT}")
         rest = {key: value for key, value in content.items() if key != DIGEST} if isinstance(content, dict) else content
-        manifest = typed(cls, rest, MANIFEST)
+        manifest = typed(cls, _completed(rest), MANIFEST)
         if signed(rest) != text:
             raise BundleError(
                 f"{MANIFEST} is not as it was written (its {DIGEST} says so); copy the bundle again, or export it anew"
@@ -176,6 +178,14 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
 def shipped_bundles() -> list[str]:
     """Names of the bundles that come with the package."""
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{MANIFEST}"))
+
+
+def _completed(content: Any) -> Any:
+    """A manifest's content with the default of what bundles of earlier versions lack."""
+    preprocessing = content.get("preprocessing") if isinstance(content, dict) else None
+    if not isinstance(preprocessing, dict):
+        return content
+    return content | {"preprocessing": {"least_span": Preprocessing.least_span} | preprocessing}
 
 
 def signed(content: Mapping[str, Any]) -> str:

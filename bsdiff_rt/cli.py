@@ -110,6 +110,10 @@ def infer(
             help="Tone: X-rays of the model's own scanner get the mean of its soft tissue, others keep theirs.",
         ),
     ] = None,
+    trim: Annotated[
+        bool,
+        typer.Option("--trim/--no-trim", help="Borders of one grey level are not shown to the networks, and stay."),
+    ] = True,
     size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
     detail: Annotated[
         DetailName | None,
@@ -153,6 +157,7 @@ def infer(
         enhance=enhance,
         mirror=mirror,
         scanner_tone=scanner_tone,
+        trim=trim,
         size=size,
         detail=detail,
         format=output_format,

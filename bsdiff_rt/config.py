@@ -89,11 +89,14 @@ class Preprocessing:
     """From a radiograph in [0, 1] to the denoiser's input; shared by training and inference, recorded in the bundle.
 
     `size` is the side of the square the network sees, in px. `clahe_clip_limit` is OpenCV's clip limit, 0 for no CLAHE.
+    In inference alone, a picture whose grey levels span less than `least_span` is spread before (`view.view_of`); 0 for
+    never.
     """
 
     size: int = 256
     clahe_clip_limit: float = 0.0
     clahe_tiles: int = 8
+    least_span: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class InferSettings:
     enhance: bool | None = None
     mirror: bool | None = None
     scanner_tone: bool | None = None
+    trim: bool = True
     size: Literal["source", "model"] = "source"
     detail: DetailName | None = None
     format: Literal["auto", "png", "dicom"] = "auto"

@@ -81,7 +81,7 @@ class Inference:
 
     def _settle(self, choice: Choice) -> None:
         """Begin the report: what decides the pixels. Batch and device do not: noise belongs to the image."""
-        names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "scanner_tone", "size", "detail")
+        names = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "scanner_tone", "trim", "size", "detail")
         decisive = {name: getattr(self.settings, name) for name in (*names, "format", "sop")}
         decisive |= {"runner": choice.runner, "precision": choice.precision}
         self.report = Report(self.bundle.identity, decisive, environment(str(self.device)))

@@ -24,6 +24,7 @@ from bsdiff_rt.intensity import Placement, to_network
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.report import FileEntry, path_digest
+from bsdiff_rt.view import View, view_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,12 @@ READERS = 2
 
 @dataclass(frozen=True)
 class Ready:
-    """A file that was read and is ready for the networks; `cxr_net` is [S, S] float32 in [-1, 1]."""
+    """A file ready for the networks: what they see, [S, S] float32 in [-1, 1], and where the view lies in it."""
 
     task: Task
     output: Path
     radiograph: Radiograph
+    view: View
     cxr_net: NDArray[np.float32]
     placement: Placement
     input_sha256: str
@@ -86,8 +88,11 @@ class Reader:
             radiograph = read_radiograph(task.input, force_view=self._settings.force_view)
             if self._settings.format == "dicom" and radiograph.dataset is None:
                 raise InputRefused("--format dicom needs DICOM input: an image file has no study to belong to")
-            cxr_net, placement = to_network(radiograph.cxr, self._preprocessing)
-            return Ready(task, task.output, radiograph, cxr_net, placement, digest, time.monotonic() - started)
+            # At the networks' matrix a result has no borders to put back.
+            trim = self._settings.trim and self._settings.size == "source"
+            view = view_of(radiograph.cxr, trim=trim, least_span=self._preprocessing.least_span)
+            cxr_net, placement = to_network(view.of(radiograph.cxr), self._preprocessing)
+            return Ready(task, task.output, radiograph, view, cxr_net, placement, digest, time.monotonic() - started)
         except Exception as error:
             status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"
             return not_done(task, status, reason_of(error, "read"), started, digest)

@@ -42,7 +42,9 @@ class FileEntry:
         input_sha256: of the input file, where it could be read; a changed input is done again.
         path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
         tone_power, tone_offset: what `--scanner-tone` raised the networks' grey levels to, or added to them, of a scale
-            1 wide; None where it left them.
+            1 wide (that of `view`); None where it left them.
+        view: which rows and columns the networks were shown, and how their grey levels were changed for them
+            (`view.View`); None where it was all as it is.
         deviation_sha256: of the samples' deviation map; None where there is none.
     """
 
@@ -57,6 +59,7 @@ class FileEntry:
     tone_power: float | None = None
     tone_offset: float | None = None
     deviation_sha256: str | None = None
+    view: dict[str, float] | None = None
 
 
 @dataclass

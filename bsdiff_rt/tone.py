@@ -66,7 +66,12 @@ def tone_quantiles(cxr: NDArray[np.float32], count: int) -> NDArray[np.float64]:
 
 
 def tone_change(
-    cxr_net: NDArray[np.float32], soft_tissue_net: NDArray[np.float32], placement: Placement, tone: ScannerTone
+    cxr_net: NDArray[np.float32],
+    soft_tissue_net: NDArray[np.float32],
+    placement: Placement,
+    tone: ScannerTone,
+    *,
+    foreign: bool = False,
 ) -> ToneChange:
     """What gives a result its scanner's tone.
 
@@ -80,6 +85,7 @@ def tone_change(
         soft_tissue_net: [size, size], float32, in [-1, 1], their output.
         placement: what `to_network` returned for this picture.
         tone: of the training scanner; known.
+        foreign: known to be another scanner's, whatever its grey levels look like.
 
     Returns:
         A power within TONE_POWERS, an offset, or neither: also where no such power gives that mean.
@@ -88,7 +94,7 @@ def tone_change(
     distance = float(np.sqrt(np.mean((tone_quantiles(cxr, len(tone.cxr)) - np.array(tone.cxr)) ** 2)))
     envelope = tone_of(cxr - soft_tissue, placement.size, BONES_WINDOW_PX)
     retoned = float(np.median(envelope)) >= TONE_CHANGE
-    if distance > TONE_OTHER_RMS or not retoned:
+    if foreign or distance > TONE_OTHER_RMS or not retoned:
         return ToneChange(offset=round(float(np.percentile(envelope, OFFSET_PERCENTILE)), 4))
     if distance > TONE_CXR_RMS:
         return ToneChange()

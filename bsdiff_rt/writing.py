@@ -30,6 +30,7 @@ from bsdiff_rt.raster import write_png
 from bsdiff_rt.reading import Ready, not_done, read_radiograph, reason_of
 from bsdiff_rt.report import FileEntry, Report, path_digest
 from bsdiff_rt.tone import ToneChange, tone_change
+from bsdiff_rt.view import whole
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Writer:
                 deviation = self._write_deviation(ready, samples)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".dcm":
-                write_derived(path, ready.radiograph, soft_tissue, self._derivation(change), self._settings.sop)
+                write_derived(path, ready.radiograph, soft_tissue, self._derivation(ready, change), self._settings.sop)
             else:
                 write_png(path, soft_tissue, ready.radiograph.bits_stored)
             digest = file_sha256(path)
@@ -89,6 +90,7 @@ class Writer:
             tone_power=change.power,
             tone_offset=change.offset,
             deviation_sha256=deviation,
+            view=ready.view.told(ready.radiograph.cxr.shape),
         )
 
     def _write_deviation(self, ready: Ready, samples: NDArray[np.float32]) -> str:
@@ -99,7 +101,9 @@ class Writer:
         deviation = samples.std(0, dtype=np.float64).astype(np.float32)  # of values in [-1, 1]: at most 1
         path = uncertainty_path(self._settings.output, ready.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, from_network(deviation - 1, self._placement(ready)), 16)
+        shown = from_network(deviation - 1, self._placement(ready))
+        shape = ready.radiograph.cxr.shape if self._settings.size == "source" else shown.shape
+        write_png(path, ready.view.deviation_back(shown, shape), 16)
         return file_sha256(path)
 
     def write_preview(self, files: Iterable[FileEntry]) -> None:
@@ -132,11 +136,18 @@ class Writer:
     def _tone_change(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> ToneChange:
         if not self._settings.scanner_tone:
             return ToneChange()
-        return tone_change(ready.cxr_net, soft_tissue_net, ready.placement, self._bundle.manifest.tone)
+        foreign = ready.view.gain != 1  # it looks like the scanner's only since it was spread
+        return tone_change(ready.cxr_net, soft_tissue_net, ready.placement, self._bundle.manifest.tone, foreign=foreign)
 
     def _to_output(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[H, W] in [0, 1] at the output matrix, with the detail asked for."""
-        cxr, placement = ready.radiograph.cxr, self._placement(ready)
+        """[H, W] in [0, 1] at the output matrix, with the detail asked for; what the networks were not shown stays."""
+        made = self._made(ready, soft_tissue_net)
+        around = ready.radiograph.cxr if self._settings.size == "source" else made
+        return ready.view.back(made, around)
+
+    def _made(self, ready: Ready, soft_tissue_net: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same of what the networks were shown, in their grey levels."""
+        cxr, placement = ready.view.of(ready.radiograph.cxr), self._placement(ready)
         if self._settings.size == "model":
             own_tone = replace(self._bundle.manifest.preprocessing, clahe_clip_limit=0.0)
             cxr = from_network(to_network(cxr, own_tone)[0], placement)
@@ -147,8 +158,10 @@ class Writer:
             return add_source_detail(*made)
         return from_network(soft_tissue_net, placement)
 
-    def _derivation(self, change: ToneChange) -> Derivation:
+    def _derivation(self, ready: Ready, change: ToneChange) -> Derivation:
         settings, how = self._settings, self._report.settings
+        view = ready.view
+        part = replace(view, gain=1.0, offset=0.0) != whole(ready.radiograph.cxr.shape)
         size = self._bundle.manifest.preprocessing.size
         return Derivation(
             description=(
@@ -156,6 +169,8 @@ class Writer:
                 f"{step_count(self._steps)}, {_seeds(settings.seed, settings.samples)}, "
                 f"stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
+                f"{f'rows {view.top + 1}-{view.bottom} and columns {view.left + 1}-{view.right}, ' if part else ''}"
+                f"{f'grey levels spread {view.gain:.3f} times for the networks, ' if view.gain != 1 else ''}"
                 f"{f'grey levels to the power {change.power:.4f}, ' if change.power is not None else ''}"
                 f"{f'{change.offset:+.4f} of the range added to grey levels, ' if change.offset is not None else ''}"
                 f"network matrix {size} x {size}, "

@@ -123,6 +123,9 @@ def export_checkpoints(
         Path | None,
         typer.Option(help="The training pairs, where their scanner equalises each image: for infer --scanner-tone."),
     ] = None,
+    least_span: Annotated[
+        float, typer.Option(min=0, max=1, help="infer spreads X-rays whose grey levels span less; 0: none.")
+    ] = Preprocessing.least_span,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "MIT",
     training: Annotated[Path | None, typer.Option(help="JSON file with the provenance of the weights.")] = None,
 ) -> None:
@@ -135,7 +138,7 @@ def export_checkpoints(
         second, enhancer_state = untrained_enhancer(checkpoints, first)
     check_stages(checkpoints, first, second, stage_one=weights_digest(state) if enhance else None)
     preset = PRESETS[first["preset"]]
-    preprocessing = Preprocessing(size=first["size"], clahe_clip_limit=clahe_of(first, clahe))
+    preprocessing = Preprocessing(first["size"], clahe_of(first, clahe), least_span=least_span)
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     try:
         schedule = Schedule(**first["schedule"])

@@ -41,7 +41,14 @@ PATIENT = {
     "StudyDate": "19991231",
     "StudyTime": "235959",
 }
-SECRETS = ("SECRET", "ÄNNE", "4711", "19471231", "19991231", "235959")
+SECRETS = (
+    "SECRET",
+    "ÄNNE",
+    "498.4711",  # the UIDs below; four digits alone come up in hashes
+    "19471231",
+    "19991231",
+    "235959",
+)
 
 
 def chest(rows: int = 64, columns: int = 64, seed: int = 0) -> NDArray[np.float32]:

@@ -204,7 +204,7 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
-    options += " --no-scanner-tone"
+    options += " --no-scanner-tone --no-trim"
     more = "--no-enhance --mirror --size model --detail source --format png --sop sc --preview --overwrite --force"
     assert infer(*options.split(), *more.split()).code == 0
     assert report_of(tmp_path / "out")["settings"] == {
@@ -215,6 +215,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         "enhance": False,
         "mirror": True,
         "scanner_tone": False,
+        "trim": False,
         "size": "model",
         "detail": "source",
         "format": "png",

@@ -26,6 +26,7 @@ TORCH_FREE = [
     "intensity",
     "clahe",
     "tone",
+    "view",
     "detail",
     "dicom",
     "dicom_grey",
@@ -46,7 +47,7 @@ TORCH_FREE = [
 LAYERS = (
     {"errors", "config", "files", ""},
     {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
-    {"raster", "dicom_grey", "dicom", "intensity", "clahe", "tone", "detail", "metrics", "report"},
+    {"raster", "dicom_grey", "dicom", "intensity", "clahe", "tone", "view", "detail", "metrics", "report"},
     {"derived", "discover", "preview", "progress", "runners"},
     {"evaluate", "reading", "writing", "ledger", "sampler", "parity", "identity", "engine", "flops"},
     {"batching"},

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
-from synthetic import chest
+from synthetic import chest, dataset, save
 
 from bsdiff_rt import batching, engine, ledger, pipeline, preview, reading, writing
 from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
@@ -27,6 +27,7 @@ from bsdiff_rt.errors import BundleError, EngineError, SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.ledger import only_run
+from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.pipeline import Inference
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.report import path_digest
@@ -150,6 +151,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "tone_power": None,
         "tone_offset": None,
         "deviation_sha256": None,
+        "view": None,
     }
     assert report["settings"] == {
         "sampler": "ddim",
@@ -159,6 +161,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "enhance": True,
         "mirror": False,
         "scanner_tone": False,
+        "trim": True,
         "size": "source",
         "detail": "both",
         "format": "auto",
@@ -1235,3 +1238,47 @@ def test_a_copy_of_a_folder_gives_the_same_files(run, toy, tmp_path):
     run(output=tmp_path / "first")
     run(tmp_path / "copy", output=tmp_path / "second")
     assert (tmp_path / "first" / "a.png").read_bytes() == (tmp_path / "second" / "sub" / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("detail", ["network", "both", "source"])
+def test_a_frame_stays_and_what_is_in_it_is_as_without_it(run, toy, tmp_path, bundle_copy, monkeypatch, detail):
+    """And a faint picture comes out as faint: the networks see both as they see the picture alone."""
+    manifest = json.loads((bundle_copy / MANIFEST).read_text())
+    manifest["preprocessing"]["least_span"] = 0.3  # the picture's is 0.5
+    (bundle_copy / MANIFEST).write_text(signed(manifest))
+    monkeypatch.setattr(pipeline, "ImageNoise", lambda seed, _: ImageNoise(seed, b"the same for all"))
+    values = np.rint(chest(*SHAPE) * 65535)
+    faint = np.rint(40000 + 0.25 * values)
+    framed = np.pad(values, ((20, 30), (40, 0)), constant_values=65535)
+    for name, picture in (("a", values), ("faint", faint), ("framed", framed)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "in" / f"{name}.png"), picture.astype(np.uint16))
+    entries = run(detail=detail, bundle=str(bundle_copy), samples=2)
+    results = {name: pixels(tmp_path / "out" / f"{name}.png").astype(float) for name in ("a", "faint", "framed")}
+    around = np.ones(framed.shape, bool)
+    around[20:-30, 40:] = False
+    assert (results["framed"][around] == 65535).all()
+    assert np.array_equal(results["framed"][20:-30, 40:], results["a"])
+    deviation = pixels(tmp_path / "out" / "uncertainty" / "framed.png")
+    assert not deviation[around].any()
+    assert np.array_equal(deviation[20:-30, 40:], pixels(tmp_path / "out" / "uncertainty" / "a.png"))
+    place = {"top": 20, "bottom": 20 + SHAPE[0], "left": 40, "right": 40 + SHAPE[1]}
+    assert entries["framed.png"].view == place | {"gain": 1.0, "offset": 0.0}
+    assert entries["a.png"].view is None
+    assert entries["faint.png"].view["gain"] == pytest.approx(0.88 / (0.25 * 0.5), rel=0.2)
+    assert np.abs(results["faint"] - faint).max() < 0.25 * 65535  # neither clipped nor spread
+
+    assert statuses(run(detail=detail, bundle=str(bundle_copy), trim=False))["framed.png"] == "ok"
+    whole = pixels(tmp_path / "out" / "framed.png").astype(float)
+    assert (whole[around] != 65535).any() or detail == "source"
+
+
+def test_a_derived_object_says_what_the_networks_were_shown(run, toy, tmp_path):
+    values = np.pad(np.rint(chest(*SHAPE) * 4095), ((20, 30), (40, 0)), constant_values=4095).astype(np.int32)
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.dcm", dataset(values, 12))
+    run()
+    described = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
+    assert f"rows 21-{20 + SHAPE[0]} and columns 41-{40 + SHAPE[1]}, network matrix" in described
+    run(trim=False)
+    assert "rows" not in dcmread(tmp_path / "out" / "a.dcm").DerivationDescription

@@ -81,6 +81,15 @@ def test_networks_that_keep_a_tone_say_that_it_is_another_scanners(taken, retone
     assert (change.power is not None, change.offset is not None) == (retoned, not retoned)
 
 
+def test_what_is_known_to_be_another_scanners_keeps_its_tone():
+    cxr = (0.1 + 0.8 * chest(64, 48)).astype(np.float32)
+    (cxr_net, placement), (soft_net, _) = padded(cxr), padded(cxr - 0.05)
+    tone = ScannerTone(tuple(tone_quantiles(cxr, 25)), 0.45)
+    assert tone_change(cxr_net, soft_net, placement, tone).power is not None
+    change = tone_change(cxr_net, soft_net, placement, tone, foreign=True)
+    assert (change.power, change.offset) == (None, pytest.approx(0.05, abs=1e-3))
+
+
 @pytest.mark.parametrize("shift", [0.006, -0.006, 0.03])
 def test_another_scanners_x_ray_keeps_its_own_tone(shift):
     """Ribs are gone, and what the networks changed the tone by is undone, whatever they left of black."""

@@ -49,7 +49,7 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
 
 def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_bundle, tmp_path, monkeypatch):
     for module in ("benchmarks.quality", "bsdiff_rt.writing"):
-        monkeypatch.setattr(f"{module}.tone_change", lambda *_: ToneChange(power=1.5))
+        monkeypatch.setattr(f"{module}.tone_change", lambda *_, **__: ToneChange(power=1.5))
     path = tmp_path / "q.json"
     arguments = ["--bundle", toned_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
     arguments += ["--device", "cpu", "--json", path]

@@ -1,0 +1,59 @@
+"""A row for each change, judged against the truth changed alike; the model does no better than the changes allow."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import robustness
+from bsdiff_rt.errors import SettingsError
+from train.phantoms import write_pairs
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_pairs(folder, 2, first_seed=3, size=96)
+    return folder
+
+
+def test_a_row_for_each_change(phantoms, tiny_bundle, tmp_path):
+    arguments = [str(phantoms), "--bundle", str(tiny_bundle), "--json", str(tmp_path / "r.json")]
+    result = CliRunner().invoke(robustness.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert [row["change"] for row in document["rows"]] == list(robustness.CHANGES)
+    assert [line.split("  BSR")[0].strip() for line in result.output.splitlines()] == list(robustness.CHANGES)
+    assert {row["images"] for row in document["rows"]} == {2}
+    assert all(np.isfinite(row["bsr"]) for row in document["rows"])
+
+
+@pytest.mark.parametrize("name", robustness.CHANGES)
+def test_changes_keep_shape_and_the_order_of_x_ray_and_truth(name):
+    """What is bone stays brighter in the X-ray, and outside of it both are one."""
+    truth = np.linspace(0.2, 0.7, 96 * 80, dtype=np.float32).reshape(96, 80)
+    cxr = truth.copy()
+    cxr[40:44, 10:70] += 0.2
+    one, other = robustness.unit(*robustness.CHANGES[name](cxr, truth))
+    assert one.shape == other.shape == truth.shape
+    assert one.dtype == other.dtype == np.float32
+    assert one.sum() > other.sum()
+    same = np.abs(one - other) < 1e-6
+    assert same.mean() > 0.5
+
+
+def test_a_folder_too_dark_is_refused(tmp_path, tiny_bundle):
+    for role in ("cxr", "soft_tissue"):
+        dark = np.tile(np.linspace(0, 4000, 64).astype(np.uint16), (64, 1))
+        dark[0] = 8000 if role == "cxr" else 0
+        cv2.imwrite(str(tmp_path / f"a_{role}.png"), np.minimum(dark, 5000))
+    with pytest.raises(SettingsError, match="grey scale would be read as brighter"):
+        robustness.measure(tmp_path, str(tiny_bundle))
+
+
+def test_a_change_that_gives_no_result_is_said(phantoms, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(robustness, "CHANGES", {"flat": lambda cxr, truth: (0 * cxr + 0.6, truth)})
+    with pytest.raises(SettingsError, match="2 of 2 changed X-rays gave no result: the image is empty"):
+        robustness.measure(phantoms, str(tiny_bundle))
