@@ -112,7 +112,9 @@ def infer(
     ] = None,
     trim: Annotated[
         bool,
-        typer.Option("--trim/--no-trim", help="Borders of one grey level are not shown to the networks, and stay."),
+        typer.Option(
+            "--trim/--no-trim", help="Uniform borders and white letters are kept from the networks, and stay."
+        ),
     ] = True,
     size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
     detail: Annotated[

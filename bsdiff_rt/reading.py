@@ -92,6 +92,7 @@ class Reader:
             trim = self._settings.trim and self._settings.size == "source"
             view = view_of(radiograph.cxr, trim=trim, least_span=self._preprocessing.least_span)
             cxr_net, placement = to_network(view.of(radiograph.cxr), self._preprocessing)
+            cxr_net = view.without_marks(cxr_net, placement)
             return Ready(task, task.output, radiograph, view, cxr_net, placement, digest, time.monotonic() - started)
         except Exception as error:
             status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"

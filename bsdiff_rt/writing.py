@@ -170,6 +170,7 @@ class Writer:
                 f"stage 2 {'on' if settings.enhance else 'off'}, "
                 f"{'averaged with the mirrored image, ' if settings.mirror else ''}"
                 f"{f'rows {view.top + 1}-{view.bottom} and columns {view.left + 1}-{view.right}, ' if part else ''}"
+                f"{f'{view.mark_pixels} pixels of marks kept, ' if view.mark_pixels else ''}"
                 f"{f'grey levels spread {view.gain:.3f} times for the networks, ' if view.gain != 1 else ''}"
                 f"{f'grey levels to the power {change.power:.4f}, ' if change.power is not None else ''}"
                 f"{f'{change.offset:+.4f} of the range added to grey levels, ' if change.offset is not None else ''}"

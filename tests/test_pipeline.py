@@ -403,7 +403,7 @@ def test_the_preview_shows_pictures_on_one_scale(run, toy, monkeypatch, tmp_path
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), dark)
     monkeypatch.setattr(toy, "denoise", lambda _, cxr, __, out: torch.clamp(cxr, max=-0.2, out=out))  # those pixels go
-    run(preview=True, detail="source", enhance=False)
+    run(preview=True, detail="source", enhance=False, trim=False)  # they look like a mark
     picture = pixels(tmp_path / "out" / "preview.png") / 255
     cxr, soft_tissue = picture[:, :320], picture[:, 324:644]
     assert pixels(tmp_path / "out" / "a.png").max() < 2048
@@ -1263,7 +1263,7 @@ def test_a_frame_stays_and_what_is_in_it_is_as_without_it(run, toy, tmp_path, bu
     assert not deviation[around].any()
     assert np.array_equal(deviation[20:-30, 40:], pixels(tmp_path / "out" / "uncertainty" / "a.png"))
     place = {"top": 20, "bottom": 20 + SHAPE[0], "left": 40, "right": 40 + SHAPE[1]}
-    assert entries["framed.png"].view == place | {"gain": 1.0, "offset": 0.0}
+    assert entries["framed.png"].view == place | {"gain": 1.0, "offset": 0.0, "mark_pixels": 0}
     assert entries["a.png"].view is None
     assert entries["faint.png"].view["gain"] == pytest.approx(0.88 / (0.25 * 0.5), rel=0.2)
     assert np.abs(results["faint"] - faint).max() < 0.25 * 65535  # neither clipped nor spread

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from synthetic import chest
 
-from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, view_of, whole
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.intensity import to_network
+from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, marks_of, view_of, whole
 from train.phantoms import phantom
 
 PICTURE = chest(200, 160)
@@ -117,4 +119,75 @@ def test_what_the_report_says():
         "right": 5,
         "gain": 1.0,
         "offset": 0.0,
+        "mark_pixels": 0,
     }
+
+
+def lettered(cxr, place=(10, 40), grey=1.0):
+    ink = np.zeros(cxr.shape, np.uint8)
+    cv2.putText(ink, "R", place, cv2.FONT_HERSHEY_SIMPLEX, 1.2, 255, 3)
+    return np.maximum(cxr, grey * ink.astype(np.float32) / 255), ink
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("side", [256, 700])
+def test_letters_in_a_corner_are_marks_and_nothing_else_is(seed, side):
+    cxr = phantom(seed, side).cxr
+    assert marks_of(cxr) is None
+    marked, ink = lettered(cxr)
+    marks = marks_of(marked)
+    assert marks[ink > 128].all()
+    assert marks.sum() < 2.5 * (ink > 0).sum()  # the letter and its blur
+
+
+def test_what_is_no_mark():
+    cxr = phantom(0, 256).cxr
+    assert marks_of(lettered(cxr, place=(110, 140))[0]) is None  # in the middle: a device, perhaps
+    assert marks_of(lettered(cxr, grey=float(cxr.max()) - 0.05)[0]) is None  # not the brightest
+    block = cxr.copy()
+    block[:40, :40] = 1
+    assert marks_of(block) is None  # too large
+    soft = cv2.GaussianBlur(block, (0, 0), 20)
+    assert marks_of(soft) is None  # no edge
+    hot = cxr.copy()
+    hot[5, 5:9] = hot[20, 20] = 1
+    assert marks_of(hot) is None  # pixels of the detector
+    noise = (np.random.default_rng(0).random((512, 512)) > 0.97).astype(np.float32)
+    assert marks_of(noise) is None  # more spots than letters
+
+
+def test_marks_are_kept_and_not_shown():
+    cxr = (0.2 + 0.3 * phantom(1, 256).cxr).astype(np.float32)
+    marked, ink = lettered(cxr, grey=float(cxr.max()) + 0.01)
+    view = view_of(marked, trim=True, least_span=0.6)
+    letter = view.marks
+    assert letter[ink > 128].all()
+    shown, placement = to_network(view.of(marked), Preprocessing(128))
+    plain, _ = to_network(view.of(cxr), Preprocessing(128))
+    without = view.without_marks(shown, placement)
+    small = cv2.resize(letter.astype(np.float32), (128, 128), interpolation=cv2.INTER_AREA) > 0
+    assert np.abs(without - plain)[small].mean() < 0.25 * np.abs(shown - plain)[small].mean()
+    far = ~cv2.dilate(small.astype(np.uint8), np.ones((5, 5))).astype(bool)
+    assert np.array_equal(without[far], shown[far])
+    result = view.back(np.zeros((256, 256), np.float32), marked)
+    assert np.array_equal(result[letter], marked[letter])
+    assert not view.deviation_back(np.ones((256, 256), np.float32), (256, 256))[letter].any()
+    assert view.told(cxr.shape)["mark_pixels"] == letter.sum()
+
+
+def test_marks_are_placed_where_the_view_and_the_picture_in_the_square_are():
+    """A framed portrait: what the square holds is smaller, and in its middle."""
+    cxr = np.ascontiguousarray(phantom(2, 256).cxr[:, 40:200])
+    marked, ink = lettered(cxr)
+    framed = np.pad(marked, ((30, 10), (20, 40)))
+    view = view_of(framed, trim=True, least_span=0.0)
+    assert (view.top, view.left, view.marks.shape) == (30, 20, (256, 160))
+    shown, placement = to_network(view.of(framed), Preprocessing(128))
+    assert placement.left > 0
+    without = view.without_marks(shown, placement)
+    rows, columns = np.nonzero(without != shown)
+    y, x = np.nonzero(ink)
+    assert abs(rows.mean() - y.mean() / 2) < 2
+    assert abs(columns.mean() - placement.left - x.mean() / 2) < 2
+    result = view.back(np.zeros((256, 160), np.float32), framed)
+    assert np.array_equal(result[30:-10, 20:-40][ink > 128], marked[ink > 128])
