@@ -195,10 +195,10 @@ def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | 
                 folders[:] = sorted(n for n in folders if not n.startswith(".") and _real(here / n) != excluded)
                 for link in (n for n in folders if (here / n).is_symlink()):
                     logger.warning("%s: a link to a folder, which is not followed; name it to do it", here / link)
-                if here != Path(given) and (found := results_in(here)):
+                if here != Path(given) and (found := {*results_in(here), *planned_in(here)}):
                     logger.info("%s: results of an earlier run are left out; name the folder to do them", here)
                     results |= {here / PREVIEW}
-                    for result in (*found, *planned_in(here)):
+                    for result in found:
                         results |= {here / result, uncertainty_path(here, result)}
                 for file in (here / name for name in sorted(names)):
                     if file not in results and is_input(file):

@@ -15,7 +15,7 @@ from pathlib import Path
 from bsdiff_rt.discover import uncertainty_path
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.report import FILE_NAME, FileEntry, Report, results_in
+from bsdiff_rt.report import FILE_NAME, FileEntry, Report, planned_in, results_in
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,10 @@ class Ledger:
         self._place = {name: number for number, name in enumerate(outputs)}
         self._before, self._earlier = before, results_in(folder)
         self._results = {*self._earlier, *outputs.values()}
-        self._new = {name: str(path) for name, path in outputs.items() if path and not (folder / path).exists()}
+        ours = planned_in(folder)  # what a killed run has written of it is known by nothing else
+        self._planned = {
+            name: str(path) for name, path in outputs.items() if path and (path in ours or not (folder / path).exists())
+        }
         self._on_file = on_file
         self._lock = threading.RLock()
         self._started = time.monotonic()
@@ -144,7 +147,7 @@ class Ledger:
         older = [entry for path, entry in self._earlier.items() if str(path) not in named]
         earlier = [entry for entry in older if (self._folder / str(entry.output)).is_file()]
         try:
-            planned = [output for name, output in self._new.items() if name not in inputs]
+            planned = [output for name, output in self._planned.items() if name not in inputs]
             replace(self.report, files=files, earlier=earlier, planned=planned).write(self._folder)
         except OSError as error:
             raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error

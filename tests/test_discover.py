@@ -172,6 +172,9 @@ def test_the_output_folder_is_not_searched(folder, monkeypatch):
 
 def test_results_of_an_earlier_run_are_no_inputs(folder, caplog):
     """A folder of results below the X-rays: what its report names, its preview and its maps; nothing else there."""
+    killed = folder / "killed"  # before it reported anything
+    put(killed / "d.png")
+    (killed / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [], "planned": ["d.png", "e.png"]}))
     earlier = folder / "sub" / "old"
     put(folder / "a.png", earlier / "a.png", earlier / "b" / "c.png", earlier / "preview.png", earlier / "new.png")
     put(earlier / "uncertainty" / "a.png", earlier / "uncertainty" / "new.png", folder / "preview.png")

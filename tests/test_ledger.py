@@ -191,3 +191,17 @@ def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with only_run(tmp_path / "absent"):  # not even opened
         pass
+
+
+def test_what_a_killed_run_was_to_write_stays_known_until_it_is_done(tmp_path):
+    """Killed twice: the first wrote a.png without a word, the second did not come that far."""
+    (tmp_path / "c.png").touch()  # somebody's
+    for _ in range(2):
+        Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None).begin()
+        assert report.planned_in(tmp_path) == {Path("a.png"), Path("b.png")}
+        (tmp_path / "a.png").touch()
+    ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(DONE)
+    ledger.add(FAILED)
+    ledger.save()
+    assert report.planned_in(tmp_path) == set()
