@@ -328,6 +328,9 @@ def make_dataset(
     register: Annotated[
         bool, typer.Option("--register/--no-register", help="Move the soft tissue onto its X-ray.")
     ] = PrepareOptions.register,
+    trim: Annotated[
+        bool, typer.Option("--trim/--no-trim", help="Leave out uniform borders, as infer does.")
+    ] = PrepareOptions.trim,
     min_correlation: Annotated[
         float,
         typer.Option(
@@ -349,6 +352,7 @@ def make_dataset(
         size=size,
         clahe=clahe,
         register=register,
+        trim=trim,
         min_correlation=min_correlation,
         split=parse_split(split),
         seed=seed,

@@ -30,6 +30,7 @@ from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import read_together
 from bsdiff_rt.tone import BONES_WINDOW_PX, tone_of
+from bsdiff_rt.view import view_of, whole
 
 Image = NDArray[np.float32]
 
@@ -108,7 +109,7 @@ AUGMENTATION_SETS: dict[str, frozenset[str]] = {
 
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
-    """Read one pair and bring it to `size` x `size` as inference does: aspect kept, padded.
+    """Read one pair and bring it to `size` x `size` as inference does: no uniform borders, aspect kept, padded.
 
     Raises:
         SettingsError: the two are not of one shape.
@@ -120,7 +121,9 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
             f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
             "shape; `python -m train prepare` registers pairs"
         )
-    squares = (to_network(image, Preprocessing(size))[0] for image in images)
+    view = view_of(images[0], trim=True, least_span=0.0)
+    seen = (view.of(resize(image, images[0].shape)) for image in images) if view != whole(images[0].shape) else images
+    squares = (to_network(image, Preprocessing(size))[0] for image in seen)
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
 

@@ -32,6 +32,7 @@ from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsErr
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import to_network
 from bsdiff_rt.raster import write_png
+from bsdiff_rt.view import view_of
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.pair_images import read_pair, same_image, swapped
@@ -51,6 +52,7 @@ class PrepareOptions:
         size: side of the images, px.
         clahe: OpenCV's clip limit, 0 for none; X-ray and soft tissue are equalised each for itself.
         register: move the soft tissue onto its X-ray; without it only the correlation is looked at.
+        trim: leave out uniform borders of the X-ray, in both, as inference does.
         min_correlation: of the edges of a pair; below it, the pair is bad. At -1 no pair is called bad by its look.
         split: shares of train, val and test.
         seed: of the split.
@@ -62,6 +64,7 @@ class PrepareOptions:
     size: int = 256
     clahe: float = 0.0
     register: bool = True
+    trim: bool = True
     min_correlation: float = MIN_CORRELATION
     split: tuple[float, float, float] = (7.0, 2.0, 1.0)
     seed: int = 0
@@ -303,7 +306,8 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
         reason = swapped(cxr, soft_tissue)
     if reason:
         entry.status, entry.reason = "bad", reason
-    shown = [_at_size(image, options) for image in (cxr, soft_tissue)]
+    view = view_of(cxr, trim=options.trim, least_span=0.0)
+    shown = [_at_size(view.of(image), options) for image in (cxr, soft_tissue)]
     if not reason:
         for role, image in zip(("cxr", "soft_tissue"), shown, strict=True):
             write_png(work / f"{one.name}_{role}.png", image, DATASET_BITS)

@@ -55,6 +55,7 @@ def test_a_pair_is_read_on_one_grey_scale(tmp_path):
 
 def test_a_pair_that_is_not_square_is_padded_as_inference_pads_it(tmp_path):
     cxr = np.zeros((400, 300), np.uint16)
+    cxr[[0, -1], [0, -1]] = 20000  # no uniform borders
     cv2.circle(cxr, (150, 200), 100, 60000, -1)
     for role in ("cxr", "soft_tissue"):
         cv2.imwrite(str(tmp_path / f"b_{role}.png"), cxr)
@@ -330,3 +331,17 @@ def test_phantoms_are_bent_and_toned_anew_as_often_as_asked_else_only_mirrored(p
     assert as_drawn(Augmentation(phantoms=0.0, blur_noise=0.0)) == 40
     assert as_drawn(Augmentation(phantoms=1.0, blur_noise=0.0)) == 0
     assert 20 <= as_drawn(Augmentation(blur_noise=0.0)) <= 35
+
+
+def test_a_pair_in_a_frame_is_read_without_it(tmp_path):
+    drawn = phantom(5, 128)
+    for name, padded in (("plain", 0), ("framed", 16)):
+        for role, grey in (("cxr", 1.0), ("soft_tissue", 0.0)):
+            picture = np.pad(getattr(drawn, role), padded, constant_values=grey)
+            cv2.imwrite(str(tmp_path / f"{name}_{role}.png"), np.rint(picture * 65535).astype(np.uint16))
+    plain, framed = (
+        load_pair(name, tmp_path / f"{name}_cxr.png", tmp_path / f"{name}_soft_tissue.png", 96)
+        for name in ("plain", "framed")
+    )
+    np.testing.assert_allclose(framed.cxr, plain.cxr, atol=2e-5)
+    np.testing.assert_allclose(framed.soft_tissue, plain.soft_tissue, atol=2e-5)

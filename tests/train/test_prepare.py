@@ -449,3 +449,21 @@ def test_swapped_folders_are_bad(archive, tmp_path):
     assert {pair["status"] for pair in record(tmp_path / "set")["pairs"]} == {"bad"}
     result = run("prepare", soft, cxr, "-o", tmp_path / "taken", "--size", SIZE_PX, "--min-correlation", -1)
     assert {"used"} == {pair["status"] for pair in record(tmp_path / "taken")["pairs"] if pair["name"] != "eve-1"}
+
+
+def test_a_frame_is_left_out_of_both_as_in_inference(drawn, tmp_path):
+    """The soft tissue's own border has the place of the X-ray's, whatever its grey."""
+    frame = ((20, 12), (30, 30))
+    write(tmp_path / "c" / "a.png", np.pad(drawn[4].cxr, frame, constant_values=1.0))
+    write(tmp_path / "s" / "a.png", np.pad(drawn[4].soft_tissue, frame, constant_values=0.0))
+    everything = ("-o", tmp_path / "set", "--size", SIZE_PX, "--no-register", "--min-correlation", -1)
+    assert run("prepare", tmp_path / "c", tmp_path / "s", *everything).exit_code == 0
+    (pair,) = load_dataset(tmp_path / "set", "train")
+    for found, known in ((pair.cxr, drawn[4].cxr), (pair.soft_tissue, drawn[4].soft_tissue)):
+        expected, _ = to_network(known, Preprocessing(SIZE_PX))
+        np.testing.assert_allclose(found, (expected + 1) / 2, atol=4e-5)
+    assert record(tmp_path / "set")["settings"]["trim"] is True
+    everything = ("-o", tmp_path / "whole", *everything[2:], "--no-trim")
+    assert run("prepare", tmp_path / "c", tmp_path / "s", *everything).exit_code == 0
+    (pair,) = load_dataset(tmp_path / "whole", "train")
+    assert (pair.cxr[0] == 1).all()
