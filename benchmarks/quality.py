@@ -36,6 +36,7 @@ from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
 from bsdiff_rt.tone import tone_change
+from bsdiff_rt.view import without_borders
 
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 
@@ -124,8 +125,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """X-ray and truth of every pair in a folder (`find_pairs`), [H, W] float32 in [0, 1]."""
-    read = (read_together(paths) for _, *paths in find_pairs(folder))
+    """X-ray and truth of every pair in a folder (`find_pairs`) without uniform borders, [H, W] float32 in [0, 1]."""
+    read = (without_borders(read_together(paths)) for _, *paths in find_pairs(folder))
     return [(cxr, truth) for cxr, truth in read]
 
 

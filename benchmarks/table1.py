@@ -42,6 +42,7 @@ from bsdiff_rt.raster import find_pairs, read_together
 from bsdiff_rt.runners import resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.schedule import Table, sampler_table
+from bsdiff_rt.view import without_borders
 
 DATASET_FILE, DATASET_BITS = "dataset.json", 16  # what `python -m train prepare` writes
 RESAMPLES, LEVEL = 1000, 0.95
@@ -149,7 +150,9 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
     cases = []
     for (patient, *paths), known in zip(files, digests, strict=True):
         pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
-        cxr, soft_tissue = ((to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in pair)
+        cxr, soft_tissue = (
+            (to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in without_borders(pair)
+        )
         digest = known or grey_digest(pair[0]).hex()[:16]  # train/data.py does the same
         cases.append(Case(patient, cxr, soft_tissue, digest))
     return cases

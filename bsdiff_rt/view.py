@@ -8,6 +8,7 @@ All of it is undone in the result. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -139,6 +140,15 @@ def view_of(cxr: Image, *, trim: bool, least_span: float) -> View:
     gain = min(SPREAD_TO / max(high - low, 1e-6), 1 / max(brightest - darkest, 1e-6))
     offset = min(max(0.5 - gain * (low + high) / 2, -gain * darkest), 1 - gain * brightest)
     return replace(view, gain=gain, offset=offset, marks=marks)
+
+
+def without_borders(pictures: Sequence[Image]) -> list[Image]:
+    """Pictures of one field, [H, W] in [0, 1] each of its size, without the uniform borders of the first one."""
+    shape = pictures[0].shape
+    view = _trimmed(pictures[0])
+    if view == whole(shape):
+        return list(pictures)
+    return [view.of(resize(picture, shape)) for picture in pictures]
 
 
 def marks_of(cxr: Image) -> Mask | None:

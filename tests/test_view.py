@@ -9,7 +9,7 @@ from synthetic import chest
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.intensity import to_network
-from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, marks_of, view_of, whole
+from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, marks_of, view_of, whole, without_borders
 from train.phantoms import phantom
 
 PICTURE = chest(200, 160)
@@ -191,3 +191,14 @@ def test_marks_are_placed_where_the_view_and_the_picture_in_the_square_are():
     assert abs(columns.mean() - placement.left - x.mean() / 2) < 2
     result = view.back(np.zeros((256, 160), np.float32), framed)
     assert np.array_equal(result[30:-10, 20:-40][ink > 128], marked[ink > 128])
+
+
+def test_pictures_of_one_field_lose_the_same_borders():
+    framed_cxr, truth = framed(20, 10, 0, 30, grey=1.0), framed(20, 10, 0, 30, grey=0.2)
+    assert [picture.shape for picture in without_borders([framed_cxr, truth])] == [(200, 160)] * 2
+    small = cv2.resize(truth, (95, 115), interpolation=cv2.INTER_AREA)
+    cxr, soft_tissue = without_borders([framed_cxr, small])
+    assert cxr.shape == soft_tissue.shape == (200, 160)
+    assert np.abs(soft_tissue - PICTURE)[5:-5, 5:-5].mean() < 0.02
+    plain = [PICTURE, small]
+    assert all(one is other for one, other in zip(without_borders(plain), plain, strict=True))

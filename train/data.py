@@ -30,7 +30,7 @@ from bsdiff_rt.intensity import resize, to_network
 from bsdiff_rt.radiograph import grey_digest
 from bsdiff_rt.raster import read_together
 from bsdiff_rt.tone import BONES_WINDOW_PX, tone_of
-from bsdiff_rt.view import view_of, whole
+from bsdiff_rt.view import without_borders
 
 Image = NDArray[np.float32]
 
@@ -121,9 +121,7 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
             f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
             "shape; `python -m train prepare` registers pairs"
         )
-    view = view_of(images[0], trim=True, least_span=0.0)
-    seen = (view.of(resize(image, images[0].shape)) for image in images) if view != whole(images[0].shape) else images
-    squares = (to_network(image, Preprocessing(size))[0] for image in seen)
+    squares = (to_network(image, Preprocessing(size))[0] for image in without_borders(images))
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
 
