@@ -147,9 +147,9 @@ class Inference:
             reader, writer = self._reader(), Writer(self.settings, self.bundle, self.table.steps, self.report)
             outputs = {str(task.input): task.output for task in tasks}
             ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
-            ledger.begin()
             self.batch = _batch(self.settings.batch, runner)
             suppressor = Suppressor(runner, self.table, enhance=bool(self.settings.enhance), batch=self.batch)
+            ledger.begin()
             try:
                 with (
                     suppressor,
