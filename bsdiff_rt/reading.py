@@ -20,15 +20,16 @@ from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.discover import DICOM_SUFFIXES, Task, uncertainty_path
 from bsdiff_rt.errors import BsdiffError, InputRefused
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.intensity import Placement, to_network
+from bsdiff_rt.intensity import Placement, shown, to_network
 from bsdiff_rt.radiograph import Radiograph
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.report import FileEntry, path_digest
-from bsdiff_rt.view import View, view_of
+from bsdiff_rt.view import View, looks_negative, view_of
 
 logger = logging.getLogger(__name__)
 
 READERS = 2
+NEGATIVE = "looks like a negative: its lungs are brighter than what lies between; if so, invert it and do it again"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Reader:
             trim = self._settings.trim and self._settings.size == "source"
             view = view_of(radiograph.cxr, trim=trim, least_span=self._preprocessing.least_span)
             cxr_net, placement = to_network(view.of(radiograph.cxr), self._preprocessing)
+            if looks_negative(shown(cxr_net, placement)):
+                logger.warning("%s: %s", task.input, NEGATIVE)
             cxr_net = view.without_marks(cxr_net, placement)
             return Ready(task, task.output, radiograph, view, cxr_net, placement, digest, time.monotonic() - started)
         except Exception as error:

@@ -41,6 +41,13 @@ MARK_EDGE, MARK_RING = 0.004, 0.010  # of the longer side: how far its own blur 
 INPAINT_PX = 3  # of the networks' input: how far around each pixel is looked
 MOST_SPOTS = 2000  # more are noise, not letters
 
+# Middle and both lungs, columns of a square of 64 px, and how far off the chest's middle may be. What `looks_negative`
+# compares is at most 0.10 in 450 phantoms and -0.09 in three real pairs, whole or with a fifth cut off at a side. Of
+# the negatives of 200 whole phantoms 72 in a hundred are over the limit, and those of the three pairs.
+NEGATIVE_PLACES = (slice(29, 35), slice(14, 24), slice(40, 50))
+NEGATIVE_OFF = 8
+NEGATIVE = 0.12
+
 
 @dataclass(frozen=True)
 class View:
@@ -176,6 +183,22 @@ def marks_of(cxr: Image) -> Mask | None:
         if ring.any() and brightest - float(np.quantile(cxr[near][ring], 0.9)) >= MARK_CONTRAST * scale:
             marks[near] |= grown
     return marks if marks.any() else None
+
+
+def looks_negative(picture: Image) -> bool:
+    """Whether a frontal chest, [H, W] in [0, 1], has air white: both lungs brighter than what lies between them.
+
+    That is looked for with the middle at several places; so is the opposite, and how clear either is at its best is
+    compared, in shares of the picture's span.
+    """
+    small = resize(picture, (64, 64))
+    low, high = np.quantile(small, SPAN_SHARES)
+    columns = np.median(small[18:40], axis=0)
+    negative, positive = -np.inf, -np.inf
+    for off in range(-NEGATIVE_OFF, NEGATIVE_OFF + 1):
+        middle, *lungs = (float(np.median(columns[place.start + off : place.stop + off])) for place in NEGATIVE_PLACES)
+        negative, positive = max(negative, min(lungs) - middle), max(positive, middle - max(lungs))
+    return negative - positive > NEGATIVE * float(high - low)
 
 
 def _grown(spot: NDArray[np.uint8], by: int) -> Mask:

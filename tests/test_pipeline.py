@@ -1282,3 +1282,12 @@ def test_a_derived_object_says_what_the_networks_were_shown(run, toy, tmp_path):
     assert f"rows 21-{20 + SHAPE[0]} and columns 41-{40 + SHAPE[1]}, network matrix" in described
     run(trim=False)
     assert "rows" not in dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
+
+
+def test_a_negative_is_done_and_said(run, toy, tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    for name, picture in (("plain", chest(*SHAPE)), ("negative", 1 - chest(*SHAPE))):
+        cv2.imwrite(str(tmp_path / "in" / f"{name}.png"), np.rint(picture * 255).astype(np.uint8))
+    assert statuses(run()) == {"plain.png": "ok", "negative.png": "ok"}
+    told = [record.getMessage() for record in caplog.records if "negative:" in record.getMessage()]
+    assert told == [f"{tmp_path / 'in' / 'negative.png'}: {reading.NEGATIVE}"]

@@ -9,7 +9,7 @@ from synthetic import chest
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.intensity import to_network
-from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, marks_of, view_of, whole, without_borders
+from bsdiff_rt.view import LEAST_BORDER, SPREAD_TO, View, looks_negative, marks_of, view_of, whole, without_borders
 from train.phantoms import phantom
 
 PICTURE = chest(200, 160)
@@ -202,3 +202,19 @@ def test_pictures_of_one_field_lose_the_same_borders():
     assert np.abs(soft_tissue - PICTURE)[5:-5, 5:-5].mean() < 0.02
     plain = [PICTURE, small]
     assert all(one is other for one, other in zip(without_borders(plain), plain, strict=True))
+
+
+def test_most_negatives_are_told_and_no_x_ray_is_called_one():
+    found = 0
+    for seed in range(20):
+        cxr = phantom(seed, 64).cxr
+        assert not any(looks_negative(part) for part in (cxr, 0.2 + 0.3 * cxr, cxr[:, 12:], cxr[:, :-12]))
+        found += looks_negative(1 - cxr)
+        assert looks_negative(1 - cxr) == looks_negative(0.2 + 0.3 * (1 - cxr))
+    assert found >= 12  # of the three real pairs all are
+
+
+def test_what_has_no_lungs_is_no_negative():
+    assert not looks_negative(np.full((64, 64), 0.5, np.float32))
+    assert not looks_negative(np.tile(np.linspace(0, 1, 90, dtype=np.float32), (70, 1)))
+    assert not looks_negative(np.random.default_rng(0).random((80, 90), dtype=np.float32))
