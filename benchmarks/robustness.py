@@ -1,7 +1,7 @@
 """What changes of an X-ray cost a model: frames, text, other exposures, faint or weak bones, noise, a turned patient.
 
     python -m train phantoms DIR --count 6 --size 512
-    python -m benchmarks.robustness DIR --json robustness.json
+    python -m benchmarks.robustness DIR --json robustness.json     # and with --plain
 
 X-ray and truth are changed alike, `infer` does the changed X-rays as it does any, with the bundle's defaults, and each
 result is judged against the changed truth. Meant for phantoms, or pairs whose truth has the X-ray's tone: the images of
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,8 +41,11 @@ TEXT_PX = 512  # side of the picture that the text is drawn for
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def measure(folder: Path, bundle: str) -> list[dict[str, Any]]:
-    """One row for each change: mean figures over the folder's pairs."""
+def measure(folder: Path, bundle: str, *, plain: bool = False) -> list[dict[str, Any]]:
+    """One row for each change: mean figures over the folder's pairs.
+
+    With `plain` the networks are shown the X-rays as they are, without what `view.view_of` does about some changes.
+    """
     pairs = [tuple(read_together([cxr, soft_tissue])) for _, cxr, soft_tissue in find_pairs(folder)]
     with tempfile.TemporaryDirectory() as temporary:
         sources, output = Path(temporary) / "in", Path(temporary) / "out"
@@ -55,7 +59,11 @@ def measure(folder: Path, bundle: str) -> list[dict[str, Any]]:
                         f"{name}: an X-ray darker than half of the grey scale would be read as brighter"
                     )
                 write_png(sources / f"{number}-{index}.png", cxr, BITS)
-        inference = Inference(InferSettings(output=output, bundle=bundle))
+        inference = Inference(InferSettings(output=output, bundle=bundle, trim=not plain))
+        if plain:
+            manifest = inference.bundle.manifest
+            unspread = replace(manifest.preprocessing, least_span=0.0)
+            inference.bundle = replace(inference.bundle, manifest=replace(manifest, preprocessing=unspread))
         report = inference.run(inference.tasks([sources]))
         if failed := [entry for entry in report.files if entry.status != "ok"]:
             raise SettingsError(
@@ -84,17 +92,20 @@ def measure(folder: Path, bundle: str) -> list[dict[str, Any]]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Pairs NAME_cxr.*, NAME_soft_tissue.*, of one tone.")],
     bundle: Annotated[str, typer.Option(help="Model.")] = "demo",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Show the networks frames, letters and faint X-rays as they are.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print a row for each change of the X-rays."""
-    rows = measure(folder, bundle)
+    rows = measure(folder, bundle, plain=plain)
     for row in rows:
         typer.echo(
             f"{row['change']:36} BSR {row['bsr']:6.3f}  tone-matched {row['bsr_tone_matched']:6.3f}  "
             f"PSNR {row['psnr']:5.2f} dB  SSIM {row['ssim']:.4f}"
         )
     if json_path is not None:
-        document = {"bsdiff_rt": __version__, "bundle": bundle, "rows": rows}
+        document = {"bsdiff_rt": __version__, "bundle": bundle, "plain": plain, "rows": rows}
         write_atomically(json_path, (json.dumps(document, indent=1) + "\n").encode())
 
 

@@ -196,6 +196,16 @@ def test_a_field_of_the_wrong_type(bundle_copy, path, value, message):
     assert MANIFEST in str(caught.value)
 
 
+def test_a_bundle_of_before_there_was_a_least_span_spreads_nothing(bundle_copy):
+    edit(bundle_copy, "preprocessing/least_span", 0.5)
+    assert open_bundle(bundle_copy).manifest.preprocessing.least_span == 0.5
+    edit(bundle_copy, "preprocessing/least_span", ABSENT)
+    assert open_bundle(bundle_copy).manifest.preprocessing == Preprocessing(64)
+    edit(bundle_copy, "preprocessing/clahe_tiles", ABSENT)
+    with pytest.raises(BundleError, match="preprocessing: field 'clahe_tiles' is missing"):
+        open_bundle(bundle_copy)
+
+
 def test_a_whole_number_is_a_float(bundle_copy):
     edit(bundle_copy, "preprocessing/clahe_clip_limit", 3)
     limit = open_bundle(bundle_copy).manifest.preprocessing.clahe_clip_limit

@@ -32,6 +32,7 @@ from bsdiff_rt.pipeline import Inference
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.report import path_digest
 from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.view import SPREAD_TO
 
 # Results of two runs that compute the same in another order (batch size, runner) may fall on either side of a rounding:
 # one grey level of 255. Seen: 0 or 1.
@@ -1011,19 +1012,19 @@ def test_files_held_ahead_are_two_batches_of_passes(run, toy, tmp_path, monkeypa
 
 
 def test_a_files_seconds_are_not_those_it_waited_for_others(run, toy, tmp_path, monkeypatch):
-    """Six files of one batch, 0.1 s each to write, by two writers: the last waits for two others."""
+    """Six files of one batch, 0.4 s each to write, by two writers: the last waits for two others, 1.2 s in all."""
     for seed in range(6):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
     real = writing.write_png
 
     def slowly(*arguments):
-        time.sleep(0.1)
+        time.sleep(0.4)
         real(*arguments)
 
     monkeypatch.setattr(writing, "write_png", slowly)
     seconds = [entry.seconds for entry in run(batch=6).values()]
-    assert min(seconds) > 0.1
-    assert max(seconds) < 0.25
+    assert min(seconds) > 0.4
+    assert max(seconds) < 0.8
 
 
 def test_no_deviation_map_of_another_picture_stays(run, toy, tmp_path):
@@ -1265,7 +1266,7 @@ def test_a_frame_stays_and_what_is_in_it_is_as_without_it(run, toy, tmp_path, bu
     place = {"top": 20, "bottom": 20 + SHAPE[0], "left": 40, "right": 40 + SHAPE[1]}
     assert entries["framed.png"].view == place | {"gain": 1.0, "offset": 0.0, "mark_pixels": 0}
     assert entries["a.png"].view is None
-    assert entries["faint.png"].view["gain"] == pytest.approx(0.88 / (0.25 * 0.5), rel=0.2)
+    assert entries["faint.png"].view["gain"] == pytest.approx(SPREAD_TO / (0.25 * 0.5), rel=0.2)
     assert np.abs(results["faint"] - faint).max() < 0.25 * 65535  # neither clipped nor spread
 
     assert statuses(run(detail=detail, bundle=str(bundle_copy), trim=False))["framed.png"] == "ok"

@@ -23,7 +23,7 @@ ASPECT_TOLERANCE = 1.02  # ratio of aspect ratios up to which two pictures show 
 SAME_SCALE = (0.5, 1.4)
 # What `_bright_lines` says of the X-ray less what it says of the soft tissue. Three real pairs: 0.58 to 1.06; with the
 # soft tissue toned by powers of 0.5 to 2, 0.43 to 1.5; with the bones at 0.3 of their strength besides, 0.44 to 1.4.
-# Sixty phantoms: 1.3 and more. Only an X-ray toned by a power of 0.5 whose bones are that weak gives as little as -0.9.
+# Sixty phantoms: 1.3 and more. Only an X-ray toned by a power of 0.5 whose bones are that weak gives as little as -0.8.
 SWAPPED = -0.4
 
 

@@ -32,7 +32,7 @@ from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsErr
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import to_network
 from bsdiff_rt.raster import write_png
-from bsdiff_rt.view import view_of
+from bsdiff_rt.view import without_borders
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.pair_images import read_pair, same_image, swapped
@@ -306,8 +306,8 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
         reason = swapped(cxr, soft_tissue)
     if reason:
         entry.status, entry.reason = "bad", reason
-    view = view_of(cxr, trim=options.trim, least_span=0.0)
-    shown = [_at_size(view.of(image), options) for image in (cxr, soft_tissue)]
+    pictures = without_borders([cxr, soft_tissue]) if options.trim else [cxr, soft_tissue]
+    shown = [_at_size(picture, options) for picture in pictures]
     if not reason:
         for role, image in zip(("cxr", "soft_tissue"), shown, strict=True):
             write_png(work / f"{one.name}_{role}.png", image, DATASET_BITS)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import robustness
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.view import view_of
 from train.phantoms import write_pairs
 
 
@@ -57,3 +58,18 @@ def test_a_change_that_gives_no_result_is_said(phantoms, tiny_bundle, monkeypatc
     monkeypatch.setattr(robustness, "CHANGES", {"flat": lambda cxr, truth: (0 * cxr + 0.6, truth)})
     with pytest.raises(SettingsError, match="2 of 2 changed X-rays gave no result: the image is empty"):
         robustness.measure(phantoms, str(tiny_bundle))
+
+
+def test_plain_shows_the_networks_what_is_kept_from_them_otherwise(phantoms, monkeypatch):
+    views = []
+
+    def told(cxr, *, trim, least_span):
+        views.append((trim, least_span))
+        return view_of(cxr, trim=trim, least_span=least_span)
+
+    monkeypatch.setattr("bsdiff_rt.reading.view_of", told)
+    monkeypatch.setattr(robustness, "CHANGES", {"none": robustness.CHANGES["none"]})
+    for plain in (False, True):
+        robustness.measure(phantoms, "demo", plain=plain)
+    assert set(views[:2]) == {(True, 0.45)}
+    assert set(views[2:]) == {(False, 0.0)}

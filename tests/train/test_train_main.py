@@ -61,9 +61,11 @@ def test_training_leaves_checkpoints_a_log_and_a_picture(trained):
 
 def test_a_trained_run_becomes_a_bundle_that_infers(trained, tmp_path):
     bundle = tmp_path / "bundle"
-    made = run(exporter, "checkpoints", trained, "-o", bundle, "--name", "t", "--sampler", "ddim", "--steps", 2)
+    defaults = ("--name", "t", "--sampler", "ddim", "--steps", 2, "--least-span", 0.3)
+    made = run(exporter, "checkpoints", trained, "-o", bundle, *defaults)
     assert made.exit_code == 0, made.output
     manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["preprocessing"]["least_span"] == 0.3
     assert manifest["training"]["denoiser_steps"] == 6
     assert manifest["training"]["trained_on"] == load_checkpoint(trained / "denoiser.pt")["trained_on"]
     assert len(manifest["training"]["trained_on"]) == 1
