@@ -33,7 +33,7 @@ from train.data import (
 )
 from train.denoiser import dry_run_denoiser, train_denoiser
 from train.enhancer import StageOne, dry_run_enhancer, stage_one_outputs, train_enhancer
-from train.loop import TrainOptions, crops_of, mixed_precision, new_accelerator
+from train.loop import TrainOptions, crops_of, leave_processes, mixed_precision, new_accelerator
 from train.perceptual import WEIGHTS_FILE, load_vgg16
 from train.phantom_dicom import write_cr
 from train.phantom_pool import HELD_OUT_PHANTOM_SEED, held_out_phantoms, phantom_pool
@@ -44,7 +44,12 @@ from train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=(__doc__ or "").split("\n")[0])
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help=(__doc__ or "").split("\n")[0],
+    result_callback=leave_processes,
+)
 
 
 def preset_of(name: str) -> Preset:

@@ -8,6 +8,8 @@ so that a run resumes exactly.
 from __future__ import annotations
 
 import copy
+import gc
+import importlib
 import logging
 import math
 import time
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from numpy.typing import NDArray
-from torch import nn
+from torch import distributed, nn
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners import computes_bf16, resolve_device
@@ -108,7 +110,20 @@ def crops_of(side: int, size: int) -> tuple[tuple[float, ...], ...]:
 
 def new_accelerator() -> Accelerator:
     """The accelerator of this process. The first one made decides how long processes wait for each other."""
+    # Spreading a model imports this; imported after the group is made, it would keep it, see leave_processes.
+    importlib.import_module("torch._dynamo")
     return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+
+
+def leave_processes(*_: object, **__: object) -> None:
+    """End what this process shares with others, its trainings being over and let go; alone, do nothing.
+
+    gloo's threads, left to the end of the interpreter, abort it now and then: a finished run would count as failed.
+    They end with the last reference to the group, and what trained may hold one in a cycle.
+    """
+    if distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 class Trainee:

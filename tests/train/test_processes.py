@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from typer.testing import CliRunner
 
+from train.__main__ import app
 from train.checkpoint import load_checkpoint
 from train.loop import Trainee, TrainOptions
 
@@ -20,14 +22,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_processes import loss_of, make_trainee, sample
+from test_processes import gloo_threads, loss_of, make_trainee, sample
 from torch import device, distributed
-from train.loop import LONGEST_WAIT, Run
+from train.loop import LONGEST_WAIT, Run, leave_processes
 
-trainee = make_trainee()
-assert trainee.accelerator.num_processes == 2
-group = distributed.group.WORLD._get_backend(device("cpu"))
-assert group.options._timeout == LONGEST_WAIT, "the others wait for a long validation"
 figures = iter(map(float, sys.argv[3:]))
 
 
@@ -38,10 +36,21 @@ def validate(picture):
     return {"psnr": figure}
 
 
-run = Run(Path(sys.argv[1]), "x", trainee, "psnr", validate)
-for index, batch in run.batches(lambda step: sample(trainee.sample_index(step))):
-    run.after_step({"loss": trainee.update([loss_of(trainee, batch)])})
-assert run.finished, "every process learns that the run is over"
+def train():
+    trainee = make_trainee()
+    assert trainee.accelerator.num_processes == 2
+    group = distributed.group.WORLD._get_backend(device("cpu"))
+    assert group.options._timeout == LONGEST_WAIT, "the others wait for a long validation"
+    run = Run(Path(sys.argv[1]), "x", trainee, "psnr", validate)
+    for index, batch in run.batches(lambda step: sample(trainee.sample_index(step))):
+        run.after_step({"loss": trainee.update([loss_of(trainee, batch)])})
+    assert run.finished, "every process learns that the run is over"
+
+
+train()
+assert gloo_threads()
+leave_processes()
+assert not gloo_threads(), "they would abort the interpreter at its end, now and then"
 """
 
 
@@ -53,6 +62,11 @@ def make_trainee():
 
 def sample(index):
     return np.random.default_rng(index).standard_normal((2, 1, 8, 8), dtype=np.float32)
+
+
+def gloo_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if name == "pt_gloo_runloop"]
 
 
 def loss_of(trainee, x):
@@ -82,3 +96,13 @@ def test_two_processes_are_one_run_of_twice_the_batch(tmp_path):
     with (tmp_path / "x.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == pytest.approx(losses, abs=2e-6)  # six decimals are written
+
+
+def test_a_command_ends_what_it_shares_with_other_processes(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        assert CliRunner().invoke(app, ["phantoms", str(tmp_path), "--count", "1", "--size", "64"]).exit_code == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
