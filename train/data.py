@@ -35,7 +35,8 @@ from bsdiff_rt.view import without_borders
 Image = NDArray[np.float32]
 
 ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
-FOREIGN_BONE = (0.35, 1.25)  # how strong another scanner shows bone, of what this one does
+FOREIGN_BONE = (0.2, 1.25)  # how strong another scanner shows bone, of what this one does
+BLACK_OUTSIDE = 0.2  # share of the turned samples with black corners, as a viewer or a scanner turns a picture
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
 # What `python -m train prepare` writes and `load_dataset` reads.
@@ -324,15 +325,15 @@ def warp(
 ) -> list[Image]:
     """One random flip, affine map and elastic deformation, applied to every image alike; a `crop` window of the result.
 
-    Rotation up to 10 degrees, zoom 0.85 to 1.35, aspect and shear to 8 %, elastic displacement about 1 % of the
-    image, each times the geometry's strength; borders repeat the edge, as in preprocessing. What is switched off is
-    drawn all the same, so that the rest of a batch stays what it was.
+    Rotation up to 15 degrees, zoom 0.85 to 1.57, aspect and shear to 8 %, elastic displacement about 1 % of the
+    image, each times the geometry's strength; borders repeat the edge, as in preprocessing, or are black now and then.
+    What is switched off is drawn all the same, so that the rest of a batch stays what it was.
     """
     source = images[0].shape[0]
     strength = augmentation.geometry
     framing = strength * augmentation.zoom
-    angle = np.deg2rad(rng.uniform(-10, 10) * strength * augmentation.rotation)
-    zoom = np.exp(rng.uniform(-0.16, 0.3) * framing)
+    angle = np.deg2rad(rng.uniform(-15, 15) * strength * augmentation.rotation)
+    zoom = np.exp(rng.uniform(-0.16, 0.45) * framing)
     stretch = np.exp(rng.uniform(-0.08, 0.08) * framing)
     shear = rng.uniform(-0.08, 0.08) * framing
     flip = -1.0 if strength > 0 and rng.random() < 0.5 and augmentation.flip else 1.0
@@ -345,6 +346,8 @@ def warp(
     x, y = np.meshgrid(axis + corner[0] * 2.0 / size, axis + corner[1] * 2.0 / size)
     shift = rng.uniform(-0.08, 0.08, 2) * framing
     elastic = rng.normal(0.0, 0.02 * strength * augmentation.elastic, (2, 6, 6)).astype(np.float32)
+    black = rng.random() < BLACK_OUTSIDE and strength > 0 and augmentation.rotation
+    border = cv2.BORDER_CONSTANT if black else cv2.BORDER_REPLICATE
     bend = [cv2.resize(field, (crop, crop), interpolation=cv2.INTER_CUBIC) for field in elastic]
     map_x = (matrix[0, 0] * x + matrix[0, 1] * y + shift[0] + bend[0] + 1.0) * source / 2.0 - 0.5
     map_y = (matrix[1, 0] * x + matrix[1, 1] * y + shift[1] + bend[1] + 1.0) * source / 2.0 - 0.5
@@ -353,7 +356,7 @@ def warp(
     blur = 0.45 * np.sqrt(max(reduction**2 - 1.0, 0.0))
     maps = map_x.astype(np.float32), map_y.astype(np.float32)
     soft = [_blurred(image, blur) if blur > 0.2 else image for image in images]
-    warped = [cv2.remap(image, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for image in soft]
+    warped = [cv2.remap(image, *maps, cv2.INTER_LINEAR, borderMode=border) for image in soft]
     return [np.asarray(image, dtype=np.float32) for image in warped]
 
 
@@ -377,10 +380,10 @@ def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[I
         sigma = rng.uniform(0.3, 0.9)
         cxr, soft_tissue = _blurred(cxr, sigma), _blurred(soft_tissue, sigma)
     elif kind == 1:
-        amount = rng.uniform(0.2, 0.8)
+        amount = rng.uniform(0.2, 1.2)
         cxr, soft_tissue = (image + np.float32(amount) * (image - _blurred(image, 1.5)) for image in (cxr, soft_tissue))
     else:
-        noise = rng.normal(0.0, rng.uniform(0.002, 0.012), cxr.shape).astype(np.float32)
+        noise = rng.normal(0.0, np.exp(rng.uniform(*np.log((0.002, 0.03)))), cxr.shape).astype(np.float32)
         cxr, soft_tissue = cxr + noise, soft_tissue + noise
     return cxr, soft_tissue
 
