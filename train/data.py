@@ -71,7 +71,8 @@ class Augmentation:
         phantoms: share of the phantoms warped and, unless `foreign` is 0, shown with weaker or stronger bone, and toned
             anew as often as `foreign` says. The others stay as drawn but for the flip: each is another patient under
             another exposure already, and warping smooths its grain.
-        flip, rotation, zoom, elastic: which parts of the geometry there are; zoom is also shift, aspect and shear.
+        flip, rotation, zoom, elastic: which parts of the geometry there are; rotation is also black corners, zoom
+            shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
     """
 
