@@ -35,7 +35,8 @@ from bsdiff_rt.bench_report import head
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
-from bsdiff_rt.flops import matmul_ceilings, seconds_of
+from bsdiff_rt.flops import matmul_ceilings
+from bsdiff_rt.timing import seconds_of
 
 ROOT = Path(__file__).parents[1]
 COMPILING_S = 60.0  # less than this left, and torch.compile is not begun

@@ -10,8 +10,8 @@ import torch
 import typer
 
 from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.choice import load
 from bsdiff_rt.config import SamplerName
-from bsdiff_rt.engine import load
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampler import CapturedSampler

@@ -30,7 +30,6 @@ import typer
 from torch import Tensor, nn
 
 from bsdiff_rt import plot
-from bsdiff_rt.bench import median_ratio
 from bsdiff_rt.bench_model import Candidate, Missing, Model, Wanted, loaded, missing
 from bsdiff_rt.bench_report import BenchSettings, Document, aligned, notes, run, table
 from bsdiff_rt.config import Schedule
@@ -40,6 +39,7 @@ from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampler import Draw, sample
 from bsdiff_rt.schedule import Table, alpha_bar
+from bsdiff_rt.timing import median_ratio
 
 PUBLISHED, COMPILED, DIFFUSERS, OPENVINO = "published eager", "published compiled", "diffusers loop", "openvino"
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.batching import enhanced, suppress
 from bsdiff_rt.bundle import Manifest, open_bundle
+from bsdiff_rt.choice import load
 from bsdiff_rt.config import SAMPLERS, SamplerName, ScannerTone
 from bsdiff_rt.detail import add_source_detail, subtract_local_bone
-from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.intensity import Placement, from_network, place, resize, to_network, without_mirror

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 
 from benchmarks.quality import both_stages, in_its_tone, write
 from bsdiff_rt.bundle import Manifest, open_bundle
+from bsdiff_rt.choice import load
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
-from bsdiff_rt.engine import load
 from bsdiff_rt.errors import SettingsError, one_line, run_command
 from bsdiff_rt.evaluate import read_result
 from bsdiff_rt.intensity import from_network, place, to_network

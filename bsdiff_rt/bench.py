@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ from torch import Tensor
 from bsdiff_rt.batching import NOISE_THREADS, NoiseAhead
 from bsdiff_rt.bench_model import BASELINE, Candidate, Missing, Model, memory_mark, memory_since, missing
 from bsdiff_rt.errors import EngineError
-from bsdiff_rt.flops import denoiser_work, seconds_of
+from bsdiff_rt.flops import denoiser_work
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.sampler import CapturedSampler, sample
 from bsdiff_rt.schedule import Table, sampler_table
+from bsdiff_rt.timing import interleaved, median_ratio, seconds_of
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K")
 FEW_STEPS = 10  # of a model whose own sampler takes hundreds; a whole image of those is measured when asked for
 FEW_STEPS_FROM = 100
 PICTURE_RANGE = 2.0  # from -1 to 1
@@ -189,40 +189,9 @@ def _measure_batch(
     ]
 
 
-def interleaved(
-    calls: Mapping[K, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    warm_up: int = 1,
-) -> tuple[dict[K, list[float]], dict[K, Exception]]:
-    """Seconds of each call, taken in turn (A B C A B C ...), after `warm_up` rounds that are not counted.
-
-    A call that raises is left out from then on, and its error is returned in its place.
-    """
-    times: dict[K, list[float]] = {key: [] for key in calls}
-    failed: dict[K, Exception] = {}
-    for number in range(-warm_up, rounds):
-        for key, call in calls.items():
-            if key in failed:
-                continue
-            try:
-                seconds = seconds_of(call, device)
-            except Exception as error:  # as above: whatever a backend raises
-                failed[key] = error
-                continue
-            if number >= 0:
-                times[key].append(seconds)
-    return {key: values for key, values in times.items() if key not in failed}, failed
-
-
 def percentile_95(seconds: Sequence[float]) -> float:
     """The smallest measured value that 95 % of them do not exceed."""
     return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-
-
-def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of values measured in the same round."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def psnr_db(reference: Tensor, other: Tensor, peak: float) -> float | None:

@@ -254,9 +254,9 @@ def _load(model: Model, runner: str, precision: str, device: torch.device, folde
         raise EngineError(
             "needs a bundle on disk: `python -m export random paper -o DIR` (from a clone) makes one; then --bundle DIR"
         )
-    from bsdiff_rt import engine  # here: the eager networks can be measured without what engines need
+    from bsdiff_rt.choice import load  # here: the eager networks can be measured without what engines need
 
-    return engine.load(model.bundle, runner, device, precision, folder)
+    return load(model.bundle, runner, device, precision, folder)
 
 
 def loaded(name: str, load: Callable[[], Runner], device: torch.device) -> Candidate:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -233,7 +234,12 @@ def build_engine(
     manifest = read_engine(folder).manifest
     parity = manifest.parity
     if as_json:
-        found = {"engine": str(folder), "build_seconds": manifest.build_seconds, "parity": parity.to_dict()}
+        found = {
+            "engine": str(folder),
+            "build_seconds": manifest.build_seconds,
+            "parity": parity.to_dict(),
+            "speed": asdict(manifest.speed),
+        }
         typer.echo(json.dumps(found, indent=1))
         return
     if verbose:
@@ -243,8 +249,15 @@ def build_engine(
     typer.echo(
         f"{folder}\n{runner} {precision}, batch {taken}, built in {manifest.build_seconds:.0f} s. Against "
         f"{parity.reference}: single calls within {parity.worst_call:.1e} of the largest output, "
-        f"pictures after {step_count(parity.steps)} of {parity.sampler} {parity.psnr_db:.1f} dB or more."
+        f"pictures after {step_count(parity.steps)} of {parity.sampler} {parity.psnr_db:.1f} dB or more. "
+        f"At batch {manifest.speed.batch}: {manifest.speed}."
     )
+    if manifest.speed.ratio < 1:
+        typer.echo(
+            f"Slower than {manifest.speed.instead}: `--runner auto` will pass it over. If the machine was busy, "
+            "build it again.",
+            err=True,
+        )
 
 
 @app.command()

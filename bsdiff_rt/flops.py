@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bsdiff_rt.config import DenoiserConfig, EnhancerConfig
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.timing import seconds_of
 
 # A matrix product of n x n; each device is swept upwards until one product takes longer than its share of the time.
 MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -73,21 +73,6 @@ def _work(network: nn.Module, *inputs: Tensor) -> Work:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*inputs)
     return Work(float(counter.get_total_flops()), sum(p.numel() for p in network.parameters()), values)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one call with everything it orders on the device; nothing older is counted."""
-    synchronise(device)
-    started = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_ceilings(device: torch.device, budget_s: float = 0.4) -> dict[str, float]:

@@ -27,15 +27,40 @@ from typing import Any
 import torch
 
 from bsdiff_rt.bundle import Bundle, typed
-from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision
+from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, RunnerName
 from bsdiff_rt.errors import BundleError, EngineError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.parity import Parity
 from bsdiff_rt.runners import unavailable
 from bsdiff_rt.runners.base import Progress, Runner
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "engine.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a denoiser call took when the engine was built, in turn with what runs without an engine.
+
+    The fastest call of each counts: other work on the machine makes some slower.
+
+    Attributes:
+        batch: images in each call, the engine's smallest batch.
+        step_ms: the engine's.
+        instead: the runner it was timed beside, in fp32.
+        instead_ms: that runner's.
+        ratio: instead_ms over step_ms; above 1 the engine is the faster one.
+    """
+
+    batch: int
+    step_ms: float
+    instead: RunnerName
+    instead_ms: float
+    ratio: float
+
+    def __str__(self) -> str:
+        ours, theirs = (f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}" for ms in (self.step_ms, self.instead_ms))
+        return f"{ours} ms a step, {self.ratio:.2f} times as fast as {self.instead} ({theirs} ms)"
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,7 @@ class EngineManifest:
         built: when, UTC, ISO 8601.
         bsdiff_rt: version that built it.
         parity: what the gate found.
+        speed: what it gains here; `auto` passes over an engine that gains nothing.
         files: SHA-256 (hex) of every other file.
     """
 
@@ -81,6 +107,7 @@ class EngineManifest:
     built: str
     bsdiff_rt: str
     parity: Parity
+    speed: Speed
     files: dict[str, str]
 
     def to_json(self) -> str:

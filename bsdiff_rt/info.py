@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import open_bundle, shipped_bundles
+from bsdiff_rt.choice import ENGINE_RUNNERS, cache_folder, engines_in_cache
 from bsdiff_rt.config import RUNNERS, step_count
-from bsdiff_rt.engine import ENGINE_RUNNERS, cache_folder, engines_in_cache
 from bsdiff_rt.errors import BundleError, EngineError
 from bsdiff_rt.identity import check_files, check_machine, read_engine
 from bsdiff_rt.report import package_versions
@@ -67,6 +67,6 @@ def engines() -> dict[str, str]:
         found[folder.name] = (
             f"usable: {manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
             f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, on {manifest.device}, "
-            f"{parity.psnr_db:.1f} dB against {parity.reference}, built {manifest.built}"
+            f"{parity.psnr_db:.1f} dB against {parity.reference}, {manifest.speed}, built {manifest.built}"
         )
     return found

@@ -20,9 +20,9 @@ import torch
 
 from bsdiff_rt.batching import Suppressor, Taken, auto_batch
 from bsdiff_rt.bundle import Bundle, open_bundle
+from bsdiff_rt.choice import Choice, choose, load_first
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.discover import UNCERTAINTY, Task, find_tasks
-from bsdiff_rt.engine import Choice, choose, load_first
 from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
 from bsdiff_rt.ledger import Ledger, only_run
 from bsdiff_rt.noise import ImageNoise

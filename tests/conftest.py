@@ -18,12 +18,15 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import SHAPE, ToyRunner, randomise
+from stand_in import StandIn, build, change, timed
+from stand_in import write_bundle as stand_in_bundle
 from synthetic import chest
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt import pipeline
-from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
+from bsdiff_rt.bundle import MANIFEST, Bundle, open_bundle, signed
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.identity import Backend
 from bsdiff_rt.intensity import seen_by_networks
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -105,6 +108,64 @@ def tiny_engine(tiny_bundle: Path, shared: Path) -> Path:
         if not output.is_dir():
             build_engine(open_bundle(tiny_bundle), options, torch.device("cpu"), output, lambda *_: None)
     return output
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Bundle:
+    """A bundle of tiny networks at 16 px, without graphs."""
+    return stand_in_bundle(tmp_path / "small")
+
+
+def stand_in_backend(patch: pytest.MonkeyPatch) -> StandIn:
+    """Engines are built and loaded by a stand-in."""
+    from bsdiff_rt import engine, identity
+
+    made = StandIn()
+    for module in (identity, engine):
+        patch.setattr(module, "backend", lambda _: Backend(made.build, made.load, lambda: made.versions))
+    return made
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """What builds and loads engines in this test."""
+    return stand_in_backend(monkeypatch)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where engines are kept, not made yet."""
+    from bsdiff_rt.choice import cache_folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
+    return cache_folder()
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of what `small` is, to be copied."""
+    bundle = stand_in_bundle(tmp_path_factory.mktemp("bundle") / "small")
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in_backend(patch)
+        return build(bundle, tmp_path_factory.mktemp("engine") / "engine")
+
+
+@pytest.fixture
+def built(built_once: Path, small: Bundle, stand_in: StandIn, cache: Path) -> Path:
+    """An engine of the small bundle, in the cache; it was twice as fast as onnxruntime."""
+    stand_in.bundle = small
+    folder = Path(shutil.copytree(built_once, cache / "engine"))
+    change(folder, speed=timed(2.0))
+    return folder
+
+
+@pytest.fixture
+def in_cache(tiny_engine: Path, cache: Path) -> Path:
+    """The tiny engine, where `auto` finds it; it was twice as fast as onnxruntime."""
+    cache.mkdir(parents=True)
+    folder = Path(shutil.copytree(tiny_engine, cache / "tiny"))
+    change(folder, speed=timed(2.0))
+    return folder
 
 
 @pytest.fixture

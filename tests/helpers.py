@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,8 @@ class ToyRunner(Runner):
 
     def close(self) -> None:
         self.closed = True
+
+
+def mode(path: Path) -> int:
+    """Who may do what with a file or folder, as chmod takes it."""
+    return stat.S_IMODE(path.stat().st_mode)

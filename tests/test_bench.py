@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
@@ -14,8 +13,8 @@ import pytest
 import torch
 from helpers import ToyRunner
 
-from bsdiff_rt import bench, bench_model, bench_report, engine, plot
-from bsdiff_rt.bench import Plan, default_steps, interleaved, measure, median_ratio, percentile_95, psnr_db
+from bsdiff_rt import bench, bench_model, bench_report, choice, plot, timing
+from bsdiff_rt.bench import Plan, default_steps, measure, percentile_95, psnr_db
 from bsdiff_rt.bench_model import BASELINE, Candidate, Memory, Model, Wanted, load_candidates, open_model, random_model
 from bsdiff_rt.bench_report import BenchSettings, aligned, conditions, git_commit, notes, run, table
 from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
@@ -61,48 +60,17 @@ def clock(monkeypatch):
         call()
         return seconds.pop(0) if seconds else 1.0
 
-    monkeypatch.setattr(bench, "seconds_of", fake)
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "seconds_of", fake)
     return seconds
 
 
 # --- statistics ---
 
 
-def test_calls_are_taken_in_turn_and_the_warm_up_is_not_counted(clock):
-    order = []
-    clock += [90.0, 91.0, 1.0, 2.0, 3.0, 4.0]
-    times, failed = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU)
-    assert "".join(order) == "ababab"
-    assert times == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
-    assert failed == {}
-
-
-def test_without_a_warm_up_every_round_counts(clock):
-    times, _ = interleaved({"a": lambda: None}, 3, CPU, warm_up=0)
-    assert times == {"a": [1.0] * 3}
-
-
-def test_a_call_that_fails_is_left_out_and_the_others_go_on(clock):
-    calls = itertools.count()
-
-    def fails_in_the_second_round():
-        if next(calls) == 1:
-            raise RuntimeError("no more")
-
-    times, failed = interleaved({"a": fails_in_the_second_round, "b": lambda: None}, 3, CPU, warm_up=0)
-    assert times == {"b": [1.0] * 3}
-    assert str(failed["a"]) == "no more"
-    assert next(calls) == 2
-
-
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (5, 5), (19, 19), (20, 19), (100, 95), (101, 96)])
 def test_the_95th_percentile_is_a_measured_value(count, expected):
     assert percentile_95([float(value) for value in range(count, 0, -1)]) == expected
-
-
-def test_the_median_of_ratios_survives_a_slow_round():
-    assert median_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
-    assert median_ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2.0
 
 
 def test_psnr():
@@ -298,7 +266,7 @@ def fake_engines(monkeypatch):
             return ToyRunner(64)
         raise EngineError(f"no {runner} in {precision}")
 
-    monkeypatch.setattr(engine, "load", load)
+    monkeypatch.setattr(choice, "load", load)
 
 
 def test_every_engine_that_is_built_is_a_candidate(fake_engines, tiny_bundle):

@@ -1,153 +1,30 @@
-"""Engines: published whole and only if they agree, used only where every field of their identity fits.
-
-Most of it runs on a stand-in for a runner with engines, which "builds" by copying weights and runs them eagerly; the
-last part builds, checks and runs a real one through the command line.
-"""
+"""Engines are published whole, and only if they agree with eager."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
-import logging
 import os
 import re
 import shutil
 import signal
-import stat
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import fates, pixels, png, randomise, report_of, tree
-from safetensors.torch import save_file
+from helpers import mode, tree
+from stand_in import CPU, FP32, GPU, SIZE, WEIGHTS, build
 
-from bsdiff_rt import bundle as bundles
-from bsdiff_rt import engine, identity
-from bsdiff_rt.bundle import Bundle, open_bundle
-from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.engine import (
-    REJECTED,
-    build_engine,
-    cache_folder,
-    choose,
-    engines_in_cache,
-    find_engine,
-    load,
-    load_first,
-)
+from bsdiff_rt import engine, identity, timing
+from bsdiff_rt.choice import choose, engines_in_cache, load
+from bsdiff_rt.config import EngineOptions
+from bsdiff_rt.engine import REJECTED, build_engine
 from bsdiff_rt.errors import EngineError, SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.identity import MANIFEST, Backend, EngineManifest, open_engine, read_engine
-from bsdiff_rt.networks.autoencoder import Enhancer
-from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import load_networks
+from bsdiff_rt.identity import MANIFEST, EngineManifest, Speed, open_engine, read_engine
+from bsdiff_rt.parity import compare
+from bsdiff_rt.runners import load_networks, load_runner
 from bsdiff_rt.runners.eager import EagerRunner
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SIZE = 16
-FP32 = EngineOptions("aoti", "fp32", (1, 4))
-WEIGHTS = ("denoiser.pt2", "enhancer.pt2")
-VERSIONS = {"torch": "2.13.0", "cuda": "none"}
-
-
-def write_bundle(folder: Path, seed: int = 1) -> Bundle:
-    """A bundle of tiny networks at 16 px, without graphs."""
-    preset = PRESETS["tiny"]
-    folder.mkdir()
-    for name, network in (("denoiser", Denoiser(preset.denoiser)), ("enhancer", Enhancer(preset.enhancer))):
-        randomise(network, seed)
-        save_file(network.state_dict(), folder / f"{name}.safetensors")
-        (folder / f"{name}.onnx").write_bytes(b"")
-    manifest = dataclasses.replace(
-        open_bundle("demo").manifest,
-        name="small net",
-        denoiser=preset.denoiser,
-        enhancer=preset.enhancer,
-        schedule=Schedule(objective="x0"),
-        sampler=SamplerSettings("ddim", 2),
-        preprocessing=Preprocessing(SIZE),
-        files={name: file_sha256(folder / name) for name in bundles.FILES},
-    )
-    (folder / bundles.MANIFEST).write_text(manifest.to_json())
-    return open_bundle(folder)
-
-
-@pytest.fixture
-def small(tmp_path) -> Bundle:
-    return write_bundle(tmp_path / "small")
-
-
-class StandIn:
-    """What runners/aoti.py offers, in milliseconds; a test may change each part."""
-
-    def __init__(self) -> None:
-        self.during: Callable[[Path], None] = lambda folder: None
-        self.distort: Callable[[torch.Tensor], None] = lambda out: None
-        self.versions = VERSIONS
-        self.loaded: list[Path] = []
-        self.closed = 0
-        self.bundle: Bundle | None = None
-
-    def build(self, bundle, options, device, folder, progress) -> dict[str, Any]:
-        self.bundle = bundle
-        progress("standing in", 0.5)
-        for name in WEIGHTS:
-            shutil.copy(bundle.file(name.replace("pt2", "safetensors")), folder / name)
-            self.during(folder)
-        return {"option": 1}
-
-    def load(self, folder, *, device, precision, batch_range, image_size) -> EagerRunner:
-        stand_in = self
-        self.loaded.append(folder)
-
-        class Runner(EagerRunner):
-            name = "aoti"
-
-            def denoise(self, x_t, cxr, t, out):
-                super().denoise(x_t, cxr, t, out)
-                stand_in.distort(out)
-
-            def close(self):
-                stand_in.closed += 1
-
-        assert self.bundle is not None
-        runner = Runner(*load_networks(self.bundle), image_size, device)
-        runner.precision, runner.batch_range = precision, batch_range
-        return runner
-
-
-@pytest.fixture
-def stand_in(monkeypatch) -> StandIn:
-    made = StandIn()
-    for module in (identity, engine):
-        monkeypatch.setattr(module, "backend", lambda _: Backend(made.build, made.load, lambda: made.versions))
-    return made
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """Where engines are kept, not made yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
-    return cache_folder()
-
-
-def build(bundle: Bundle, output: Path | None = None, options: EngineOptions = FP32) -> Path:
-    return build_engine(bundle, options, CPU, output, lambda *_: None)
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def change(folder: Path, **fields: Any) -> None:
-    """Rewrite fields of an engine's manifest."""
-    path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
 
 # --- building ---------------------------------------------------------------------------------------------------------
 
@@ -304,453 +181,105 @@ def test_a_runner_that_cannot_be_used_is_not_built(small, stand_in, cache):
     assert not cache.exists()
 
 
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def built_once(tmp_path_factory) -> Path:
-    """An engine of what `write_bundle` writes, to be copied."""
-    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "small")
-    stand_in = StandIn()
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (identity, engine):
-            patch.setattr(module, "backend", lambda _: Backend(stand_in.build, stand_in.load, lambda: VERSIONS))
-        return build(bundle, tmp_path_factory.mktemp("engine") / "engine")
+# --- timing -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def built(built_once, small, stand_in, cache) -> Path:
-    """An engine of the small bundle, in the cache."""
-    stand_in.bundle = small
-    return Path(shutil.copytree(built_once, cache / "engine"))
-
-
-def test_opened(built, small, stand_in):
-    opened = open_engine(built, small, CPU)
-    assert opened.folder == built
-    assert opened.sha256 == file_sha256(built / MANIFEST)
-    assert stand_in.loaded == []
-    runner = opened.load(CPU)
-    assert (runner.precision, runner.batch_range, runner.image_size) == ("fp32", (1, 4), SIZE)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"bundle": {"name": "demo", "sha256": "0" * 64}}, "bundle name: built for demo, this is small net"),
-        ({"bundle": {"name": "small net", "sha256": "0" * 64}}, f"bundle sha256: built for {'0' * 64}, this is "),
-        ({"image_size": 256}, "image_size: built for 256, this is 16"),
-        ({"platform": "Windows AMD64"}, "platform: built for Windows AMD64, this is "),
-        ({"device": "NVIDIA H100"}, "device: built for NVIDIA H100, this is "),
-        ({"compute_capability": "9.0"}, "compute_capability: built for 9.0, this is "),
-        ({"multiprocessors": 132}, "multiprocessors: built for 132, this is 0"),
-        ({"driver": "CUDA 12.8"}, "driver: built for CUDA 12.8, this is none"),
-        ({"versions": {"torch": "2.12.0", "cuda": "none"}}, "version of torch: built for 2.12.0, this is 2.13.0"),
-        ({"versions": {"torch": "2.13.0", "cuda": "13.0"}}, "version of cuda: built for 13.0, this is none"),
-        ({"versions": {"torch": "2.13.0"}}, "version of cuda: built for None, this is none"),
-        ({"runner": "tensorrt"}, "runner tensorrt: it runs on NVIDIA GPUs, not on cpu"),
-    ],
-    ids=str,
-)
-def test_every_field_is_checked_and_the_one_that_differs_is_named(built, small, stand_in, fields, message):
-    change(built, **fields)
-    with pytest.raises(EngineError, match=message) as caught:
-        open_engine(built, small, CPU)
-    assert str(built) in str(caught.value)
-    assert caught.value.exit_code == 4
-    assert stand_in.loaded == []
-
-
-def test_another_bundle(built, stand_in, tmp_path):
-    other = write_bundle(tmp_path / "other", seed=2)
-    with pytest.raises(EngineError, match=f"bundle sha256: built for .*, this is {other.sha256}"):
-        open_engine(built, other, CPU)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "engine.json is not JSON"),
-        ("[]", "engine.json should be an object"),
-        ("{}", "engine.json: format: built as None, this version reads 1"),
-        ('{"format": 2}', "engine.json: format: built as 2, this version reads 1"),
-        ('{"format": 1}', "engine.json: field '.*' is missing"),
-    ],
-)
-def test_a_manifest_that_is_none(built, small, text, message):
-    (built / MANIFEST).write_text(text)
-    with pytest.raises(EngineError, match=message):
-        open_engine(built, small, CPU)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"extra": 1}, "unknown field 'extra'"),
-        ({"batch_max": "4"}, "batch_max should be of type int, is '4'"),
-        ({"runner": "eager"}, "runner should be one of aoti, tensorrt, is 'eager'"),
-        ({"parity": {}}, "parity: field '.*' is missing"),
-    ],
-    ids=str,
-)
-def test_a_manifest_is_read_strictly(built, small, fields, message):
-    change(built, **fields)
-    with pytest.raises(EngineError, match=message):
-        open_engine(built, small, CPU)
-
-
-def test_a_manifest_that_is_no_text(built, small):
-    (built / MANIFEST).write_bytes(b"\xff\xfe")
-    with pytest.raises(EngineError, match="can't decode"):
-        open_engine(built, small, CPU)
-
-
-def test_no_engine(small, tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(EngineError, match=r"no engine.json in it; `bsdiff-rt build-engine` makes an engine"):
-            open_engine(folder, small, CPU)
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_file_is_named_and_never_loaded(built, small, stand_in, name, damage):
-    path = built / name
-    content = bytearray(path.read_bytes())
-    if damage == "missing":
-        path.unlink()
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content if damage == "flipped" else path.read_bytes()[:-1])
-    expected = "missing; build the engine" if damage == "missing" else "SHA-256: built as .*, this is .*; the file"
-    with pytest.raises(EngineError, match=f"{name}: {expected}"):
-        load(small, "auto", CPU, engine=built)
-    assert stand_in.loaded == []
-
-
-def test_a_file_without_a_hash_is_never_loaded(built, small, stand_in):
-    change(built, files={WEIGHTS[0]: file_sha256(built / WEIGHTS[0])})
-    with pytest.raises(EngineError, match=f"{WEIGHTS[1]}: not in engine.json; remove it, or build the engine again"):
-        load(small, "auto", CPU, engine=built)
-    assert stand_in.loaded == []
-
-
-def test_files_outside_the_folder_are_not_read(built, small):
-    manifest = read_engine(built).manifest
-    change(built, files=manifest.files | {"../secret": "0" * 64})
-    with pytest.raises(EngineError, match=r"files names '\.\./secret', which is not a plain file name"):
-        open_engine(built, small, CPU)
-
-
-@pytest.mark.parametrize("bits", [0o020, 0o002])
-@pytest.mark.parametrize("part", ["", *WEIGHTS, MANIFEST])
-def test_what_others_may_write_is_refused(built, small, part, bits):
-    path = built / part
-    path.chmod(mode(path) | bits)
-    with pytest.raises(EngineError, match=rf"others may write to it \(mode {mode(path):o}\).*chmod -R go-w"):
-        open_engine(built, small, CPU)
-
-
-def test_what_belongs_to_another_user_is_refused(built, small, monkeypatch):
-    owner = built.stat().st_uid
-    real = Path.stat
-
-    def foreign(self: Path, **options: Any) -> Any:
-        found = real(self, **options)
-        return SimpleNamespace(st_uid=owner + 1, st_mode=found.st_mode, st_size=0) if self.name == WEIGHTS[0] else found
-
-    monkeypatch.setattr(Path, "stat", foreign)
-    with pytest.raises(EngineError, match=f"{WEIGHTS[0]}: belongs to another user"):
-        open_engine(built, small, CPU)
-
-
-def test_a_system_without_such_bits(built, small, monkeypatch):
-    built.chmod(0o777)
-    monkeypatch.delattr(os, "getuid")  # Windows
-    assert open_engine(built, small, CPU)
-
-
-# --- machines ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(monkeypatch) -> SimpleNamespace:
-    """A machine with one GPU, as far as torch says; its fields may be changed."""
-    found = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-
-    def driver(name: str) -> SimpleNamespace:
-        assert name in ("libcuda.so.1", "nvcuda.dll")
-        return SimpleNamespace(cuDriverGetVersion=lambda pointer: setattr(pointer._obj, "value", 13010))
-
-    monkeypatch.setattr(identity.ctypes, "CDLL", driver)
-    return found
-
-
-def test_identity_of_a_gpu(gpu):
-    found = identity.identify(GPU)
-    assert (found["device"], found["compute_capability"], found["multiprocessors"]) == ("NVIDIA H100", "9.0", 132)
-    assert found["driver"] == "CUDA 13.1"
-
-
-def test_an_engine_for_another_gpu(built, small, gpu):
-    change(built, **identity.identify(GPU))
-    assert open_engine(built, small, GPU)
-    gpu.multi_processor_count = 114  # a slice, or the PCIe card
-    with pytest.raises(EngineError, match="multiprocessors: built for 132, this is 114; build the engine again here"):
-        open_engine(built, small, GPU)
-    with pytest.raises(EngineError, match="device: built for NVIDIA H100, this is "):
-        open_engine(built, small, CPU)
-
-
-CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t\t: fpu avx2 {}\n\nprocessor\t: 1\nmodel name\t: 2\n"
-
-
-def test_identity_of_a_processor(monkeypatch):
-    text = CPUINFO.format("avx512f")
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    first = identity.identify(CPU)
-    assert first["device"] == "AMD EPYC 9B14"
-    assert first["compute_capability"].startswith(torch.backends.cpu.get_cpu_capability())
-    text = CPUINFO.format("avx512f amx_tile")  # a processor of the same name, elsewhere
-    second = identity.identify(CPU)
-    assert second["device"] == first["device"]
-    assert second["compute_capability"] != first["compute_capability"]
-
-
-def test_a_processor_that_does_not_say(monkeypatch):
-    def missing(self: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    found = identity.identify(CPU)
-    assert found["device"]
-    assert found["compute_capability"].endswith(" unknown")
-
-
-# --- finding and choosing ---------------------------------------------------------------------------------------------
-
-
-def aged(folder: Path, seconds: int) -> Path:
-    os.utime(folder / MANIFEST, (seconds, seconds))
-    return folder
-
-
-@pytest.fixture
-def three(built, cache) -> list[Path]:
-    """Engines of one bundle: fp32, then bf16 (the newest), then an old fp32 one of another batch."""
-    others = [Path(shutil.copytree(built, cache / name)) for name in ("lower", "static")]
-    change(others[0], precision="bf16")
-    change(others[1], batch_min=2, batch_max=2)
-    return [aged(folder, age) for folder, age in zip((built, *others), (2000, 3000, 1000), strict=True)]
-
-
-def test_the_newest_that_fits_is_found(three, small):
-    assert engines_in_cache() == [three[1], three[0], three[2]]
-    assert find_engine(small, CPU, "auto", "aoti").folder == three[1]
-    assert find_engine(small, CPU, "fp32", "aoti").folder == three[0]
-    change(three[0], device="another")
-    aged(three[0], 2000)
-    assert find_engine(small, CPU, "fp32", "aoti").folder == three[2]
-
-
-@pytest.fixture(autouse=True)
-def computes_bf16(monkeypatch):
-    """Whatever processor the tests run on."""
-    monkeypatch.setattr(engine, "computes_bf16", lambda _: True)
-
-
-def test_an_engine_in_what_the_device_emulates_is_taken_only_when_named(three, small, monkeypatch):
-    monkeypatch.setattr(engine, "computes_bf16", lambda _: False)
-    chosen = choose(small, "auto", CPU)
-    assert chosen.runner != "aoti"
-    assert "not aoti: its newest engine is in bf16, which cpu emulates; --runner aoti takes it" in chosen.why
-    for runner, precision in (("aoti", "auto"), ("auto", "bf16")):
-        assert choose(small, runner, CPU, precision).engine.folder == three[1]
-    monkeypatch.setattr(engine, "computes_bf16", lambda _: True)
-    assert choose(small, "auto", CPU).engine.folder == three[1]
-
-
-def test_a_damaged_engine_is_passed_over(three, small):
-    (three[1] / WEIGHTS[0]).write_bytes(b"")
-    assert find_engine(small, CPU, "auto", "aoti").folder == three[0]
-
-
-def test_an_engine_removed_while_it_is_looked_at_is_no_engine(three, monkeypatch):
-    real = Path.stat
-
-    def stat(path, **options):
-        if path.parent == three[0] and path.name == MANIFEST:
-            raise FileNotFoundError(2, "No such file or directory")
-        return real(path, **options)
-
-    monkeypatch.setattr(Path, "stat", stat)
-    assert engines_in_cache() == [three[1], three[2]]
-
-
-def test_auto_takes_an_engine_of_the_batch_asked_for_or_says_why_not(three, small):
-    for folder, most, age in zip(three, (4, 1, 2), (2000, 3000, 1000), strict=True):
-        change(folder, batch_min=1, batch_max=most)
-        aged(folder, age)
-    assert choose(small, "auto", CPU, batch=1).engine.folder == three[1]
-    assert choose(small, "auto", CPU, batch=3).engine.folder == three[0]
-    choice = choose(small, "auto", CPU, batch=8)
-    assert (choice.runner, choice.engine) == ("onnxruntime", None)
-    assert f"{three[1].name} takes at most 1 at once, not 8" in choice.why
-    with pytest.raises(EngineError, match=rf"build-engine {small.folder} --runner aoti --precision fp32 --batch 1:8$"):
-        find_engine(small, CPU, "fp32", "aoti", 8)
-
-
-def test_half_built_engines_are_not_looked_at(three, small, cache):
-    shutil.copytree(three[0], cache / ".building-x" / "engine")
-    shutil.copytree(three[0], cache / ".building-y")
-    assert len(engines_in_cache()) == 3
-
-
-def test_none_fits(three, small, tmp_path):
-    with pytest.raises(EngineError) as caught:
-        find_engine(small, CPU, "fp16", "aoti")
-    assert str(caught.value) == (
-        f"no engine built for this bundle and device in fp16 ({three[1].name} is in bf16, not fp16; {three[0].name} is "
-        f"in fp32, not fp16; {three[2].name} is in fp32, not fp16): "
-        f"bsdiff-rt build-engine {small.folder} --runner aoti --precision fp16"
-    )
-    other = write_bundle(tmp_path / "other", seed=2)
-    with pytest.raises(EngineError, match=r"no engine built for this bundle and device: bsdiff-rt build-.*/other"):
-        find_engine(other, CPU, "auto", "aoti")
-    for folder in three:
-        change(folder, versions={"torch": "2.12.0", "cuda": "none"})
-    with pytest.raises(EngineError, match=r"and device \(.*torch: built for 2\.12\.0, this is 2\.13\.0.*\): bsdiff-rt"):
-        find_engine(small, CPU, "auto", "aoti")
-
-
-def test_without_a_cache(small, cache):
-    assert engines_in_cache() == []
-    with pytest.raises(EngineError, match="no engine built"):
-        find_engine(small, CPU, "auto", "aoti")
-    assert not cache.exists()  # looking makes nothing: a home may be read-only
-
-
-def test_a_bundle_of_the_package_is_called_by_its_name(cache):
-    with pytest.raises(EngineError, match=r"build-engine demo --runner aoti --device cuda:1$"):
-        find_engine(open_bundle("demo"), torch.device("cuda", 1), "auto", "aoti")
-
-
-def test_auto_takes_an_engine_that_was_built(three, small):
-    choice = choose(small, "auto", CPU)
-    assert (choice.runner, choice.precision, choice.engine.folder) == ("aoti", "bf16", three[1])
-    assert choice.why == "not tensorrt: it runs on NVIDIA GPUs, not on cpu"
-    assert choose(small, "auto", CPU, "fp32").engine.folder == three[0]
-
-
-def test_auto_without_engines_says_how_to_build_one(small, cache):
-    choice = choose(small, "auto", CPU)
-    assert (choice.runner, choice.precision, choice.engine) == ("onnxruntime", "fp32", None)
-    assert f"not aoti: no engine built for this bundle and device: bsdiff-rt build-engine {small.folder}" in choice.why
-
-
-def test_auto_passes_over_an_engine_that_does_not_fit_and_says_why(built, small):
-    change(built, driver="CUDA 12.8")
-    choice = choose(small, "auto", CPU)
-    assert choice.runner == "onnxruntime"
-    assert "driver: built for CUDA 12.8, this is none" in choice.why
-
-
-def test_a_precision_nobody_has(built, small):
-    with pytest.raises(
-        EngineError, match=r"--precision fp16: no runner has it here: not tensorrt: .*; not aoti: no en"
-    ):
-        choose(small, "auto", CPU, "fp16")
-
-
-def test_by_name_without_an_engine(small, cache):
-    with pytest.raises(
-        EngineError, match="--runner aoti cannot be used on cpu: no engine built for this bundle and device: bsdiff-rt"
-    ):
-        choose(small, "aoti", CPU)
-
-
-def test_by_name_with_an_engine(built, small):
-    choice = choose(small, "aoti", CPU)
-    assert (choice.engine.folder, choice.why) == (built, "asked for")
-    assert choose(small, "eager", CPU).engine is None
-
-
-def test_by_folder(built, small, tmp_path):
-    elsewhere = built.rename(tmp_path / "elsewhere")
-    for runner, precision in (("auto", "auto"), ("aoti", "auto"), ("auto", "fp32"), ("aoti", "fp32")):
-        assert choose(small, runner, CPU, precision, elsewhere).engine.folder == elsewhere
-    with pytest.raises(SettingsError, match=r"--runner eager: the engine .* is aoti; leave one of the two out"):
-        choose(small, "eager", CPU, "auto", elsewhere)
-    with pytest.raises(SettingsError, match=r"--precision bf16: the engine .* is fp32; leave one of the two out"):
-        choose(small, "auto", CPU, "bf16", elsewhere)
-    change(elsewhere, driver="CUDA 12.8")
-    with pytest.raises(EngineError, match="driver"):
-        choose(small, "auto", CPU, "auto", elsewhere)  # no other one is taken in its place
-
-
-def test_loading_says_what_and_why(built, small, stand_in, caplog):
-    with caplog.at_level(logging.INFO), load(small, "auto", CPU) as runner:
-        assert runner.name == "aoti"
-    assert f"runner aoti in fp32 on cpu, engine {built} (not tensorrt: it runs on NVIDIA GPUs" in caplog.text
-    assert stand_in.loaded == [built]
-
-
-def fail_to_load(monkeypatch, failures: dict[str, Exception]) -> None:
-    """Runners that load as by default but for the ones named."""
-    load_runner = engine.load_runner
-
-    def loading(bundle, name, device, precision="fp32"):
-        if name in failures:
-            raise failures[name]
-        return load_runner(bundle, name, device, precision)
+def takes(monkeypatch) -> dict[str, float]:
+    """Seconds that the fastest call of each runner takes, by its name; every call is made all the same."""
+    seconds = {"aoti": 0.2, "onnxruntime": 0.3, "eager": 0.5}
+    calls = itertools.count()
+
+    def fake(call, device):
+        call()
+        busy = 1.0 if next(calls) % 5 == 4 else 0.0  # the machine, now and then
+        return seconds[call.func.__self__.name] + busy
+
+    for module in (engine, timing):
+        monkeypatch.setattr(module, "seconds_of", fake)
+    return seconds
+
+
+def instead(monkeypatch, name: str, fails: Exception | None = None) -> None:
+    """A runner that loads in this test, by its name; eager inside."""
+
+    class Other(EagerRunner):
+        def denoise(self, x_t, cxr, t, out):
+            if fails:
+                raise fails
+            super().denoise(x_t, cxr, t, out)
+
+    Other.name = name
+
+    def loading(bundle, asked, device):
+        if asked != name:
+            return load_runner(bundle, asked, device)
+        return Other(*load_networks(bundle), bundle.manifest.preprocessing.size, device)
 
     monkeypatch.setattr(engine, "load_runner", loading)
 
 
-def test_auto_takes_the_next_where_the_first_does_not_load(built, small, stand_in, monkeypatch, caplog):
-    def broken(*_, **__):
-        raise EngineError("denoiser.pt2: no kernel image")
-
-    monkeypatch.setattr(stand_in, "load", broken)
-    monkeypatch.setattr(identity, "backend", lambda _: Backend(stand_in.build, broken, lambda: VERSIONS))
-    fail_to_load(monkeypatch, {"onnxruntime": EngineError("not a graph")})
-    choice, runner = load_first(small, "auto", CPU)
-    assert (choice.runner, choice.engine, runner.name) == ("eager", None, "eager")
-    assert choice.why == (
-        "not tensorrt: it runs on NVIDIA GPUs, not on cpu; not aoti: it does not load (denoiser.pt2: no kernel image); "
-        "not onnxruntime: it does not load (not a graph)"
-    )
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [
-        "runner aoti passed over: it does not load (denoiser.pt2: no kernel image)",
-        "runner onnxruntime passed over: it does not load (not a graph)",
-    ]
-    fail_to_load(monkeypatch, {"eager": EngineError("nor this")})
-    with pytest.raises(EngineError, match=r"no runner has it here: .*; not eager: it does not load \(nor this\)"):
-        load(small, "auto", CPU)
+def test_an_engine_is_timed_beside_what_auto_would_take_without_it(small, stand_in, cache, takes, monkeypatch):
+    instead(monkeypatch, "onnxruntime")
+    build(small)  # another one in the cache is not what it is timed beside
+    speed = read_engine(build(small, options=EngineOptions("aoti", "fp32", (2, 4)))).manifest.speed
+    assert speed == Speed(batch=2, step_ms=200.0, instead="onnxruntime", instead_ms=300.0, ratio=1.5)
+    assert choose(small, "auto", CPU).runner == "aoti"
+    takes["aoti"] = 0.4
+    build(small, options=EngineOptions("aoti", "fp32", (2, 4)))
+    shutil.rmtree(cache / build(small).name)
+    chosen = choose(small, "auto", CPU)
+    assert chosen.runner == "onnxruntime"
+    assert "took 400 ms a step, 0.75 times as fast as onnxruntime (300 ms) when it was built" in chosen.why
 
 
-def test_by_name_or_folder_nothing_else_is_taken(built, small, stand_in, monkeypatch):
-    fail_to_load(monkeypatch, {"onnxruntime": EngineError("not a graph")})
-    with pytest.raises(EngineError, match=r"^not a graph$"):
-        load(small, "onnxruntime", CPU)
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 25), (0.5, 10), (60.0, 3)])
+def test_an_engine_is_timed_for_some_seconds(small, stand_in, cache, takes, monkeypatch, seconds, rounds):
+    takes |= {"aoti": seconds, "eager": seconds}
+    asked = []
+    real = engine.interleaved
 
-    def broken(*_, **__):
-        raise EngineError("no kernel image")
+    def spy(calls, count, device, warm_up=1):
+        asked.append((count, warm_up))
+        return real(calls, count, device, warm_up)
 
-    monkeypatch.setattr(identity, "backend", lambda _: Backend(stand_in.build, broken, lambda: VERSIONS))
-    with pytest.raises(EngineError, match=r"^no kernel image$"):
-        load(small, "auto", CPU, engine=built)
+    monkeypatch.setattr(engine, "interleaved", spy)
+    build(small)
+    assert asked == [(0, 1), (rounds, 0)]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
-def test_without_the_memory_to_load(small, monkeypatch, error):
-    fail_to_load(monkeypatch, {"eager": error})
-    with pytest.raises(EngineError, match=r"cpu has not the memory to load runner eager \(.+\); free some, or"):
-        load(small, "eager", CPU)
-    fail_to_load(monkeypatch, {"eager": RuntimeError("a bug")})
-    with pytest.raises(RuntimeError, match=r"^a bug$"):
-        load(small, "eager", CPU)
+def test_what_does_not_load_beside_it_is_left_out(small, stand_in, cache, takes, caplog):
+    assert read_engine(build(small)).manifest.speed.instead == "eager"  # the small bundle has no graphs
+    assert "not timed beside onnxruntime: it does not load (" in caplog.text
+
+
+def test_where_nothing_runs_beside_it(small, stand_in, cache, monkeypatch):
+    monkeypatch.setattr(engine, "unavailable", lambda name, _: "" if name == "aoti" else "not here")
+    with pytest.raises(EngineError, match="nothing else runs here that the engine could be timed beside"):
+        build(small)
+    assert list(cache.iterdir()) == []
+
+
+def test_what_does_not_run_beside_it_is_left_out(small, stand_in, cache, takes, monkeypatch, caplog):
+    instead(monkeypatch, "onnxruntime", RuntimeError("no kernel image\nis available"))
+    speed = read_engine(build(small)).manifest.speed
+    assert (speed.instead, speed.ratio) == ("eager", 2.5)
+    assert "not timed beside onnxruntime: it does not run (RuntimeError: no kernel image is available)" in caplog.text
+
+
+def test_an_engine_that_fails_while_it_is_timed_is_not_published(small, stand_in, cache, monkeypatch):
+    def fail(_):
+        raise RuntimeError("an illegal memory access")
+
+    def compare_and_break(*arguments):
+        found = compare(*arguments)
+        stand_in.distort = fail
+        return found
+
+    monkeypatch.setattr(engine, "compare", compare_and_break)
+    with pytest.raises(RuntimeError, match=r"^an illegal memory access$"):
+        build(small)
+    assert list(cache.iterdir()) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -766,11 +295,25 @@ def test_command(cli, small, stand_in, cache):
     found = re.match(line, second)
     assert found
     assert float(found[1]) < 1e-5  # the batch of three goes to eager in parts, which sum in another order
-    assert second.endswith("pictures after 2 steps of ddim 200.0 dB or more.")
+    assert re.search(
+        r"2 steps of ddim 200\.0 dB or more\. At batch 2: \S+ ms a step, \S+ times as fast as eager \(\S+ ms\)\.$",
+        second,
+    )
     assert re.search(r"^\d+ s: standing in, 50% done$", done.err, re.MULTILINE)
     assert re.search(r"^\d+ s: comparing 2 steps of ddim with eager fp32$", done.err, re.MULTILINE)
     manifest = read_engine(folder).manifest
     assert (manifest.batch_min, manifest.batch_max, manifest.precision) == (2, 3, "fp32")
+
+
+def test_command_says_that_an_engine_is_slower(cli, small, stand_in, cache, takes):
+    slower = "Slower than eager: `--runner auto` will pass it over. If the machine was busy, build it again."
+    done = cli("build-engine", small.folder, "-q")
+    assert "At batch 1: 200 ms a step, 2.50 times as fast as eager (500 ms)." in done.out
+    assert slower not in done.err
+    takes["aoti"] = 1.0
+    done = cli("build-engine", small.folder, "-q")
+    assert "At batch 1: 1000 ms a step, 0.50 times as fast as eager (500 ms)." in done.out
+    assert slower in done.err
 
 
 def test_the_batch_by_default(cli, small, stand_in, cache, monkeypatch):
@@ -795,6 +338,7 @@ def test_command_quiet_verbose_json(cli, small, stand_in, tmp_path):
     found = json.loads(done.out)
     assert (found["engine"], found["parity"]["tolerance"]) == (str(tmp_path / "engine"), "bf16")
     assert found["build_seconds"] >= 0
+    assert (found["speed"]["batch"], found["speed"]["instead"]) == (1, "eager")
     manifest = read_engine(tmp_path / "engine").manifest
     assert (manifest.batch_min, manifest.batch_max) == (1, 1)
     done = cli("build-engine", small.folder, "-v", "-o", tmp_path / "engine", "--batch", "1:2")
@@ -839,73 +383,7 @@ def test_a_terminal_sees_the_phase(monkeypatch, capsys):
     assert "comparing" in capsys.readouterr().err
 
 
-# --- a real engine, through the command line --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def in_cache(tiny_engine, cache) -> Path:
-    """The tiny engine, where `auto` finds it."""
-    cache.mkdir(parents=True)
-    return Path(shutil.copytree(tiny_engine, cache / "tiny"))
-
-
-def picture(folder: Path) -> np.ndarray:
-    return pixels(folder / "a.png").astype(float)
-
-
-@pytest.mark.slow
-def test_infer_with_an_engine_draws_eagers_picture(infer, tiny_engine, tmp_path, cache):
-    png(tmp_path / "in" / "a.png")
-    assert infer("--runner", "eager").code == 0
-    expected = picture(tmp_path / "out")
-    done = infer("--engine", tiny_engine, "--overwrite")
-    assert done.code == 0, done.err
-    settings = report_of(tmp_path / "out")["settings"]
-    assert (settings["runner"], settings["precision"]) == ("aoti", "fp32")
-    assert report_of(tmp_path / "out")["environment"]["engine"] == file_sha256(tiny_engine / MANIFEST)
-    assert fates(tmp_path / "out") == {"a.png": "ok"}
-    # fp32 within 1e-4 of each call: at most one grey level of 255 falls on the other side of its rounding.
-    assert np.abs(picture(tmp_path / "out") - expected).max() <= 1
-    assert expected.std() > 1  # of a picture, not of nothing
-
-
-@pytest.mark.slow
-def test_infer_auto_finds_the_engine_and_says_so(infer, in_cache, tmp_path):
-    png(tmp_path / "in" / "a.png")
-    done = infer()
-    assert done.code == 0, done.err
-    assert f"runner aoti in fp32 on cpu, engine {in_cache}" in done.err
-    assert report_of(tmp_path / "out")["settings"]["runner"] == "aoti"
-
-
-@pytest.mark.slow
-def test_infer_refuses_an_engine_that_does_not_fit(infer, in_cache, tmp_path):
-    png(tmp_path / "in" / "a.png")
-    change(in_cache, device="NVIDIA H100")
-    done = infer("--engine", in_cache)
-    assert done.code == 4
-    assert "device: built for NVIDIA H100, this is " in done.err
-    assert infer("--runner", "aoti").code == 4
-    assert not (tmp_path / "out").exists()
-    assert infer().code == 0
-    assert report_of(tmp_path / "out")["settings"]["runner"] == "onnxruntime"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--runner", "onnxruntime"], 2, "--runner onnxruntime: the engine .* is aoti"),
-        (["--precision", "bf16"], 2, "--precision bf16: the engine .* is fp32"),
-        (["--batch", "4"], 2, "--batch 4"),
-    ],
-)
-def test_infer_refuses_what_contradicts_the_engine(infer, tiny_engine, tmp_path, arguments, code, message):
-    png(tmp_path / "in" / "a.png")
-    done = infer("--engine", tiny_engine, *arguments)
-    assert done.code == code
-    assert re.search(message, done.err)
-    assert not list(tmp_path.glob("out/*.png"))
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

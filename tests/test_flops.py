@@ -8,7 +8,7 @@ from torch import nn
 
 from bsdiff_rt import flops
 from bsdiff_rt.config import PRESETS
-from bsdiff_rt.flops import Work, copy_bandwidth, denoiser_work, enhancer_work, matmul_ceilings, seconds_of
+from bsdiff_rt.flops import Work, copy_bandwidth, denoiser_work, enhancer_work, matmul_ceilings
 
 CPU = torch.device("cpu")
 
@@ -85,9 +85,3 @@ def test_copy_bandwidth_counts_both_ways(monkeypatch):
     seconds = iter([0.001, 4.0, 2.0, 5.0, 4.0, 4.0])  # the first warms up
     monkeypatch.setattr(flops, "seconds_of", lambda call, device: next(seconds))
     assert copy_bandwidth(CPU) == 1000.0
-
-
-def test_seconds_of():
-    done = []
-    assert 0 < seconds_of(lambda: done.append(1), CPU) < 1
-    assert done == [1]

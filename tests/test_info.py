@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bsdiff_rt import __version__, bundle, info
+from bsdiff_rt.choice import cache_folder
 from bsdiff_rt.config import RUNNERS
-from bsdiff_rt.engine import cache_folder
-from bsdiff_rt.identity import MANIFEST, EngineManifest
+from bsdiff_rt.identity import FORMAT, MANIFEST, EngineManifest, Speed
 from bsdiff_rt.parity import PSNR, Check, Parity
 
 
@@ -69,7 +69,7 @@ def engine(cache, name: str, age: int, **changes) -> Path:
     (folder / "denoiser.pt2").write_bytes(b"code")
     check = Check("denoiser, t = 0, batch 1", PSNR, 91.0, 80.0, True)
     manifest = EngineManifest(
-        format=1,
+        format=FORMAT,
         bundle={"name": "demo", "sha256": "ab" * 32},
         runner="aoti",
         image_size=256,
@@ -83,6 +83,7 @@ def engine(cache, name: str, age: int, **changes) -> Path:
         built="2026-01-02T03:04:05Z",
         bsdiff_rt=__version__,
         parity=Parity("eager fp32 on cpu", "bf16", "ddim", 2, (check,)),
+        speed=Speed(1, 92.04, "onnxruntime", 161.3, 1.752),
         files={"denoiser.pt2": bundle.file_sha256(folder / "denoiser.pt2")},
         **IDENTITY,
     )
@@ -117,10 +118,10 @@ def test_engines_newest_first_and_why_one_cannot_be_used(cache):
     assert list(found)[1:] == ["no manifest", "open to others", "damaged", "other torch", "other processor", "good"]
     assert found["good"] == (
         f"usable: aoti bf16, batch 1 to 8, bundle demo {'ab' * 8}, on AMD EPYC, 91.0 dB against eager fp32 on cpu, "
-        "built 2026-01-02T03:04:05Z"
+        "92 ms a step, 1.75 times as fast as onnxruntime (161 ms), built 2026-01-02T03:04:05Z"
     )
     for name, reason in {
-        "no manifest": "format: built as None, this version reads 1",
+        "no manifest": "format: built as None, this version reads 2",
         "open to others": "others may write to it (mode 777)",
         "damaged": "denoiser.pt2: SHA-256: built as ",
         "other torch": f"version of torch: built for 1.0, this is {torch.__version__}",

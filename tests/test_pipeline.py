@@ -19,7 +19,7 @@ from helpers import SHAPE, dicom, fates, pixels, png, report_of, tree
 from pydicom import dcmread
 from synthetic import chest, dataset, save
 
-from bsdiff_rt import batching, engine, ledger, pipeline, preview, reading, writing
+from bsdiff_rt import batching, choice, ledger, pipeline, preview, reading, writing
 from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.discover import find_tasks
@@ -809,14 +809,14 @@ def test_without_the_memory_for_one_image_it_fails(run, toy, tmp_path):
 
 def test_the_report_names_the_runner_that_loaded(run, tmp_path, monkeypatch):
     png(tmp_path / "in" / "a.png")
-    load_runner = engine.load_runner
+    load_runner = choice.load_runner
 
     def loading(bundle, name, device, precision):
         if name == "onnxruntime":
             raise EngineError("not a graph")
         return load_runner(bundle, name, device, precision)
 
-    monkeypatch.setattr(engine, "load_runner", loading)
+    monkeypatch.setattr(choice, "load_runner", loading)
     assert statuses(run(steps=1)) == {"a.png": "ok"}
     assert report_of(tmp_path / "out")["settings"]["runner"] == "eager"
     assert statuses(run(steps=1)) == {"a.png": "skipped"}  # what is finished is told by the runner that loads

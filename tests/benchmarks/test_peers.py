@@ -30,7 +30,8 @@ def rates(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Every call is done, and takes 1 s."""
-    monkeypatch.setattr("bsdiff_rt.bench.seconds_of", lambda call, device: (call(), 1.0)[1])
+    for module in ("bench", "timing"):
+        monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", lambda call, device: (call(), 1.0)[1])
 
 
 def test_rows_follow_the_contract(tiny_bundle, tmp_path, rates):
