@@ -30,9 +30,10 @@ from benchmarks.gpu_common import Part, Skipped, read
 from benchmarks.gpu_parts import PARTS
 from bsdiff_rt.bench_report import aligned, table
 from bsdiff_rt.config import PRESETS
-from bsdiff_rt.errors import BsdiffError, one_line
+from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
 
 SUMMARY = "gpu_suite.json"
+NO_DEVICE = "no device"
 # Seconds of nine minutes; another --minutes scales them.
 BUDGETS_S = {
     "machine": 45,
@@ -53,6 +54,11 @@ def run_part(part: Part) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started = time.monotonic()
     part.save(name=part.name, status="running")
+    try:
+        _ = part.device  # asked here: a parent that has asked CUDA anything forbids it to its children
+    except SettingsError as error:
+        part.save(status=NO_DEVICE, reason=str(error), seconds=0.0)
+        return
     try:
         PARTS[part.name](part)
         ending = {"status": "done"}
@@ -129,7 +135,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run the parts; 0 unless one failed."""
+    """Run the parts; 0 unless one failed or there is no device."""
     options = arguments(given)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in PARTS:  # of an earlier run
@@ -142,6 +148,8 @@ def main(given: list[str] | None = None) -> int:
             deadline += BUDGETS_S[name] * options.minutes / 9.0  # and what the parts before left
             found[name] = supervise(Part(name, options, work, deadline))
             (options.output / SUMMARY).write_text(json.dumps(summary(found), indent=1) + "\n")
+            if found[name]["status"] == NO_DEVICE:
+                break  # the other parts need it as well
     finally:
         shutil.rmtree(work, ignore_errors=True)
     document = summary(found)
@@ -156,7 +164,7 @@ def main(given: list[str] | None = None) -> int:
         print(
             f"{part['name']:8} {part['status']:12} {part.get('seconds', 0):6.1f} s  {part.get('reason', '')}".rstrip()
         )
-    return 1 if any(part["status"] == "failed" for part in found.values()) else 0
+    return 1 if any(part["status"] in ("failed", NO_DEVICE) for part in found.values()) else 0
 
 
 if __name__ == "__main__":

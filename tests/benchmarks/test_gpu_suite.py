@@ -133,6 +133,15 @@ def test_a_failed_part_fails_the_suite(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "engines.json").exists()
 
 
+def test_without_the_device_it_is_said_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpu_suite.main(["--output", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / gpu_suite.SUMMARY).read_text())["parts"]
+    assert [(part["name"], part["status"]) for part in found] == [("machine", "no device")]
+    assert found[0]["reason"].startswith("--device cuda: this machine has 0 CUDA devices")
+    assert "tests (" not in capsys.readouterr().out
+
+
 def test_the_budget_is_nine_minutes():
     assert sum(gpu_suite.BUDGETS_S.values()) <= 540
 
