@@ -22,7 +22,7 @@ from bsdiff_rt.bench_model import Candidate, Missing, Model, baseline, loaded, m
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
 from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing, ScannerTone
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.runners import load_runner, resolve_device
+from bsdiff_rt.runners import batch_limit, load_runner, resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 
@@ -89,23 +89,26 @@ class Part:
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine to build; `one` for batch 1 alone, else for every batch that is measured."""
+    """An engine to build; `one` for batch 1 alone, else for every batch that is measured and that the runner takes."""
 
     runner: EngineRunnerName
     precision: Precision
     one: bool = False
 
-    def options(self, part: Part) -> EngineOptions:
+    def options(self, part: Part, bundle: Bundle) -> EngineOptions:
         """What a build is asked for."""
-        return EngineOptions(self.runner, self.precision, (1, 1 if self.one else max(part.options.batches)))
+        largest = 1 if self.one else max(part.options.batches)
+        limit = batch_limit(self.runner, bundle.manifest)
+        return EngineOptions(self.runner, self.precision, (1, min(largest, limit or largest)))
 
 
 ENGINES = {
     # What is asked of one image comes first: an engine of one batch size is the fastest for it.
     "aoti fp16, batch 1": EngineKind("aoti", "fp16", one=True),
+    "tensorrt fp16, batch 1": EngineKind("tensorrt", "fp16", one=True),
     "aoti fp16": EngineKind("aoti", "fp16"),
-    "aoti bf16": EngineKind("aoti", "bf16"),
     "tensorrt fp16": EngineKind("tensorrt", "fp16"),
+    "aoti bf16": EngineKind("aoti", "bf16"),
 }
 
 
@@ -211,7 +214,7 @@ def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]
                 part.work / folder_of(name),
                 device=part.device,
                 precision=precision,
-                batch_range=asked.options(part).batch,
+                batch_range=asked.options(part, model.bundle).batch,
                 image_size=model.size,
             )
             found.append(loaded(name, load, part.device))

@@ -93,7 +93,7 @@ def engines(part: Part) -> None:
             folder = part.work / folder_of(name)
             folder.mkdir()
             started = time.monotonic()
-            build(model.bundle, asked.options(part), part.device, folder, lambda *_: None)
+            build(model.bundle, asked.options(part, model.bundle), part.device, folder, lambda *_: None)
         except Exception as error:  # whatever a compiler raises; the next may work
             reason = str(error) if isinstance(error, Skipped | BsdiffError) else one_line(error)
             part.save(not_built=part.found["not_built"] | {name: reason})

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import out_of_memory
 from bsdiff_rt.noise import ImageNoise, batch_noise
+from bsdiff_rt.runners import FULL_BATCH
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampler import CapturedSampler, sample
 from bsdiff_rt.schedule import Table
 
 logger = logging.getLogger(__name__)
 
-FULL_BATCH = 8
 MEMORY_SHARE = 0.8  # of the free device memory: recordings and fragments need some, too
 BATCHES_IN_FLIGHT = 3  # one travels to the device, one is computed, one is on its way to the files
 NOISE_THREADS = 2
@@ -239,7 +239,7 @@ class _DeviceClock(_Clock):
 def auto_batch(runner: Runner) -> int:
     """How many images to give at once: what fills the device and fits its free memory.
 
-    A CPU gains nothing from a batch, a GPU's arithmetic is filled by about `FULL_BATCH` images. The memory an image
+    A CPU gains nothing from a batch, a GPU's arithmetic is filled by `FULL_BATCH` images. The memory an image
     needs is judged by one denoiser call at the runner's smallest batch, which is the answer where not even that fits:
     the files will say so.
     """

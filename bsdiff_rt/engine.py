@@ -16,12 +16,12 @@ import torch
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.choice import ENGINELESS, cache_folder
-from bsdiff_rt.config import EngineOptions
+from bsdiff_rt.config import EngineOptions, EngineRunnerName
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
 from bsdiff_rt.identity import FORMAT, MANIFEST, EngineManifest, Speed, backend, identify
 from bsdiff_rt.parity import compare
-from bsdiff_rt.runners import load_runner, unavailable
+from bsdiff_rt.runners import FULL_BATCH, batch_limit, load_runner, unavailable
 from bsdiff_rt.runners.base import Progress, Runner
 from bsdiff_rt.timing import interleaved, seconds_of
 
@@ -30,6 +30,18 @@ logger = logging.getLogger(__name__)
 REJECTED = ".rejected.json"  # beside the place the engine would have had
 TIMED_S = 10.0  # seconds of calls that a finished engine is timed for, about
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+
+
+def default_batch(bundle: Bundle, runner: EngineRunnerName, device: torch.device) -> tuple[int, int]:
+    """Smallest and largest batch of an engine that none was asked for.
+
+    On a CPU 1, since a range costs speed there. On a GPU 1 to `FULL_BATCH`, or to the largest power of two that the
+    runner's limit allows (`runners.batch_limit`).
+    """
+    if device.type == "cpu":
+        return 1, 1
+    limit = min(batch_limit(runner, bundle.manifest) or FULL_BATCH, FULL_BATCH)
+    return 1, 1 << (limit.bit_length() - 1)
 
 
 def build_engine(
@@ -55,6 +67,13 @@ def build_engine(
     """
     if reason := unavailable(options.runner, device):
         raise EngineError(f"--runner {options.runner} cannot be used on {device}: {reason}")
+    limit = batch_limit(options.runner, bundle.manifest)
+    if limit is not None and options.batch[1] > limit:
+        logger.warning(
+            "a batch of %d makes tensors of 2^31 elements or more, which TensorRT may refuse; --batch 1:%d stays below",
+            options.batch[1],
+            limit,
+        )
     target = output or cache_folder() / folder_name(bundle, options, device)
     _check_place(target)
     try:

@@ -1,12 +1,14 @@
-"""Attention of an exported graph as ONNX Runtime's own operator, which never holds all scores at once.
+"""Attention of an exported graph in the form that a backend knows.
 
-The bundle's graphs spell attention out (MatMul, Softmax, MatMul), as TensorRT's fusions want it. ONNX Runtime's CPU
-kernels take that literally: at 16,384 tokens the scores are 1 GiB, written and read three times. Its operator
-`com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache.
+The bundle's graphs spell attention out (MatMul, Softmax, MatMul), as TensorRT's fusions want it; but their keys are
+turned in three steps, where TensorRT looks for one (`transpose_keys`). ONNX Runtime's CPU kernels take the graph
+literally: at 16,384 tokens the scores are 1 GiB, written and read three times. Its operator
+`com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache (`fuse_attention`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,29 +44,36 @@ def fuse_attention(graph: Path) -> ModelProto:
         replaced[squeeze.output[0]] = helper.make_node(
             "MultiHeadAttention", [query, key, value], list(squeeze.output), domain=DOMAIN, num_heads=1, scale=factor
         )
-    kept = _needed([replaced.get(node.output[0], node) for node in nodes], {out.name for out in model.graph.output})
-    used = {name for node in kept for name in node.input}
-    for field, still in ((nodes, kept), (model.graph.initializer, [t for t in constants.values() if t.name in used])):
-        del field[:]
-        field.extend(still)
+    _replace(model, replaced)
     if replaced and DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return model
 
 
+def transpose_keys(model: ModelProto) -> None:
+    """Have every attention turn its keys with one Transpose, in place; the numbers stay.
+
+    The exporter writes Reshape, Transpose, Reshape, to shapes that are computed while the graph runs: a compiler that
+    looks for attention has to see through those first, and may not.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    replaced: dict[str, NodeProto] = {}
+    for softmax in model.graph.node:
+        scores = _source(made_by, softmax.input[0], "MatMul") if softmax.op_type == "Softmax" else None
+        scaled = _source(made_by, scores.input[1], "Mul") if scores is not None else None
+        if scaled is None:
+            continue
+        turned = scaled.input[0]
+        key = _source(made_by, turned, "Reshape", "Transpose", "Reshape", "Unsqueeze")
+        if key is not None:
+            replaced[turned] = helper.make_node("Transpose", list(key.output), [turned], perm=[0, 1, 3, 2])
+    _replace(model, replaced)
+
+
 def _attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, str, str, str] | None:
     """Names of Q, K, V (each [B, S, C]) and of the scale s of the attention that ends here; None if none does."""
 
-    def source(name: str, *kinds: str) -> NodeProto | None:
-        """The node `kinds` steps up the first inputs, if every step is of the kind named."""
-        node: NodeProto | None = None
-        for kind in kinds:
-            node = made_by.get(name)
-            if node is None or node.op_type != kind:
-                return None
-            name = node.input[0]
-        return node
-
+    source = partial(_source, made_by)
     weighted = source(squeeze.input[0], "MatMul") if squeeze.op_type == "Squeeze" else None
     softmax = source(weighted.input[0], "Softmax") if weighted is not None else None
     scores = source(softmax.input[0], "MatMul") if softmax is not None else None
@@ -81,6 +90,29 @@ def _attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, 
     if scaled_query.input[1] != scaled_key.input[1]:
         return None
     return query.input[0], key.input[0], value.input[0], scaled_query.input[1]
+
+
+def _source(made_by: dict[str, NodeProto], name: str, *kinds: str) -> NodeProto | None:
+    """The node `kinds` steps up the first inputs from the tensor `name`, if every step is of the kind named."""
+    node: NodeProto | None = None
+    for kind in kinds:
+        node = made_by.get(name)
+        if node is None or node.op_type != kind:
+            return None
+        name = node.input[0]
+    return node
+
+
+def _replace(model: ModelProto, replaced: dict[str, NodeProto]) -> None:
+    """Put nodes in the place of those with the same first output, and drop what nothing depends on any more."""
+    graph = model.graph
+    nodes = [replaced.get(node.output[0], node) for node in graph.node]
+    kept = _needed(nodes, {out.name for out in graph.output})
+    used = {name for node in kept for name in node.input}
+    weights = [tensor for tensor in graph.initializer if tensor.name in used]
+    for field, still in ((graph.node, kept), (graph.initializer, weights)):
+        del field[:]
+        field.extend(still)
 
 
 def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:

@@ -25,10 +25,11 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bsdiff_rt.errors import EngineError
+from bsdiff_rt.onnx_attention import transpose_keys
 
 ReducedPrecision = Literal["fp16", "bf16"]
 
-CONVERSION = 1  # raised with every change of what is converted; recorded with every engine
+CONVERSION = 2  # raised with every change of what is converted; recorded with every engine
 TIME_INPUT = "t"
 _TYPES = {"fp16": (TensorProto.FLOAT16, torch.float16), "bf16": (TensorProto.BFLOAT16, torch.bfloat16)}
 _SUFFIX: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -55,7 +56,9 @@ def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision
             that the precision cannot hold.
     """
     try:
-        model = onnx.shape_inference.infer_shapes(onnx.load(graph), strict_mode=True)
+        model = onnx.load(graph)
+        transpose_keys(model)
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     except Exception as error:  # protobuf, onnx and the file system share no base class
         raise EngineError(
             f"{graph}: cannot be read as an ONNX graph with its weights ({type(error).__name__})"

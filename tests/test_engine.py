@@ -329,7 +329,19 @@ def test_the_batch_by_default(cli, small, stand_in, cache, monkeypatch):
     monkeypatch.setattr(engine, "build_engine", build)
     monkeypatch.setattr("bsdiff_rt.runners.resolve_device", lambda _: torch.device("cuda"))
     assert cli("build-engine", small.folder).code == 4
-    assert asked == [((1, 8), "fp16", "cuda")]
+    monkeypatch.setattr(engine, "batch_limit", lambda runner, _: 7 if runner == "tensorrt" else None)
+    assert cli("build-engine", small.folder, "--runner", "tensorrt").code == 4
+    assert asked == [((1, 8), "fp16", "cuda"), ((1, 4), "fp16", "cuda")]
+
+
+def test_a_batch_that_the_runner_may_refuse_is_tried_with_a_warning(small, stand_in, cache, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "batch_limit", lambda *_: 3)
+    build(small, options=EngineOptions("aoti", "fp32", (1, 3)))
+    assert "2^31" not in caplog.text
+    build(small)
+    assert (
+        "a batch of 4 makes tensors of 2^31 elements or more, which TensorRT may refuse; --batch 1:3 stays below"
+    ) in caplog.text
 
 
 def test_command_quiet_verbose_json(cli, small, stand_in, tmp_path):

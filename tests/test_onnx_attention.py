@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from bsdiff_rt.onnx_attention import DOMAIN, fuse_attention
+from bsdiff_rt.onnx_attention import DOMAIN, fuse_attention, transpose_keys
 
 PARTS = ("denoiser", "enhancer")
 
@@ -54,6 +54,26 @@ def test_nothing_that_is_not_needed_is_left(tiny_bundle):
     used = {name for node in fused.graph.node for name in node.input} | {o.name for o in fused.graph.output}
     assert all(used.intersection(node.output) for node in fused.graph.node)
     assert all(tensor.name in used for tensor in fused.graph.initializer)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_keys_are_turned_in_one_step_to_the_same_bits(part, tiny_bundle):
+    plain = onnx.load(tiny_bundle / f"{part}.onnx", load_external_data=False)
+    turned = onnx.load(tiny_bundle / f"{part}.onnx", load_external_data=False)
+    transpose_keys(turned)
+    made_by = {name: node for node in turned.graph.node for name in node.output}
+    softmaxes = [node for node in turned.graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) > 1
+    for softmax in softmaxes:
+        node = made_by[softmax.input[0]]  # the product, then its second factor upwards
+        for kind in ("Mul", "Transpose", "Unsqueeze"):
+            node = made_by[node.input[1 if node.op_type == "MatMul" else 0]]
+            assert node.op_type == kind
+    assert kinds(plain)["Reshape"] - kinds(turned)["Reshape"] == 2 * len(softmaxes)
+    used = {name for node in turned.graph.node for name in node.input} | {o.name for o in turned.graph.output}
+    assert all(used.intersection(node.output) for node in turned.graph.node)
+    assert all(tensor.name in used for tensor in turned.graph.initializer)
+    np.testing.assert_array_equal(*(run(model, tiny_bundle, inputs_of(part)) for model in (plain, turned)))
 
 
 def changed(bundle, tmp_path, change):
@@ -100,4 +120,6 @@ def test_a_graph_without_attention_is_unchanged(tmp_path):
     onnx.save(model, tmp_path / "g.onnx")
     fused = fuse_attention(tmp_path / "g.onnx")
     assert kinds(fused) == {"Relu": 1}
+    transpose_keys(model)
+    assert kinds(model) == {"Relu": 1}
     assert DOMAIN not in {entry.domain for entry in fused.opset_import}

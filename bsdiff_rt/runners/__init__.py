@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bsdiff_rt.bundle import Bundle
+from bsdiff_rt.bundle import Bundle, Manifest
 from bsdiff_rt.config import Precision, RunnerName
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -21,6 +21,8 @@ from bsdiff_rt.runners.eager import EagerRunner
 
 C = TypeVar("C")
 N = TypeVar("N", bound=nn.Module)
+
+FULL_BATCH = 8  # about so many images fill a GPU's arithmetic
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,6 +51,25 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def batch_limit(runner: RunnerName, manifest: Manifest) -> int | None:
+    """How many images an engine of these networks can safely take at once; None: any number.
+
+    A tensor of TensorRT's has to have less than 2^31 elements (NvInfer.h, ITensor; whether the newest versions still
+    insist is reported both ways), and attention's scores are one for each pair of tokens: 8 images of the paper's
+    networks reach it.
+    """
+    if runner != "tensorrt":
+        return None
+    levels = [
+        level
+        for network in (manifest.denoiser, manifest.enhancer)
+        for level, present in enumerate((*network.attention[:-1], True))  # the lowest has one in any case
+        if present
+    ]
+    tokens = (manifest.preprocessing.size >> min(levels)) ** 2
+    return max(1, (2**31 - 1) // tokens**2)
 
 
 def unavailable(name: RunnerName, device: torch.device) -> str | None:

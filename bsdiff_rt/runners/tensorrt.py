@@ -137,7 +137,13 @@ class _Network:
             for name in INPUTS[self._name]:
                 if not context.set_input_shape(name, tuple(buffers[name].shape)):
                     raise EngineError(f"the {self._name}'s engine does not take batch {batch}{LOGGER.said()}")
-            if missing := context.infer_shapes():
+            try:
+                missing = context.infer_shapes()
+            except RuntimeError as error:
+                raise EngineError(
+                    f"the {self._name}'s engine cannot work out its shapes at batch {batch}{LOGGER.said()}"
+                ) from error
+            if missing:
                 raise EngineError(f"the {self._name}'s engine leaves {', '.join(missing)} undefined{LOGGER.said()}")
             self._batch = batch
         for name, buffer in buffers.items():

@@ -43,7 +43,7 @@ T = TypeVar("T")
 INPUTS = {"denoiser": ("x_t", "cxr", "t"), "enhancer": ("x",)}
 OPTIMIZATION_LEVEL = 3  # TensorRT's default; 4 and 5 try more kernels for longer
 # From this version on, Casts to float32 around attention choose float32 sums in the fused fp16 kernel; before, they
-# keep TensorRT from using a fused kernel.
+# keep TensorRT from using a fused kernel. The bf16 kernel sums in float32 anyway.
 FP32_ATTENTION_FROM = (11, 3)
 
 
@@ -105,7 +105,8 @@ def build(
     if device.type != "cuda":
         raise EngineError(f"TensorRT builds engines for CUDA devices, not for {device}; use --device cuda")
     tf32 = options.precision != "fp32"
-    attention_fp32 = tuple(int(part) for part in trt.__version__.split(".")[:2]) >= FP32_ATTENTION_FROM
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    attention_fp32 = options.precision == "fp16" and version >= FP32_ATTENTION_FROM
     with tempfile.TemporaryDirectory() as work, torch.cuda.device(device):
         for name in INPUTS:
             graph = bundle.file(f"{name}.onnx")
@@ -116,7 +117,7 @@ def build(
             plan = _plan(graph, options.batch, tf32, device, _Monitor(name, progress))
             (folder / f"{name}.plan").write_bytes(memoryview(plan))
     return {
-        "attention_fp32": tf32 and attention_fp32,
+        "attention_fp32": attention_fp32,
         "conversion": CONVERSION,
         "enhancer": "tf32" if tf32 else "fp32",
         "max_aux_streams": 0,
@@ -149,9 +150,12 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         smallest, largest = ((size, *tuple(tensor.shape)[1:]) for size in batch)
-        profile.set_shape(tensor.name, min=smallest, opt=largest, max=largest)
+        try:
+            profile.set_shape(tensor.name, min=smallest, opt=largest, max=largest)
+        except RuntimeError as error:
+            raise _refused(graph, batch) from error
     if config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.said()}")
+        raise _refused(graph, batch)
     path = timing_cache(device)
     cache = _open_timing_cache(config, path)
 
@@ -173,6 +177,10 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
         raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot build an engine{LOGGER.said()}")
     _save_timing_cache(cache, path)
     return plan
+
+
+def _refused(graph: Path, batch: tuple[int, int]) -> EngineError:
+    return EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.said()}")
 
 
 def made(what: str, make: Callable[[], T]) -> T:

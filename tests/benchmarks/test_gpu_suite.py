@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 from benchmarks import gpu_common, gpu_parts, gpu_suite
 from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, plan_of
 from bsdiff_rt.bench_model import Missing
+from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners import load_networks
 
@@ -217,11 +219,26 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
     assert batches == [(1, 1), (1, 2), (1, 2)]
     assert part.found["not_built"] == {
         "aoti bf16": "RuntimeError: no kernel",
+        "tensorrt fp16, batch 1": "the package tensorrt is not installed",
         "tensorrt fp16": "the package tensorrt is not installed",
     }
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: "installed")
     with pytest.raises(Skipped, match=r"needs graphs: `python -m export random paper -o DIR`, then --bundle DIR"):
         real("tensorrt", make_model(part).bundle)
+
+
+def test_an_engine_takes_the_batches_that_its_runner_can(part):
+    part.options.batches = (1, 16)
+    bundle = make_model(part).bundle
+    manifest = replace(bundle.manifest, preprocessing=Preprocessing(256), denoiser=PRESETS["paper"].denoiser)
+    paper = replace(bundle, manifest=manifest)
+    assert {name: kind.options(part, paper).batch for name, kind in ENGINES.items()} == {
+        "aoti fp16, batch 1": (1, 1),
+        "tensorrt fp16, batch 1": (1, 1),
+        "aoti fp16": (1, 16),
+        "tensorrt fp16": (1, 7),
+        "aoti bf16": (1, 16),
+    }
 
 
 class Quick:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from bsdiff_rt import runners
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
+from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
-from bsdiff_rt.runners import load_networks, load_runner, resolve_device, resolve_precision, unavailable
+from bsdiff_rt.runners import batch_limit, load_networks, load_runner, resolve_device, resolve_precision, unavailable
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -184,3 +186,23 @@ def test_weights_that_are_no_safetensors(bundle_copy):
     (bundle_copy / "enhancer.safetensors").write_bytes(b"not weights")
     with pytest.raises(BundleError, match=r"enhancer\.safetensors: weights do not fit"):
         load_networks(opened(bundle_copy))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "limit"),
+    [
+        ("paper", 256, 7),  # 128 x 128 tokens: 8 images have 2^31 scores
+        ("paper", 512, 1),  # one image has 2^32: no batch is safe, the smallest is
+        ("demo", 256, 127),  # 64 x 64 tokens, in the enhancer
+    ],
+)
+def test_a_batch_whose_scores_are_below_2_31(preset, size, limit):
+    networks = PRESETS[preset]
+    manifest = replace(
+        open_bundle("demo").manifest,
+        denoiser=networks.denoiser,
+        enhancer=networks.enhancer,
+        preprocessing=Preprocessing(size),
+    )
+    assert batch_limit("tensorrt", manifest) == limit
+    assert batch_limit("aoti", manifest) is None

@@ -1,8 +1,8 @@
 """A stand-in for the module tensorrt that records what it is asked and fails where it is told to.
 
-It answers as the bindings' documentation says TensorRT does: False or None and a message to the logger, never an
-exception, except in constructors. A "plan" names its tensors; "running" one computes a sum that shows which buffer was
-which. It proves what the runner does with TensorRT's answers, nothing about TensorRT.
+It answers as the bindings' documentation and source say TensorRT does: False or None and a message to the logger, no
+exception except in constructors, `set_shape` and `infer_shapes`. A "plan" names its tensors; "running" one computes a
+sum that shows which buffer was which. It proves what the runner does with TensorRT's answers, nothing about TensorRT.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
 
     class Profile:
         def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-            recorder.call("set_shape", input, min, opt, max)
+            if not recorder.call("set_shape", input, min, opt, max):
+                raise RuntimeError("Shape provided for min is inconsistent")
 
     class TimingCache:
         def __init__(self, content: bytes) -> None:
@@ -176,6 +177,9 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
             return recorder.call("set_input_shape", self, name, shape)
 
         def infer_shapes(self) -> list[str]:
+            if "infer_shapes raises" in recorder.fails:
+                recorder.logger.log(recorder.logger.ERROR, "tensor volume exceeds (2^31)-1")
+                raise RuntimeError("infer_shapes error code: 1")
             return [] if recorder.call("infer_shapes") else ["x_t", "t"]
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
