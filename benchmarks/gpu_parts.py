@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ from bsdiff_rt.flops import matmul_ceilings
 from bsdiff_rt.timing import seconds_of
 
 ROOT = Path(__file__).parents[1]
+TELLING_S = 10.0  # that pytest is given to tell what failed, should time run out
 COMPILING_S = 60.0  # less than this left, and torch.compile is not begun
 DEMO_ENGINE_S = 60.0  # the same of the demo model's engine
 DEMO_BATCH = 8
@@ -60,20 +62,27 @@ def tests(part: Part) -> None:
     absent = [name for name in ("pytest", "typer", "pydicom", "platformdirs") if find_spec(name) is None]
     if absent:
         raise Skipped(f"the tests need {', '.join(absent)}, not installed here")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "-rfE", "--tb=short"]
     # Other files are not even imported: they need packages that a bare GPU machine may lack.
     first = [ROOT / "tests" / name for name in ("test_captured_sampler.py", "test_batching.py")]
     marked = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     files = [*first, *(path for path in marked if path not in first)]
-    with (part.options.output / "tests.log").open("w") as log:
-        done = subprocess.run(
-            [*command, "--continue-on-collection-errors", *files], cwd=ROOT, stdout=log, stderr=log, check=False
+    log = part.options.output / "tests.log"
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            [*command, "--continue-on-collection-errors", *files], cwd=ROOT, stdout=output, stderr=output
         )
-    lines = (part.options.output / "tests.log").read_text().splitlines()
+        for patience in (part.left() - TELLING_S, TELLING_S / 2):
+            try:
+                running.wait(patience)
+                break
+            except subprocess.TimeoutExpired:
+                running.send_signal(signal.SIGINT)  # it tells what has failed so far, and ends
+    lines = log.read_text().splitlines() or ["no output"]
     part.save(tail=lines[-30:])
-    part.note(lines[-1] if lines else "no output")
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {lines[-1] if lines else 'no output'}; see tests.log")
+    part.note(lines[-1])
+    if running.poll() != 0:
+        raise RuntimeError(f"pytest ended with {running.poll()}: {lines[-1]}; see tests.log")
 
 
 def _needs_cuda(part: Part) -> None:
@@ -87,7 +96,13 @@ def engines(part: Part) -> None:
     model = make_model(part)
     assert model.bundle is not None
     part.save(built={}, not_built={})
-    for name, asked in ENGINES.items():
+    last_s = 0.0
+    for number, (name, asked) in enumerate(ENGINES.items()):
+        if number == 1 and part.enough_time(DEMO_ENGINE_S, "the demo model's engine"):
+            _demo_engine(part)  # early: the part `folder` needs it
+        if not part.enough_time(last_s, name):
+            part.save(not_built=part.found["not_built"] | {name: "out of time"})
+            continue
         try:
             build, _ = backend(asked.runner, model.bundle)
             folder = part.work / folder_of(name)
@@ -99,10 +114,9 @@ def engines(part: Part) -> None:
             part.save(not_built=part.found["not_built"] | {name: reason})
             part.note(f"{name}: not built: {reason}")
             continue
-        part.save(built=part.found["built"] | {name: round(time.monotonic() - started, 1)})
-        part.note(f"{name}: built in {part.found['built'][name]:.0f} s")
-    if part.enough_time(DEMO_ENGINE_S, "the demo model's engine"):
-        _demo_engine(part)
+        last_s = time.monotonic() - started
+        part.save(built=part.found["built"] | {name: round(last_s, 1)})
+        part.note(f"{name}: built in {last_s:.0f} s")
 
 
 def _demo_engine(part: Part) -> None:
@@ -261,12 +275,13 @@ def folder(part: Part) -> None:
     report = inference.run(inference.tasks([source]))
     seconds = time.monotonic() - started
     counts = dict(report.counts())
-    part.save(seconds_whole=seconds, counts=counts, settings=report.settings, images_per_second=counts["ok"] / seconds)
+    done = counts.get("ok", 0)
+    part.save(seconds_whole=seconds, counts=counts, settings=report.settings, images_per_second=done / seconds)
     part.note(
         f"{counts} of {part.options.images} images of {part.options.image_px} px in {seconds:.1f} s, loading included: "
         f"{part.found['images_per_second']:.2f} images/s, runner {report.settings['runner']}"
     )
-    if counts.get("ok", 0) != part.options.images:
+    if done != part.options.images:
         raise RuntimeError(f"not every image was done: {counts}")
 
 

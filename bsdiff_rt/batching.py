@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsdiff_rt.errors import out_of_memory
+from bsdiff_rt.errors import forget_frames, out_of_memory
 from bsdiff_rt.noise import ImageNoise, batch_noise
 from bsdiff_rt.runners import FULL_BATCH
 from bsdiff_rt.runners.base import Runner
@@ -140,10 +140,11 @@ class Suppressor:
         missing = max(0, self.smallest - len(cxr))
         try:
             clock = self._order(host, [*cxr, *[cxr[-1]] * missing], [*noise, *[noise[-1]] * missing])
-        except BaseException:
+        except BaseException as error:
             try:
                 if self._cuda:  # copies already ordered may still use the batch's memory
                     torch.cuda.synchronize(self._runner.device)
+                forget_frames(error)
                 self._sampler.close()
                 if self._cuda:
                     torch.cuda.empty_cache()
@@ -258,6 +259,7 @@ def auto_batch(runner: Runner) -> int:
         if not out_of_memory(error):
             raise
         logger.warning("out of memory with %d images at once; %.0f MB were free", low, free_before / 1e6)
+        forget_frames(error)
         torch.cuda.empty_cache()
         return low
     free, _ = torch.cuda.mem_get_info(runner.device)

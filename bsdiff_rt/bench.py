@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bsdiff_rt.batching import NOISE_THREADS, NoiseAhead
 from bsdiff_rt.bench_model import BASELINE, Candidate, Missing, Model, memory_mark, memory_since, missing
-from bsdiff_rt.errors import EngineError
+from bsdiff_rt.errors import EngineError, forget_frames
 from bsdiff_rt.flops import denoiser_work
 from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.sampler import CapturedSampler, sample
@@ -173,6 +173,7 @@ def _measure_batch(
             trials[candidate.name] = trial
         except Exception as error:  # backends raise what they like; the others are still measured
             logger.debug("%s failed", candidate.name, exc_info=True)
+            forget_frames(error)
             failed[candidate.name] = error
     logger.info("batch %d: %d rounds of steps, %d of images", batch, plan.repeats, plan.image_repeats)
     calls: dict[tuple[str, str], Callable[[], object]] = {(name, "step"): trial.step for name, trial in trials.items()}
@@ -242,8 +243,10 @@ class Trial:
         mark = memory_mark(device)
         started = time.perf_counter()
         seconds_of(self.step, device)
-        pictures = [call() for call in self.image_calls().values()]
-        taken = memory_since(device, mark)
+        first, *others = self.image_calls().values()
+        pictures = [first()]
+        taken = memory_since(device, mark)  # of what `infer` does: the uncaptured loop holds buffers of its own
+        pictures += [call() for call in others]
         self.warm_up_s = time.perf_counter() - started
         self.picture = pictures[0]
         if not (self.step_out.isfinite().all() and self.picture.isfinite().all()):

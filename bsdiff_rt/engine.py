@@ -131,9 +131,15 @@ def _build(
     reference = load_runner(bundle, "eager", device)
     loaded = module.load(folder, device=device, precision=options.precision, batch_range=options.batch, image_size=size)
     with loaded:
-        with reference:
-            parity = compare(reference, loaded, bundle.manifest, progress)
-        speed = _time(bundle, loaded, progress)
+        try:
+            with reference:
+                parity = compare(reference, loaded, bundle.manifest, progress)
+            speed = _time(bundle, loaded, progress)
+        except RuntimeError as error:
+            raise EngineError(
+                f"the {options.runner} engine in {options.precision} was built and does not run ({one_line(error)}); "
+                "it was not kept"
+            ) from error
     return EngineManifest(
         format=FORMAT,
         bundle=bundle.identity,

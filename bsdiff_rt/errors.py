@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 _SHOWN_CHARACTERS = 300
@@ -33,6 +34,18 @@ def out_of_memory(error: BaseException) -> bool:
         "can't allocate memory",
     )
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the frames of a failed call hold, in the exception and in those it came from.
+
+    As long as an exception lives its traceback keeps every local variable, and with them the device memory of whatever
+    was half made. Where it was raised is still told.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 class BsdiffError(Exception):

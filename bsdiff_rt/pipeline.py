@@ -269,7 +269,9 @@ def _batch(asked: int | None, runner: Runner) -> int:
     """
     _, most = runner.batch_range
     if asked is not None and most is not None and asked > most:
-        raise SettingsError(f"--batch {asked}: this {runner.name} engine takes at most {most}; build a larger one")
+        raise SettingsError(
+            f"--batch {asked}: the {runner.name} runner takes at most {most} here; give less, or build an engine for it"
+        )
     return asked or auto_batch(runner)
 
 

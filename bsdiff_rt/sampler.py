@@ -275,7 +275,8 @@ class _Graph(_Recording):
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves the side stream current when a recording breaks off
             # ... and, as of 2.11, the graph's pool open: every later `empty_cache` of the process would fail (pytorch
-            # pull request 180395). Where it is closed already, this says so.
+            # pull request 180395). Later versions have closed it and say so; then its memory is theirs to give back,
+            # which some do at the end of the process alone (pull request 190348).
             with suppress(RuntimeError):
                 device = torch.cuda.current_device() if cxr.device.index is None else cxr.device.index
                 torch._C._cuda_endAllocateToPool(device, pool)

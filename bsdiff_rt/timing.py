@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from bsdiff_rt.errors import forget_frames
+
 K = TypeVar("K")
 
 
@@ -46,6 +48,7 @@ def interleaved(
             try:
                 seconds = seconds_of(call, device)
             except Exception as error:  # backends raise what they like; the others are still measured
+                forget_frames(error)
                 failed[key] = error
                 continue
             if number >= 0:

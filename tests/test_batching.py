@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -192,6 +193,37 @@ def test_auto_batch_without_the_memory_for_one(monkeypatch, error, caplog):
     else:
         with pytest.raises(RuntimeError, match="bad kernel"):
             auto_batch(runner)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_failed_batch_keeps_no_memory_through_its_exception(wrapped, monkeypatch):
+    """Its traceback would hold what the networks had half made, and smaller batches found the device still full."""
+
+    class Activation:
+        """What a network made before there was no more memory."""
+
+    made, alive_at_close = [], []
+
+    def denoise(*_):
+        activation = Activation()
+        made.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrap(*buffers):
+        try:
+            denoise(*buffers)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError("in an engine") from error
+
+    runner = ToyRunner(SIZE[0])
+    monkeypatch.setattr(runner, "denoise", wrap if wrapped else denoise)
+    with Suppressor(runner, sampler_table(SCHEDULE, "ddim", 1), enhance=False, batch=2) as suppressor:
+        monkeypatch.setattr(suppressor._sampler, "close", lambda: alive_at_close.append(made[-1]() is not None))
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            suppressor.submit(images(2), STREAMS[:2])
+        assert made[0]() is None
+        assert caught.traceback[-1].name == ("wrap" if wrapped else "denoise")  # where it was is still told
+    assert alive_at_close[0] is False
 
 
 def test_results_may_be_taken_in_any_order():

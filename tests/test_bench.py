@@ -140,6 +140,19 @@ def test_memory_is_that_of_loading_and_of_the_first_image(clock, monkeypatch):
         assert rows[0].peak_bytes == most
 
 
+def test_memory_is_read_before_the_image_is_made_a_second_way(clock, monkeypatch):
+    """`infer` never holds the recorded loop's buffers and the plain loop's at once."""
+    order = []
+    picture = torch.zeros(1, 1, SIZE_PX, SIZE_PX)
+    ways = {name: lambda name=name: order.append(name) or picture for name in ("image", "uncaptured")}
+    monkeypatch.setattr(bench.Trial, "image_calls", lambda _: ways)
+    monkeypatch.setattr(bench, "memory_mark", lambda _: 5)
+    monkeypatch.setattr(bench, "memory_since", lambda *_: order.append("memory") or Memory(1, 1))
+    ((rows, _),) = measure(plan(), toys(BASELINE), [1])
+    assert order[:3] == ["image", "memory", "uncaptured"]
+    assert rows[0].captured_equals_uncaptured is True
+
+
 def test_memory_of_a_process_rises_with_what_it_takes():
     mark = bench_model.memory_mark(CPU)
     if mark is None:

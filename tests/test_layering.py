@@ -46,7 +46,7 @@ TORCH_FREE = [
 # docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler, engine -> pipeline -> cli.
 LAYERS = (
     {"errors", "config", "files", ""},
-    {"schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
+    {"timing", "schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
     {"raster", "dicom_grey", "dicom", "intensity", "clahe", "tone", "view", "detail", "metrics", "report"},
     {"derived", "discover", "preview", "progress", "runners"},
     {
@@ -60,7 +60,6 @@ LAYERS = (
         "choice",
         "engine",
         "flops",
-        "timing",
     },
     {"batching"},
     {"pipeline", "info", "bench", "bench_model", "bench_report", "plot"},

@@ -827,7 +827,7 @@ def test_the_report_names_the_runner_that_loaded(run, tmp_path, monkeypatch):
 def test_a_batch_larger_than_the_engine_is_refused(run, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     toy.batch_range = (2, 4)
-    with pytest.raises(SettingsError, match="--batch 5: this toy engine takes at most 4; build a larger one"):
+    with pytest.raises(SettingsError, match="--batch 5: the toy runner takes at most 4 here; give less, or build"):
         run(batch=5)
 
 

@@ -54,13 +54,13 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def batch_limit(runner: RunnerName, manifest: Manifest) -> int | None:
-    """How many images an engine of these networks can safely take at once; None: any number.
+    """How many images a runner of these networks can safely take at once on a GPU; None: any number.
 
-    A tensor of TensorRT's has to have less than 2^31 elements (NvInfer.h, ITensor; whether the newest versions still
-    insist is reported both ways), and attention's scores are one for each pair of tokens: 8 images of the paper's
-    networks reach it.
+    Attention's scores are one for each pair of tokens: 8 images of the paper's networks have 2^31. A tensor of
+    TensorRT's has to have less (NvInfer.h, ITensor; whether the newest versions still insist is reported both ways),
+    and ONNX Runtime's CUDA kernels count elements in 32 bits in places. The other two never hold all scores.
     """
-    if runner != "tensorrt":
+    if runner not in ("tensorrt", "onnxruntime"):
         return None
     levels = [
         level
@@ -127,6 +127,7 @@ def load_runner(bundle: Bundle, name: RunnerName, device: torch.device, precisio
             bundle.manifest.preprocessing.size,
             device=device,
             precision=precision,
+            batch_max=None if device.type == "cpu" else batch_limit(name, bundle.manifest),
         )
     if name != "eager":
         raise EngineError(f"runner {name} needs a built engine; bsdiff-rt build-engine makes one")

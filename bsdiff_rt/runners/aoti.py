@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions, Precision
-from bsdiff_rt.errors import EngineError, one_line
+from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners import computes_bf16, load_networks
 from bsdiff_rt.runners.base import Progress, Runner
+from bsdiff_rt.timing import interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,10 @@ QUERIES = 512  # whose scores, against all keys, stay in the processor's cache
 # Wider heads have no flash or cuDNN kernel; the one left takes 32 queries a block, which occupy a few of a GPU's many
 # multiprocessors where the image is small (aten/src/ATen/native/transformers/cuda/mem_eff_attention).
 FUSED_WIDTH = 256
-ATTENTION_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# cuDNN's is on Hopper up to twice as fast as flash (pytorch issue 142132), where it takes the shapes.
+WITH_CUDNN = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
+ATTENTION_CALLS = 3
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,7 +89,9 @@ class AotiRunner(Runner):
         self._denoiser = self._enhancer = None
 
     def _run(self, package: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        with self._on_device():
+        # The package runs on the current stream of the current device, wherever its buffers are: torch's
+        # model_container_runner_cuda.cpp asks getCurrentCUDAStream(), without a device index, for each run.
+        with _on(self.device):
             try:
                 out.copy_(package(*inputs))
             except RuntimeError as error:
@@ -99,12 +101,10 @@ class AotiRunner(Runner):
                     raise torch.OutOfMemoryError(f"out of memory in an aoti engine ({one_line(error)})") from error
                 raise
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """The package runs on the current stream of the current device, wherever its buffers are.
 
-        torch's model_container_runner_cuda.cpp asks getCurrentCUDAStream(), without a device index, for each run.
-        """
-        return nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device)
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Work in this block finds `device` the current one, which code without a device index takes."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _ooms(device: torch.device) -> int:
@@ -154,11 +154,40 @@ def build(
 
     # Export takes an example of 1 for a constant; a range is exported at 2.
     batch = options.batch[0] if options.batch[0] == options.batch[1] else max(2, options.batch[0])
-    image = torch.zeros(batch, 1, size, size, device=device)
-    t = torch.zeros(batch, device=device)
-    _compile(denoiser.to(device), (image, image.clone(), t), options.batch, folder / DENOISER, progress, 0.0)
-    _compile(enhancer.to(device), (image,), options.batch, folder / ENHANCER, progress, 0.5)
-    return {"memory_format": "channels_last" if channels_last else "contiguous", "enhancer_precision": "fp32"}
+    made: dict[str, Any] = {"memory_format": "channels_last" if channels_last else "contiguous"}
+    with _on(device):
+        image = torch.zeros(batch, 1, size, size, device=device)
+        example = (image, image.clone(), torch.zeros(batch, device=device))
+        denoiser, enhancer = denoiser.to(device), enhancer.to(device)
+        kernels = WITH_CUDNN
+        if device.type == "cuda" and options.precision != "fp32":
+            progress("choosing the attention kernel", 0.0)
+            kernels = fastest_attention(partial(denoiser.eval(), *example), device)
+            made["attention"] = "cudnn" if kernels is WITH_CUDNN else "flash"
+        _compile(denoiser, example, options.batch, folder / DENOISER, progress, 0.0, kernels)
+        _compile(enhancer, (image,), options.batch, folder / ENHANCER, progress, 0.5, WITH_CUDNN)
+    return made | {"enhancer_precision": "fp32"}
+
+
+def fastest_attention(call: Callable[[], object], device: torch.device) -> list[SDPBackend]:
+    """The order of attention kernels with which a network's call is fastest on `device`.
+
+    A kernel that says it takes the shapes and then fails is found here: compiled in, it would fail in every run.
+
+    Raises:
+        RuntimeError: no order works, or there is not the memory.
+    """
+    took: list[tuple[float, list[SDPBackend]]] = []
+    for kernels in (WITH_CUDNN, WITHOUT_CUDNN):
+        with torch.no_grad(), sdpa_kernel(kernels, set_priority=True):
+            times, failed = interleaved({"": call}, ATTENTION_CALLS, device)
+        if not failed:
+            took.append((min(times[""]), kernels))
+        elif out_of_memory(failed[""]) or kernels is WITHOUT_CUDNN:
+            raise failed[""]
+        else:
+            logger.warning("cuDNN's attention does not work here (%s); flash attention is used", one_line(failed[""]))
+    return min(took, key=lambda entry: entry[0])[1]
 
 
 def lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
@@ -247,8 +276,9 @@ def _compile(
     package: Path,
     progress: Progress,
     done: float,
+    kernels: list[SDPBackend],
 ) -> None:
-    """Export `network` and write its package.
+    """Export `network` and write its package; attention is compiled to the first of `kernels` that takes it.
 
     Raises:
         EngineError: torch cannot.
@@ -270,7 +300,7 @@ def _compile(
         warnings.catch_warnings(),
         fresh_cache(dir=str(package.parent)),
         config.patch("cpp.dynamic_threads", True),
-        _for_gpu() if device.type == "cuda" else nullcontext(),
+        _for_gpu(kernels) if device.type == "cuda" else nullcontext(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own functions
         try:
@@ -287,12 +317,11 @@ def _compile(
 
 
 @contextmanager
-def _for_gpu() -> Iterator[None]:
-    """What a build for a GPU wants to know besides.
+def _for_gpu(kernels: list[SDPBackend]) -> Iterator[None]:
+    """What a build for a GPU wants to know besides: which attention comes first, and where the toolkit is.
 
-    Which attention comes first: cuDNN's, on Hopper up to twice as fast as flash (pytorch issue 142132), where it takes
-    the shapes. And where the toolkit is: torch hands the linker its stand-in for the driver's library only where
-    CUDA_HOME is set, not where it found the toolkit by itself; the driver's own may lie where no linker looks.
+    torch hands the linker its stand-in for the driver's library only where CUDA_HOME is set, not where it found the
+    toolkit by itself; the driver's own may lie where no linker looks.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -300,7 +329,7 @@ def _for_gpu() -> Iterator[None]:
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
     os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (f"{CUDA_HOME}/lib64/stubs", before["LIBRARY_PATH"])))
     try:
-        with sdpa_kernel(ATTENTION_ORDER, set_priority=True):
+        with sdpa_kernel(kernels, set_priority=True):
             yield
     finally:
         for name, value in before.items():
@@ -316,8 +345,9 @@ def _load(package: Path, device: torch.device) -> Any:
     try:
         # Single-threaded, which a runner is anyway: the other way asks CUDA events whether an earlier call has ended,
         # which is not permitted while a graph is recorded (pytorch pull request 148601).
-        return aoti_load_package(
-            str(package), run_single_threaded=True, device_index=-1 if device.index is None else device.index
-        )
+        with _on(device):  # loading makes its device the current one for good (model_base.h)
+            return aoti_load_package(
+                str(package), run_single_threaded=True, device_index=-1 if device.index is None else device.index
+            )
     except Exception as error:
         raise EngineError(f"{package}: torch {torch.__version__} cannot load it: {one_line(error)}") from error

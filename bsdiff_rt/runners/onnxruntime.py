@@ -39,6 +39,7 @@ class OnnxRuntimeRunner(Runner):
         threads: threads per operator on the CPU; default: the processors this process may use.
         device: the CPU or a CUDA device.
         precision: fp32, or fp16 on CUDA.
+        batch_max: the largest batch it takes; None: any.
 
     Raises:
         EngineError: ONNX Runtime cannot load a graph, cannot use the device, or has not the precision there.
@@ -55,8 +56,9 @@ class OnnxRuntimeRunner(Runner):
         *,
         device: torch.device = _CPU,
         precision: Precision = "fp32",
+        batch_max: int | None = None,
     ) -> None:
-        super().__init__(device=device, precision=precision, batch_range=(1, None), image_size=image_size)
+        super().__init__(device=device, precision=precision, batch_range=(1, batch_max), image_size=image_size)
         available = ("fp32",) if device.type == "cpu" else ("fp32", "fp16")  # it has no bf16 convolution
         if precision not in available:
             raise EngineError(

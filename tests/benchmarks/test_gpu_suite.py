@@ -214,7 +214,7 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: None)
     monkeypatch.setattr(gpu_parts, "DEMO_ENGINE_S", 1e9)
     gpu_parts.engines(part)
-    assert part.found["notes"][-1].startswith("the demo model's engine: skipped: out of time")
+    assert part.found["notes"][1].startswith("the demo model's engine: skipped: out of time")  # after the first engine
     assert list(part.found["built"]) == ["aoti fp16, batch 1", "aoti fp16"]
     assert batches == [(1, 1), (1, 2), (1, 2)]
     assert part.found["not_built"] == {
@@ -225,6 +225,43 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: "installed")
     with pytest.raises(Skipped, match=r"needs graphs: `python -m export random paper -o DIR`, then --bundle DIR"):
         real("tensorrt", make_model(part).bundle)
+
+
+def test_no_engine_is_begun_that_will_not_be_done(part, monkeypatch):
+    made, now = [], [0.0]
+
+    def build(bundle, options, device, folder, progress):
+        made.append(options.batch)
+        now[0] += 40.0
+
+    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "backend", lambda *_: (build, None))
+    monkeypatch.setattr(gpu_parts, "_demo_engine", lambda _: made.append("demo"))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    part.deadline = 110.0
+    gpu_parts.engines(part)
+    assert made == [(1, 1), "demo", (1, 1)]
+    assert part.found["not_built"] == dict.fromkeys(["aoti fp16", "tensorrt fp16", "aoti bf16"], "out of time")
+
+
+def test_tests_that_take_too_long_tell_what_failed_so_far(part, monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(
+        "import pytest, time\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert 1 == 2, 'the picture differs'\n\n\n"
+        "@pytest.mark.gpu\ndef test_b():\n    time.sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    for name in ("test_captured_sampler.py", "test_batching.py"):
+        (tmp_path / "tests" / name).write_text("")
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "TELLING_S", 20.0)
+    part.deadline = time.monotonic() + 26.0
+    with pytest.raises(RuntimeError, match=r"pytest ended with 2: .*1 failed.*; see tests\.log"):
+        gpu_parts.tests(part)
+    said = "\n".join(part.found["tail"])
+    assert "the picture differs" in said
+    assert "FAILED tests/test_slow.py::test_a" in said
 
 
 def test_an_engine_takes_the_batches_that_its_runner_can(part):

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomise
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
+from bsdiff_rt import timing
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions
 from bsdiff_rt.errors import EngineError
@@ -337,11 +339,46 @@ def test_a_build_for_a_gpu_tells_the_linker_where_the_toolkit_is(monkeypatch, ho
     else:
         monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("LIBRARY_PATH", "/more")
-    with aoti._for_gpu():
+    with aoti._for_gpu(aoti.WITH_CUDNN):
         assert os.environ["CUDA_HOME"] == "/found"
         assert os.environ["LIBRARY_PATH"] == "/found/lib64/stubs:/more"
     assert os.environ.get("CUDA_HOME") == home
     assert os.environ["LIBRARY_PATH"] == "/more"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fails", "expected"),
+    [
+        ({True: 0.1, False: 0.2}, (), aoti.WITH_CUDNN),
+        ({True: 0.2, False: 0.1}, (), aoti.WITHOUT_CUDNN),
+        ({True: 0.1, False: 0.2}, (True,), aoti.WITHOUT_CUDNN),
+    ],
+)
+def test_the_attention_kernel_is_the_one_that_was_faster(monkeypatch, caplog, seconds, fails, expected):
+    def with_cudnn():
+        return SDPBackend.CUDNN_ATTENTION in _cur_sdpa_kernel_backends(with_priority=True)
+
+    def call():
+        if with_cudnn() in fails:
+            raise RuntimeError("No valid execution plans built.")
+
+    monkeypatch.setattr(timing, "seconds_of", lambda call, device: call() or seconds[with_cudnn()])
+    assert aoti.fastest_attention(call, CPU) is expected
+    said = (
+        "cuDNN's attention does not work here (RuntimeError: No valid execution plans built.); flash attention is used"
+    )
+    assert caplog.messages == ([said] if fails else [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bad kernel"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_where_no_attention_kernel_works(error, caplog):
+    def call():
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        aoti.fastest_attention(call, CPU)
+    assert caught.value is error
+    assert len(caplog.messages) == (str(error) == "bad kernel")  # more memory is not to be had by another kernel
 
 
 @pytest.mark.slow
@@ -354,7 +391,7 @@ def test_the_compiler_leaves_attention_as_it_is_written(tmp_path, attend):
             return attend(tokens, tokens, tokens)
 
     aoti._compile(
-        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0
+        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0, []
     )
     with zipfile.ZipFile(tmp_path / "a.pt2") as content:
         sources = [content.read(name).decode() for name in content.namelist() if name.endswith(".cpp")]

@@ -14,7 +14,15 @@ from bsdiff_rt import runners
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
-from bsdiff_rt.runners import batch_limit, load_networks, load_runner, resolve_device, resolve_precision, unavailable
+from bsdiff_rt.runners import (
+    batch_limit,
+    load_networks,
+    load_runner,
+    onnxruntime,
+    resolve_device,
+    resolve_precision,
+    unavailable,
+)
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -204,5 +212,14 @@ def test_a_batch_whose_scores_are_below_2_31(preset, size, limit):
         enhancer=networks.enhancer,
         preprocessing=Preprocessing(size),
     )
-    assert batch_limit("tensorrt", manifest) == limit
+    assert batch_limit("tensorrt", manifest) == batch_limit("onnxruntime", manifest) == limit
     assert batch_limit("aoti", manifest) is None
+
+
+@pytest.mark.parametrize(("device", "most"), [(CPU, None), (GPU, 127)])
+def test_onnxruntime_on_a_gpu_takes_no_more(monkeypatch, device, most):
+    asked = []
+    monkeypatch.setattr(runners, "unavailable", lambda *_: None)
+    monkeypatch.setattr(onnxruntime, "OnnxRuntimeRunner", lambda *_, **options: asked.append(options["batch_max"]))
+    load_runner(open_bundle("demo"), "onnxruntime", device)
+    assert asked == [most]
