@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,22 @@ def test_a_rejected_engine_leaves_only_its_report(small, stand_in, cache, distor
     stand_in.distort = lambda out: None
     folder = build(small)
     assert tree(cache) == {f"{folder.name}/{file}" for file in (*WEIGHTS, MANIFEST)}  # the report is no longer true
+
+
+@pytest.mark.parametrize(
+    ("objective", "precision", "hint"),
+    [
+        ("eps", "bf16", "; predicting eps takes more digits than bf16 has: --precision fp16 on a GPU, fp32 on a CPU"),
+        ("eps", "fp32", ""),
+        ("x0", "bf16", ""),
+    ],
+)
+def test_a_rejected_engine_is_told_what_may_help(small, stand_in, cache, monkeypatch, objective, precision, hint):
+    schedule = replace(small.manifest.schedule, objective=objective)
+    bundle = replace(small, manifest=replace(small.manifest, schedule=schedule))
+    stand_in.distort = lambda out: out.zero_()
+    with pytest.raises(EngineError, match=r"it was not written, see .*rejected\.json" + re.escape(hint) + "$"):
+        build(bundle, options=EngineOptions("aoti", precision, (1, 1)))
 
 
 def test_a_runner_that_cannot_be_used_is_not_built(small, stand_in, cache):
