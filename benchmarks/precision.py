@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 from dataclasses import replace
-from math import log10
+from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,9 @@ from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import Precision, SamplerName, SamplerSettings
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_command
 from bsdiff_rt.intensity import to_network
+from bsdiff_rt.metrics import mse, psnr
 from bsdiff_rt.noise import ImageNoise
+from bsdiff_rt.parity import EQUAL_DB
 from bsdiff_rt.raster import read_raster
 from bsdiff_rt.runners import load_networks
 from bsdiff_rt.runners.aoti import DTYPES, choose_attention, lower_precision
@@ -100,11 +102,11 @@ def compared(expected: np.ndarray[Any, Any], made: np.ndarray[Any, Any], cxr: np
 
     All [S, S] in [-1, 1]; the figures are of grey levels in [0, 1].
     """
-    difference, taken = ((a.astype(np.float64) - b) / 2 for a, b in ((made, expected), (expected, cxr)))
+    expected, made, cxr = ((image.astype(np.float64) + 1) / 2 for image in (expected, made, cxr))
     return {
-        "psnr": -10 * log10(max(np.square(difference).mean(), 1e-20)),
-        "taken": float(np.sqrt(np.square(difference).mean() / max(np.square(taken).mean(), 1e-20))),
-        "largest": float(np.abs(difference).max()),
+        "psnr": min(psnr(expected, made), EQUAL_DB),
+        "taken": sqrt(mse(expected, made) / max(mse(cxr, expected), 1e-20)),
+        "largest": float(np.abs(made - expected).max()),
     }
 
 

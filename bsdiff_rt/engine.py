@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -10,6 +9,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ from bsdiff_rt.config import EngineOptions, EngineRunnerName
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
 from bsdiff_rt.identity import FORMAT, MANIFEST, EngineManifest, Speed, backend, identify
-from bsdiff_rt.parity import compare
+from bsdiff_rt.parity import Parity, compare
 from bsdiff_rt.runners import FULL_BATCH, batch_limit, load_runner, unavailable
 from bsdiff_rt.runners.base import Progress, Runner
 from bsdiff_rt.timing import interleaved, seconds_of
@@ -85,19 +85,8 @@ def build_engine(
     with temporary as work:
         made = Path(work) / "engine"
         made.mkdir(mode=0o700)
-        manifest = _build(bundle, options, device, made, progress)
         report = target.with_name(target.name + REJECTED)
-        if failed := manifest.parity.failed:
-            content = dataclasses.asdict(manifest) | {"parity": manifest.parity.to_dict()}
-            write_atomically(report, (json.dumps(content, indent=1) + "\n").encode())
-            # Measured with a trained network, 1000 steps: 38 dB in bf16, 67 in fp16 (docs/experiments.md).
-            eps = options.precision == "bf16" and bundle.manifest.schedule.objective == "eps"
-            hint = "; predicting eps takes more digits than bf16 has: --precision fp16 on a GPU, fp32 on a CPU"
-            raise EngineError(
-                f"the {options.runner} engine in {options.precision} does not agree with eager: {failed[0]} "
-                f"({len(failed)} of {len(manifest.parity.checks)} checks failed); it was not written, see {report}"
-                f"{hint if eps else ''}"
-            )
+        manifest = _build(bundle, options, device, made, report, progress)
         (made / MANIFEST).write_text(manifest.to_json())
         for file in made.iterdir():
             file.chmod(0o600)
@@ -124,43 +113,63 @@ def folder_name(bundle: Bundle, options: EngineOptions, device: torch.device) ->
 
 
 def _build(
-    bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, progress: Progress
+    bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, report: Path, progress: Progress
 ) -> EngineManifest:
-    """Build into `folder` and run the gate; the manifest of the engine, published or not."""
+    """Build into `folder`, run the gate and time what passes it.
+
+    Raises:
+        EngineError: it cannot be built, it does not run, or it was rejected, which `report` then says why.
+    """
     module = backend(options.runner)
     started = time.monotonic()
     build_options = module.build(bundle, options, device, folder, progress)
     seconds = time.monotonic() - started
     size, (low, high) = bundle.manifest.preprocessing.size, options.batch
+    made: dict[str, Any] = {
+        "format": FORMAT,
+        "bundle": bundle.identity,
+        "runner": options.runner,
+        "image_size": size,
+        **identify(device),
+        "versions": module.versions(),
+        "precision": options.precision,
+        "batch_min": low,
+        "batch_max": high,
+        "build_options": build_options,
+        "build_seconds": round(seconds, 1),
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "bsdiff_rt": __version__,
+        "files": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    }
     reference = load_runner(bundle, "eager", device)
     loaded = module.load(folder, device=device, precision=options.precision, batch_range=options.batch, image_size=size)
     with loaded:
         try:
             with reference:
                 parity = compare(reference, loaded, bundle.manifest, progress)
+            if parity.failed:
+                raise _rejected(bundle, options, parity, made, report)
             speed = _time(bundle, loaded, progress)
         except RuntimeError as error:
             raise EngineError(
                 f"the {options.runner} engine in {options.precision} was built and does not run ({one_line(error)}); "
                 "it was not kept"
             ) from error
-    return EngineManifest(
-        format=FORMAT,
-        bundle=bundle.identity,
-        runner=options.runner,
-        image_size=size,
-        **identify(device),
-        versions=module.versions(),
-        precision=options.precision,
-        batch_min=low,
-        batch_max=high,
-        build_options=build_options,
-        build_seconds=round(seconds, 1),
-        built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        bsdiff_rt=__version__,
-        parity=parity,
-        speed=speed,
-        files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    return EngineManifest(**made, parity=parity, speed=speed)
+
+
+def _rejected(
+    bundle: Bundle, options: EngineOptions, parity: Parity, made: dict[str, Any], report: Path
+) -> EngineError:
+    """The error of an engine that failed the gate, whose report is written."""
+    write_atomically(report, (json.dumps(made | {"parity": parity.to_dict()}, indent=1) + "\n").encode())
+    # Measured with a trained network, 1000 steps: 38 dB in bf16, 67 in fp16 (docs/experiments.md).
+    eps = options.precision == "bf16" and bundle.manifest.schedule.objective == "eps"
+    hint = "; predicting eps takes more digits than bf16 has: --precision fp16 on a GPU, fp32 on a CPU"
+    return EngineError(
+        f"the {options.runner} engine in {options.precision} does not agree with eager: {parity.failed[0]} "
+        f"({len(parity.failed)} of {len(parity.checks)} checks failed); it was not written, see {report}"
+        f"{hint if eps else ''}"
     )
 
 

@@ -175,6 +175,20 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every call that is timed is done, and takes what the list says next (1 s when it is empty)."""
+    seconds: list[float] = []
+
+    def fake(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        return seconds.pop(0) if seconds else 1.0
+
+    for module in ("bench", "timing"):
+        monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", fake)
+    return seconds
+
+
+@pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
     """Makes the pipeline run this runner in place of the bundle's networks, and returns it."""
     runner = ToyRunner(SIZE_PX)

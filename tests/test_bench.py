@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ToyRunner
 
-from bsdiff_rt import bench, bench_model, bench_report, choice, plot, timing
+from bsdiff_rt import bench, bench_model, bench_report, choice, plot
 from bsdiff_rt.bench import Plan, default_steps, measure, percentile_95, psnr_db
 from bsdiff_rt.bench_model import BASELINE, Candidate, Memory, Model, Wanted, load_candidates, open_model, random_model
 from bsdiff_rt.bench_report import BenchSettings, aligned, conditions, git_commit, notes, run, table
@@ -49,20 +49,6 @@ def rates(monkeypatch):
     """Takes the place of the device's own rates, which cost seconds."""
     monkeypatch.setattr(bench_report, "matmul_ceilings", lambda _: {"fp32": 1e12})
     monkeypatch.setattr(bench_report, "copy_bandwidth", lambda _: 1e10)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Every call is done, and takes what the list says next (1 s when it is empty)."""
-    seconds: list[float] = []
-
-    def fake(call, device):
-        call()
-        return seconds.pop(0) if seconds else 1.0
-
-    for module in (bench, timing):
-        monkeypatch.setattr(module, "seconds_of", fake)
-    return seconds
 
 
 # --- statistics ---

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 import torch
 
-from bsdiff_rt import timing
 from bsdiff_rt.timing import interleaved, median_ratio, seconds_of
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Every call is done, and takes what the list says next (1 s when it is empty)."""
-    seconds: list[float] = []
-
-    def fake(call, device):
-        call()
-        return seconds.pop(0) if seconds else 1.0
-
-    monkeypatch.setattr(timing, "seconds_of", fake)
-    return seconds
 
 
 def test_seconds_of():
