@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bsdiff_rt.bench import Plan
-from bsdiff_rt.bench_model import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
+from bsdiff_rt.bench.candidates import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
+from bsdiff_rt.bench.measure import Plan
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
 from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing, ScannerTone
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.runners import batch_limit, load_runner, resolve_device
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.registry import batch_limit, load_runner, resolve_device
 
 FEW_STEPS = 4
 TF32 = "eager tf32"

@@ -30,14 +30,14 @@ from benchmarks.gpu_common import (
     make_plan,
     plan_of,
 )
-from bsdiff_rt.bench import Plan, Trial, measure, psnr_db
-from bsdiff_rt.bench_model import Candidate, Missing
-from bsdiff_rt.bench_report import head
+from bsdiff_rt.bench.candidates import Candidate, Missing
+from bsdiff_rt.bench.document import head
+from bsdiff_rt.bench.flops import matmul_ceilings
+from bsdiff_rt.bench.measure import Plan, Trial, measure, psnr_db
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
-from bsdiff_rt.flops import matmul_ceilings
-from bsdiff_rt.timing import seconds_of
+from bsdiff_rt.runners.timing import seconds_of
 
 ROOT = Path(__file__).parents[1]
 TELLING_S = 10.0  # that pytest is given to tell what failed, should time run out
@@ -122,7 +122,7 @@ def engines(part: Part) -> None:
 def _demo_engine(part: Part) -> None:
     """As `build-engine` builds it, its parity gate included; for the part `folder`."""
     try:
-        from bsdiff_rt.engine import build_engine  # needs platformdirs
+        from bsdiff_rt.engines.build import build_engine  # needs platformdirs
 
         options = EngineOptions("aoti", "fp16", (1, DEMO_BATCH))
         build_engine(open_bundle(DEMO), options, part.device, part.work / DEMO, lambda *_: None)
@@ -264,7 +264,7 @@ def _kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
 
 def folder(part: Part) -> None:
     """The demo bundle on a folder of drawn pictures: reading, both networks' loop, writing."""
-    from bsdiff_rt.pipeline import Inference  # here: needs the packages that read files
+    from bsdiff_rt.folder.pipeline import Inference  # here: needs the packages that read files
 
     source = part.work / "pictures"
     source.mkdir()

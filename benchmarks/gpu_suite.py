@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.gpu_common import Part, Skipped, read
 from benchmarks.gpu_parts import PARTS
-from bsdiff_rt.bench_report import aligned, table
+from bsdiff_rt.bench.document import aligned, table
 from bsdiff_rt.config import PRESETS
 from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
 

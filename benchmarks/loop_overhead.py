@@ -10,12 +10,12 @@ import torch
 import typer
 
 from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.choice import load
 from bsdiff_rt.config import SamplerName
-from bsdiff_rt.noise import ImageNoise, batch_noise
+from bsdiff_rt.engines.select import load
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.sampler import CapturedSampler
-from bsdiff_rt.schedule import Table, sampler_table
+from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
+from bsdiff_rt.sampling.sampler import CapturedSampler
+from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 # Sampler, steps, images.
 TRIALS: tuple[tuple[SamplerName, int, int], ...] = (("ddim", 2, 5), ("ddim", 50, 1), ("ddpm", 50, 1))

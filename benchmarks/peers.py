@@ -29,17 +29,17 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bsdiff_rt import plot
-from bsdiff_rt.bench_model import Candidate, Missing, Model, Wanted, loaded, missing
-from bsdiff_rt.bench_report import BenchSettings, Document, aligned, notes, run, table
+from bsdiff_rt.bench import plot
+from bsdiff_rt.bench.candidates import Candidate, Missing, Model, Wanted, loaded, missing
+from bsdiff_rt.bench.document import BenchSettings, Document, aligned, notes, run, table
 from bsdiff_rt.config import Schedule
 from bsdiff_rt.errors import EngineError, run_command
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.sampler import Draw, sample
-from bsdiff_rt.schedule import Table, alpha_bar
-from bsdiff_rt.timing import median_ratio
+from bsdiff_rt.runners.timing import median_ratio
+from bsdiff_rt.sampling.sampler import Draw, sample
+from bsdiff_rt.sampling.schedule import Table, alpha_bar
 
 PUBLISHED, COMPILED, DIFFUSERS, OPENVINO = "published eager", "published compiled", "diffusers loop", "openvino"
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bsdiff_rt.bench.plot import draw
 from bsdiff_rt.errors import SettingsError, run_command
-from bsdiff_rt.plot import draw
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

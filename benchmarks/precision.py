@@ -21,19 +21,19 @@ import typer
 
 from benchmarks.quality import write
 from bsdiff_rt import __version__
-from bsdiff_rt.batching import suppress
 from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import Precision, SamplerName, SamplerSettings
+from bsdiff_rt.engines.parity import EQUAL_DB
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_command
-from bsdiff_rt.intensity import to_network
-from bsdiff_rt.metrics import mse, psnr
-from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.parity import EQUAL_DB
-from bsdiff_rt.raster import read_raster
-from bsdiff_rt.runners import load_networks
+from bsdiff_rt.formats.raster import read_raster
+from bsdiff_rt.imaging.metrics import mse, psnr
+from bsdiff_rt.imaging.network_input import to_network
 from bsdiff_rt.runners.aoti import DTYPES, choose_attention, lower_precision
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.sampling.batching import suppress
+from bsdiff_rt.sampling.noise import ImageNoise
+from bsdiff_rt.sampling.schedule import sampler_table
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -20,23 +20,23 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.batching import enhanced, suppress
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.choice import load
 from bsdiff_rt.config import SAMPLERS, SamplerName, ScannerTone
-from bsdiff_rt.detail import add_source_detail, subtract_local_bone
+from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.intensity import Placement, from_network, place, resize, to_network, without_mirror
-from bsdiff_rt.metrics import Quality, mean_quality, quality
-from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.radiograph import grey_digest
-from bsdiff_rt.raster import find_pairs, read_together
-from bsdiff_rt.runners import resolve_device
+from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.imaging.detail import add_source_detail, subtract_local_bone
+from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
+from bsdiff_rt.imaging.network_input import Placement, from_network, place, resize, to_network, without_mirror
+from bsdiff_rt.imaging.tone import tone_change
+from bsdiff_rt.imaging.view import without_borders
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.schedule import Table, sampler_table
-from bsdiff_rt.tone import tone_change
-from bsdiff_rt.view import without_borders
+from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.sampling.batching import enhanced, suppress
+from bsdiff_rt.sampling.noise import ImageNoise
+from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 

@@ -26,12 +26,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.errors import BsdiffError, SettingsError, run_command
-from bsdiff_rt.evaluate import by_name, read_result
-from bsdiff_rt.intensity import place, resize
-from bsdiff_rt.radiograph import Radiograph
-from bsdiff_rt.raster import read_raster
+from bsdiff_rt.folder.evaluate import by_name, read_result
+from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
+from bsdiff_rt.formats.radiograph import Radiograph
+from bsdiff_rt.formats.raster import read_raster
+from bsdiff_rt.imaging.network_input import place, resize
 
 TEMPLATE = Path(__file__).with_name("reader_study.html")
 SCORES = (1, 2, 3)

@@ -26,10 +26,10 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
-from bsdiff_rt.pipeline import Inference
-from bsdiff_rt.radiograph import range_of
-from bsdiff_rt.raster import find_pairs, read_raster, read_together, write_png
+from bsdiff_rt.folder.pipeline import Inference
+from bsdiff_rt.formats.radiograph import range_of
+from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together, write_png
+from bsdiff_rt.imaging.metrics import bsr_tone_matched, mean_quality, quality
 
 Image = NDArray[np.float32]
 Pair = tuple[Image, Image]

@@ -30,19 +30,19 @@ from numpy.typing import NDArray
 
 from benchmarks.quality import both_stages, in_its_tone, write
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.choice import load
 from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
+from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, one_line, run_command
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import from_network, place, to_network
-from bsdiff_rt.metrics import Quality, mean_quality, quality
-from bsdiff_rt.noise import ImageNoise
-from bsdiff_rt.radiograph import grey_digest
-from bsdiff_rt.raster import find_pairs, read_together
-from bsdiff_rt.runners import resolve_device
+from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
+from bsdiff_rt.imaging.network_input import from_network, place, to_network
+from bsdiff_rt.imaging.view import without_borders
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.schedule import Table, sampler_table
-from bsdiff_rt.view import without_borders
+from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.sampling.noise import ImageNoise
+from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 DATASET_FILE, DATASET_BITS = "dataset.json", 16  # what `python -m train prepare` writes
 RESAMPLES, LEVEL = 1000, 0.95

@@ -23,11 +23,11 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.progress import BuildProgress, FileProgress, printable
+from bsdiff_rt.folder.progress import BuildProgress, FileProgress, printable
 
 if TYPE_CHECKING:
-    from bsdiff_rt.metrics import Quality
-    from bsdiff_rt.report import FileEntry
+    from bsdiff_rt.folder.report import FileEntry
+    from bsdiff_rt.imaging.metrics import Quality
 
 app = typer.Typer(
     add_completion=False,
@@ -169,7 +169,7 @@ def infer(
         overwrite=overwrite,
         force_view=force,
     )
-    from bsdiff_rt.pipeline import Inference
+    from bsdiff_rt.folder.pipeline import Inference
 
     inference = Inference(settings)
     if dry_run:
@@ -219,11 +219,11 @@ def build_engine(
     """Build an engine for this machine; it is kept only if it makes the picture that eager makes in fp32."""
     _log(quiet, verbose)
     asked = None if batch == "auto" else _batch_range(batch)
-    from bsdiff_rt import engine
     from bsdiff_rt.bundle import open_bundle
     from bsdiff_rt.config import EngineOptions
-    from bsdiff_rt.identity import read_engine
-    from bsdiff_rt.runners import resolve_device
+    from bsdiff_rt.engines import build as engine
+    from bsdiff_rt.engines.manifest import read_engine
+    from bsdiff_rt.runners.registry import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
     on_cpu = where.type == "cpu"
@@ -309,8 +309,9 @@ def bench(
     batches = None if batch is None else tuple(_whole(part, "--batch") for part in batch.split(","))
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json")
-    from bsdiff_rt import bench_report, plot
-    from bsdiff_rt.bench_model import Wanted
+    from bsdiff_rt.bench import document as bench_report
+    from bsdiff_rt.bench import plot
+    from bsdiff_rt.bench.candidates import Wanted
 
     if plot_path is not None:
         plot.check_plot(plot_path)
@@ -343,9 +344,9 @@ def evaluate(
 ) -> None:
     """Measure results against the truth: BSR (Yang, tone-matched, as published), MSE, SSIM, PSNR."""
     _log(quiet, verbose)
-    from bsdiff_rt.evaluate import evaluate as compare
-    from bsdiff_rt.evaluate import match
-    from bsdiff_rt.metrics import mean_quality
+    from bsdiff_rt.folder.evaluate import evaluate as compare
+    from bsdiff_rt.folder.evaluate import match
+    from bsdiff_rt.imaging.metrics import mean_quality
 
     rows, failed = [], {}
     for name, outcome in compare(match(predicted, soft_tissue, cxr), size):

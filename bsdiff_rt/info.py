@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import open_bundle, shipped_bundles
-from bsdiff_rt.choice import ENGINE_RUNNERS, cache_folder, engines_in_cache
 from bsdiff_rt.config import RUNNERS, step_count
+from bsdiff_rt.engines.manifest import check_files, check_machine, read_engine
+from bsdiff_rt.engines.select import ENGINE_RUNNERS, cache_folder, engines_in_cache
 from bsdiff_rt.errors import BundleError, EngineError
-from bsdiff_rt.identity import check_files, check_machine, read_engine
-from bsdiff_rt.report import package_versions
-from bsdiff_rt.runners import resolve_device, unavailable
+from bsdiff_rt.folder.report import package_versions
+from bsdiff_rt.runners.registry import resolve_device, unavailable
 
 
 def describe() -> dict[str, dict[str, str]]:

@@ -20,7 +20,7 @@ from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.sampling.schedule import sampler_table
 from export.graphs import export_graph
 
 # Largest difference allowed between eager and ONNX Runtime, relative to the largest output. Both compute in fp32 with

@@ -9,10 +9,10 @@ import numpy as np
 
 from bsdiff_rt.config import Preprocessing, ScannerTone
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import seen_by_networks
-from bsdiff_rt.raster import find_pairs, read_together
-from bsdiff_rt.tone import tone_quantiles
+from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.imaging.network_input import seen_by_networks
+from bsdiff_rt.imaging.tone import tone_quantiles
 
 QUANTILES = 25
 DATASET_FILE, DATASET_BITS = "dataset.json", 16  # what `python -m train prepare` writes

@@ -23,14 +23,14 @@ from stand_in import write_bundle as stand_in_bundle
 from synthetic import chest
 
 from bsdiff_rt import cli as command_line
-from bsdiff_rt import pipeline
 from bsdiff_rt.bundle import MANIFEST, Bundle, open_bundle, signed
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.identity import Backend
-from bsdiff_rt.intensity import seen_by_networks
+from bsdiff_rt.engines.manifest import Backend
+from bsdiff_rt.folder import pipeline
+from bsdiff_rt.imaging.network_input import seen_by_networks
+from bsdiff_rt.imaging.tone import tone_quantiles
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.tone import tone_quantiles
 
 SIZE_PX, STEPS = 64, 3
 
@@ -101,7 +101,7 @@ def tiny_engine(tiny_bundle: Path, shared: Path) -> Path:
 
     Built once for all workers: the compiler takes half a minute, and minutes on a busy machine.
     """
-    from bsdiff_rt.engine import build_engine
+    from bsdiff_rt.engines.build import build_engine
 
     options, output = EngineOptions("aoti", "fp32", (1, 3)), shared / "engine" / "tiny"
     with FileLock(shared / "engine.lock"):
@@ -118,7 +118,8 @@ def small(tmp_path: Path) -> Bundle:
 
 def stand_in_backend(patch: pytest.MonkeyPatch) -> StandIn:
     """Engines are built and loaded by a stand-in."""
-    from bsdiff_rt import engine, identity
+    from bsdiff_rt.engines import build as engine
+    from bsdiff_rt.engines import manifest as identity
 
     made = StandIn()
     for module in (identity, engine):
@@ -135,7 +136,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where engines are kept, not made yet."""
-    from bsdiff_rt.choice import cache_folder
+    from bsdiff_rt.engines.select import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
     return cache_folder()
@@ -183,7 +184,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         call()
         return seconds.pop(0) if seconds else 1.0
 
-    for module in ("bench", "timing"):
+    for module in ("bench.measure", "runners.timing"):
         monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", fake)
     return seconds
 

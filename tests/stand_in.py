@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from bsdiff_rt import bundle as bundles
 from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.engines.manifest import MANIFEST
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.identity import MANIFEST
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import load_networks
 from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.registry import load_networks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIZE = 16
@@ -96,7 +96,7 @@ class StandIn:
 
 def build(bundle: Bundle, output: Path | None = None, options: EngineOptions = FP32) -> Path:
     """Build an engine on the CPU, in the cache by default."""
-    from bsdiff_rt.engine import build_engine
+    from bsdiff_rt.engines.build import build_engine
 
     return build_engine(bundle, options, CPU, output, lambda *_: None)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bsdiff_rt import __version__, bundle, info
-from bsdiff_rt.choice import cache_folder
 from bsdiff_rt.config import RUNNERS
-from bsdiff_rt.identity import FORMAT, MANIFEST, EngineManifest, Speed
-from bsdiff_rt.parity import PSNR, Check, Parity
+from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, EngineManifest, Speed
+from bsdiff_rt.engines.parity import PSNR, Check, Parity
+from bsdiff_rt.engines.select import cache_folder
 
 
 def test_sections(monkeypatch):
@@ -34,7 +34,7 @@ def test_sections(monkeypatch):
 
 
 def test_a_runner_whose_package_is_missing(monkeypatch):
-    monkeypatch.setattr("bsdiff_rt.runners.find_spec", lambda _: None)
+    monkeypatch.setattr("bsdiff_rt.runners.registry.find_spec", lambda _: None)
     runners = next(content for title, content in info.describe().items() if title.startswith("runners"))
     assert runners["onnxruntime"] == "not usable: the package onnxruntime is not installed"
 
@@ -97,7 +97,7 @@ def engine(cache, name: str, age: int, **changes) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("bsdiff_rt.identity.identify", lambda _: IDENTITY | {"multiprocessors": 0})
+    monkeypatch.setattr("bsdiff_rt.engines.manifest.identify", lambda _: IDENTITY | {"multiprocessors": 0})
     return cache_folder()
 
 
@@ -134,7 +134,9 @@ def test_engines_newest_first_and_why_one_cannot_be_used(cache):
 def test_an_engine_for_a_gpu_is_compared_with_the_gpu(cache, monkeypatch):
     engine(cache, "gpu", 1000, multiprocessors=132)
     seen = []
-    monkeypatch.setattr("bsdiff_rt.identity.identify", lambda device: seen.append(device) or {"device": "NVIDIA H100"})
+    monkeypatch.setattr(
+        "bsdiff_rt.engines.manifest.identify", lambda device: seen.append(device) or {"device": "NVIDIA H100"}
+    )
     monkeypatch.setattr(info, "resolve_device", lambda _: torch.device("cuda", 0))
     assert "device: built for AMD EPYC, this is NVIDIA H100" in info.engines()["gpu"]
     assert seen == [torch.device("cuda", 0)]

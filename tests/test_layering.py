@@ -20,51 +20,24 @@ TORCH_FREE = [
     "errors",
     "files",
     "bundle",
-    "metrics",
-    "noise",
-    "schedule",
-    "intensity",
-    "clahe",
-    "tone",
-    "view",
-    "detail",
-    "dicom",
-    "dicom_grey",
-    "derived",
-    "raster",
-    "radiograph",
-    "report",
-    "discover",
-    "preview",
-    "evaluate",
-    "reading",
-    "writing",
-    "ledger",
-    "progress",
     "cli",
+    *(f"imaging.{name}" for name in ("view", "network_input", "clahe", "detail", "tone", "metrics")),
+    *(f"formats.{name}" for name in ("radiograph", "raster", "dicom_in", "dicom_grey", "dicom_out")),
+    *(f"sampling.{name}" for name in ("schedule", "noise")),
+    *(f"folder.{name}" for name in ("tasks", "reading", "writing", "ledger", "report", "preview", "progress")),
+    "folder.evaluate",
 ]
-# docs/design.md: errors, config -> schedule, networks, bundle -> runners -> sampler, engine -> pipeline -> cli.
+# From the bottom up: a package or module imports only what stands before it (docs/design.md).
 LAYERS = (
-    {"errors", "config", "files", ""},
-    {"timing", "schedule", "bundle", "radiograph", "noise", "networks", "onnx_precision", "onnx_attention"},
-    {"raster", "dicom_grey", "dicom", "intensity", "clahe", "tone", "view", "detail", "metrics", "report"},
-    {"derived", "discover", "preview", "progress", "runners"},
-    {
-        "evaluate",
-        "reading",
-        "writing",
-        "ledger",
-        "sampler",
-        "parity",
-        "identity",
-        "choice",
-        "engine",
-        "flops",
-    },
-    {"batching"},
-    {"pipeline", "info", "bench", "bench_model", "bench_report", "plot"},
-    {"cli"},
+    *("", "errors", "config", "files", "imaging", "networks", "formats", "bundle", "runners", "sampling"),
+    *("engines", "model", "folder", "bench", "info", "cli"),
 )
+# What a package must not know, whatever stands below it.
+MUST_NOT_IMPORT = {
+    "imaging": {"torch", "onnxruntime", "pydicom", "bsdiff_rt.formats", "bsdiff_rt.files"},
+    "sampling": {"bsdiff_rt.files", "bsdiff_rt.formats", "bsdiff_rt.folder", "bsdiff_rt.engines", "bsdiff_rt.bundle"},
+    "formats": {"torch", "onnxruntime"},
+}
 
 
 def imports(path: Path) -> dict[str, int]:
@@ -83,9 +56,9 @@ def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def layer_of(part: str) -> int:
-    (level,) = (number for number, layer in enumerate(LAYERS) if part in layer)
-    return level
+def package_of(path: Path) -> str:
+    """The package under bsdiff_rt/ a file is in, or the module directly under it; "" for bsdiff_rt/__init__.py."""
+    return path.relative_to(ROOT / PRODUCT).with_suffix("").parts[0].replace("__init__", "")
 
 
 @pytest.mark.parametrize("folder", [PRODUCT, *WORKSHOPS])
@@ -98,16 +71,23 @@ def test_directions(folder):
 
 
 def test_layers_inside_the_product():
-    """A module imports only lower layers and its own; a new module needs its place in LAYERS."""
+    """A package imports only itself and those before it; a new one needs its place in LAYERS."""
     for path in files(PRODUCT):
-        part = path.relative_to(ROOT / PRODUCT).with_suffix("").parts[0].replace("__init__", "")
-        if part == "bundles":
-            continue
+        package = package_of(path)
         for module, line in imports(path).items():
             if module.startswith(f"{PRODUCT}."):
                 other = module.split(".")[1]
                 other = "" if other.startswith("__") else other
-                assert layer_of(other) <= layer_of(part), f"{path}:{line} imports {module}, a layer above its own"
+                place = f"{path}:{line} imports {module}"
+                assert LAYERS.index(other) <= LAYERS.index(package), f"{place}, which stands above {package}"
+
+
+@pytest.mark.parametrize("package", MUST_NOT_IMPORT)
+def test_what_a_package_must_not_know(package):
+    for path in files(f"{PRODUCT}/{package}"):
+        for module, line in imports(path).items():
+            for forbidden in MUST_NOT_IMPORT[package]:
+                assert not f"{module}.".startswith(f"{forbidden}."), f"{path}:{line} imports {module}"
 
 
 def test_no_circles_inside_the_product():
@@ -137,7 +117,7 @@ def test_the_product_needs_only_what_it_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
     # Extras, each imported in one place.
-    optional = {"tensorrt": {"bsdiff_rt/runners/tensorrt_builder.py"}, "matplotlib": {"bsdiff_rt/plot.py"}}
+    optional = {"tensorrt": {"bsdiff_rt/runners/tensorrt_builder.py"}, "matplotlib": {"bsdiff_rt/bench/plot.py"}}
     distributions = packages_distributions()
     for path in files(PRODUCT):
         for module, line in imports(path).items():
@@ -160,7 +140,7 @@ def loaded_by(code: str) -> dict[str, list[str]]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors", "bsdiff_rt.pipeline")
+HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors", "bsdiff_rt.folder.pipeline")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +181,7 @@ def test_training_and_export_packages_stay_out_of_inference():
     """The bare install runs inference: nothing of the extras is imported on the way."""
     code = """
 import json, sys
-import bsdiff_rt.pipeline, bsdiff_rt.info, bsdiff_rt.runners.onnxruntime
+import bsdiff_rt.folder.pipeline, bsdiff_rt.info, bsdiff_rt.runners.onnxruntime
 extras = ("monai", "generative", "accelerate", "onnxscript", "skimage", "tensorboard", "diffusers", "tensorrt")
 print(json.dumps([name for name in extras if name in sys.modules]))
 """

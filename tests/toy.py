@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from bsdiff_rt.config import Schedule
-from bsdiff_rt.noise import ImageNoise
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.schedule import alpha_bar
+from bsdiff_rt.sampling.noise import ImageNoise
+from bsdiff_rt.sampling.schedule import alpha_bar
 
 SIZE = (8, 16)
 SCHEDULES = (Schedule(name="cosine"), Schedule(name="squaredcos_cap_v2"))

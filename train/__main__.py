@@ -17,7 +17,7 @@ import typer
 
 from bsdiff_rt.config import PRESETS, Objective, Preset, ScheduleName
 from bsdiff_rt.errors import SettingsError, run_command
-from bsdiff_rt.raster import find_pairs
+from bsdiff_rt.formats.raster import find_pairs
 from train.checkpoint import load_checkpoint
 from train.comparator import crop_of, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.intensity import resize
+from bsdiff_rt.imaging.network_input import resize
 
 logger = logging.getLogger(__name__)
 

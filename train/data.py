@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import resize, to_network
-from bsdiff_rt.radiograph import grey_digest
-from bsdiff_rt.raster import read_together
-from bsdiff_rt.tone import BONES_WINDOW_PX, tone_of
-from bsdiff_rt.view import without_borders
+from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.raster import read_together
+from bsdiff_rt.imaging.network_input import resize, to_network
+from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
+from bsdiff_rt.imaging.view import without_borders
 
 Image = NDArray[np.float32]
 

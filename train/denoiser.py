@@ -20,7 +20,7 @@ from torch import Tensor
 from bsdiff_rt.config import Preset, Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.schedule import alpha_bar
+from bsdiff_rt.sampling.schedule import alpha_bar
 from train.checkpoint import last_checkpoint
 from train.data import Batches
 from train.dry_run import Estimate, estimate

@@ -8,11 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from bsdiff_rt.dicom import is_dicom, read_dicom
 from bsdiff_rt.errors import InputRefused
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.intensity import resize
-from bsdiff_rt.raster import read_raster, read_together
+from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
+from bsdiff_rt.formats.raster import read_raster, read_together
+from bsdiff_rt.imaging.network_input import resize
 from train.registration import Image, reduced
 
 logger = logging.getLogger(__name__)

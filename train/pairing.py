@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pydicom import dcmread
 
-from bsdiff_rt.dicom import is_dicom, quiet_pydicom
-from bsdiff_rt.discover import is_input, stem_of
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.folder.tasks import is_input, stem_of
+from bsdiff_rt.formats.dicom_in import is_dicom, quiet_pydicom
 
 logger = logging.getLogger(__name__)
 

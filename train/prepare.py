@@ -4,7 +4,7 @@
     DATASET/dataset.json         settings, patients of each part, and each pair's fate
     DATASET/contact_sheet.png    what to look at before training
 
-Reading and placing are those of inference (bsdiff_rt.dicom, raster, intensity), so a network sees in training what it
+Reading and placing are those of inference (bsdiff_rt.formats, bsdiff_rt.imaging), so a model sees in training what it
 is given later. The split comes before any augmentation, which training does as it goes (train/data.py): no patient, and
 no variant of a patient, is in two parts. Patients are ordered by a hash of the seed and who they are, and the order is
 cut at the shares asked for: a patient added later moves at most one other over each of the two borders.
@@ -30,9 +30,9 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.intensity import to_network
-from bsdiff_rt.raster import write_png
-from bsdiff_rt.view import without_borders
+from bsdiff_rt.formats.raster import write_png
+from bsdiff_rt.imaging.network_input import to_network
+from bsdiff_rt.imaging.view import without_borders
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.pair_images import read_pair, same_image, swapped

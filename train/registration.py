@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed
-from bsdiff_rt.intensity import place, resize
+from bsdiff_rt.imaging.network_input import place, resize
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from bsdiff_rt.intensity import resize
+from bsdiff_rt.imaging.network_input import resize
 from train.anatomy import MARGIN, MM, Array, Build, Canvas, cage_half_width, curve
 
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bsdiff_rt.config import Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.detail import subtract_local_bone
-from bsdiff_rt.intensity import place
-from bsdiff_rt.metrics import bsr_tone_matched, mean_quality, quality
-from bsdiff_rt.noise import ImageNoise, batch_noise
-from bsdiff_rt.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.imaging.detail import subtract_local_bone
+from bsdiff_rt.imaging.metrics import bsr_tone_matched, mean_quality, quality
+from bsdiff_rt.imaging.network_input import place
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.sampler import sample
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
+from bsdiff_rt.sampling.sampler import sample
+from bsdiff_rt.sampling.schedule import sampler_table
 from train.data import Pair, tone_curve
 
 Image = NDArray[np.float32]

@@ -24,9 +24,9 @@ from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import computes_bf16, load_networks
 from bsdiff_rt.runners.base import Progress, Runner
-from bsdiff_rt.timing import interleaved
+from bsdiff_rt.runners.registry import computes_bf16, load_networks
+from bsdiff_rt.runners.timing import interleaved
 
 logger = logging.getLogger(__name__)
 

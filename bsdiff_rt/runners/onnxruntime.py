@@ -14,9 +14,9 @@ import torch
 
 from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError, one_line
-from bsdiff_rt.onnx_attention import fuse_attention
-from bsdiff_rt.onnx_precision import reduce_precision
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.onnx_attention import fuse_attention
+from bsdiff_rt.runners.onnx_precision import reduce_precision
 from bsdiff_rt.runners.streams import in_order
 
 _ERRORS_ONLY = 3  # severity; a GPU build on a machine without GPU warns at every session otherwise

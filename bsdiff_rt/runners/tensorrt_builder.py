@@ -24,8 +24,8 @@ import torch
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions
 from bsdiff_rt.errors import EngineError, one_line
-from bsdiff_rt.onnx_precision import CONVERSION, reduce_precision
 from bsdiff_rt.runners.base import Progress
+from bsdiff_rt.runners.onnx_precision import CONVERSION, reduce_precision
 
 try:
     import tensorrt as trt

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import gpu_common, gpu_parts, gpu_suite
 from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, plan_of
-from bsdiff_rt.bench_model import Missing
+from bsdiff_rt.bench.candidates import Missing
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.runners import load_networks
+from bsdiff_rt.runners.registry import load_networks
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from helpers import ToyRunner
 
 from benchmarks.loop_overhead import share_outside
 from bsdiff_rt.config import Schedule
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.sampling.schedule import sampler_table
 
 
 def test_time_in_the_network_is_not_counted(monkeypatch):

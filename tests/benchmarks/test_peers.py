@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from benchmarks import peers
 from benchmarks.peers import COMPILED, DIFFUSERS, OPENVINO, PUBLISHED, add_peers, app, published_networks, with_ratios
-from bsdiff_rt import bench_report
-from bsdiff_rt.bench import Plan, measure
-from bsdiff_rt.bench_model import Candidate, random_model
+from bsdiff_rt.bench import document as bench_report
+from bsdiff_rt.bench.candidates import Candidate, random_model
+from bsdiff_rt.bench.measure import Plan, measure
 from bsdiff_rt.config import SAMPLERS, SamplerSettings, Schedule
 from bsdiff_rt.errors import EngineError
 
@@ -30,7 +30,7 @@ def rates(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Every call is done, and takes 1 s."""
-    for module in ("bench", "timing"):
+    for module in ("bench.measure", "runners.timing"):
         monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", lambda call, device: (call(), 1.0)[1])
 
 

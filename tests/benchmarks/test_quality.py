@@ -12,10 +12,10 @@ from benchmarks import quality as quality_module
 from benchmarks.quality import app, load_pairs
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.evaluate import read_result
-from bsdiff_rt.metrics import mean_quality, quality
-from bsdiff_rt.pipeline import Inference
-from bsdiff_rt.tone import ToneChange
+from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.folder.pipeline import Inference
+from bsdiff_rt.imaging.metrics import mean_quality, quality
+from bsdiff_rt.imaging.tone import ToneChange
 from train.phantoms import write_pairs
 
 
@@ -48,7 +48,7 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
 
 
 def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_bundle, tmp_path, monkeypatch):
-    for module in ("benchmarks.quality", "bsdiff_rt.writing"):
+    for module in ("benchmarks.quality", "bsdiff_rt.folder.writing"):
         monkeypatch.setattr(f"{module}.tone_change", lambda *_, **__: ToneChange(power=1.5))
     path = tmp_path / "q.json"
     arguments = ["--bundle", toned_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]

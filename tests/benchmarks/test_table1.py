@@ -16,7 +16,7 @@ from benchmarks.table1 import BOTH, PUBLISHED, STAGE_1, UNTOUCHED, app, comparat
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import InputFailed, SettingsError
-from bsdiff_rt.tone import ToneChange
+from bsdiff_rt.imaging.tone import ToneChange
 
 SIZE = 64
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from synthetic import chest
 
-from bsdiff_rt.clahe import equalize
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.tone import tone_quantiles
+from bsdiff_rt.imaging.clahe import equalize
+from bsdiff_rt.imaging.tone import tone_quantiles
 from export.tone import QUANTILES, scanner_tone
 
 PREP = Preprocessing(64)

@@ -32,11 +32,11 @@ from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.sampler import sample
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.runners.registry import load_runner
+from bsdiff_rt.sampling.sampler import sample
+from bsdiff_rt.sampling.schedule import sampler_table
 from export import __main__ as command
 from export.published import Note, published_weights
 

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from helpers import randomise
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from bsdiff_rt import timing
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import aoti, load_runner
+from bsdiff_rt.runners import aoti, timing
 from bsdiff_rt.runners.aoti import (
     AotiRunner,
     attention_as_products,
@@ -27,8 +26,9 @@ from bsdiff_rt.runners.aoti import (
     choose_attention,
     lower_precision,
 )
-from bsdiff_rt.sampler import CapturedSampler, sample
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.runners.registry import load_runner
+from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.schedule import sampler_table
 
 CPU = torch.device("cpu")
 SIZE = 64

@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bsdiff_rt import runners
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
-from bsdiff_rt.runners import (
+from bsdiff_rt.runners import onnxruntime
+from bsdiff_rt.runners import registry as runners
+from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
+from bsdiff_rt.runners.registry import (
     batch_limit,
     load_networks,
     load_runner,
-    onnxruntime,
     resolve_device,
     resolve_precision,
     unavailable,
 )
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -15,10 +15,10 @@ import torch
 
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.errors import EngineError
-from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
-from bsdiff_rt.sampler import CapturedSampler, sample
-from bsdiff_rt.schedule import sampler_table
+from bsdiff_rt.runners.registry import load_runner
+from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.schedule import sampler_table
 
 SIZE = 64
 CPU = torch.device("cpu")

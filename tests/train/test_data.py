@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bsdiff_rt.errors import InputFailed, SettingsError
-from bsdiff_rt.raster import find_pairs
+from bsdiff_rt.formats.raster import find_pairs
 from train.data import (
     AUGMENTATION_SETS,
     BLACK_OUTSIDE,

@@ -12,10 +12,10 @@ from synthetic import SECRETS, dataset, save, stored
 from typer.testing import CliRunner
 
 from bsdiff_rt.config import Preprocessing
-from bsdiff_rt.dicom import read_dicom
 from bsdiff_rt.errors import InputRefused, SettingsError
-from bsdiff_rt.intensity import to_network
-from bsdiff_rt.raster import read_raster
+from bsdiff_rt.formats.dicom_in import read_dicom
+from bsdiff_rt.formats.raster import read_raster
+from bsdiff_rt.imaging.network_input import to_network
 from train.__main__ import app
 from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
 from train.data import Augmentation, load_dataset, xray_digest

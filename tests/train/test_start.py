@@ -13,9 +13,9 @@ from bsdiff_rt.bundle import open_bundle, signed
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import load_runner
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.registry import load_runner
 from train.checkpoint import load_checkpoint
 from train.data import Augmentation, Batches, Pair
 from train.denoiser import train_denoiser

@@ -1,0 +1,329 @@
+"""The parity gate: an engine is published only if it makes the picture that the eager networks make in fp32.
+
+Single denoiser calls at the first, middle and last timestep and at batch 1 and 2, one at the engine's largest batch,
+the enhancer, then a whole trajectory, both on the same device with the same fixed noise. A single call is judged by the
+network's own output, not by the x0 that follows from it: with the `eps` objective x0 is a small difference of large
+numbers near t = T - 1, and fp32 itself is off by 4e-3 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite, log10
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bsdiff_rt.bundle import Manifest
+from bsdiff_rt.config import step_count
+from bsdiff_rt.errors import EngineError
+from bsdiff_rt.runners.base import Progress, Runner
+from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
+from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.schedule import Table, alpha_bar, sampler_table
+
+MAX_STEPS = 50  # of the trajectory; a bundle's own thousand would take longer than building the engine
+EQUAL_DB = 200.0  # stands for the PSNR of equal pictures, which is infinite
+DIFFERENCE, PSNR = "largest difference, share of the largest output", "PSNR, dB"
+TAKEN = "difference, share of what is taken from the X-ray"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an engine may differ by.
+
+    Attributes:
+        call: of a single network call, largest difference as a share of the largest output.
+        psnr_db: of a whole trajectory's picture, at least; grey levels in [0, 1].
+        taken: of the same picture, RMS difference as a share of the RMS difference between X-ray and eager's picture.
+    """
+
+    call: float
+    psnr_db: float
+    taken: float
+
+
+# By what the engine multiplies in; `tf32` is fp32 on a GPU, whose tensor cores keep 11 significant bits, as fp16 does.
+# A call: fp32 sums in another order, 3e-6 seen over the tiny networks, about 1e-5 over the paper's few hundred layers.
+# fp16 (11 bits) was off by 5e-3 and bf16 (8 bits) by 4e-2 over the tiny networks with random weights, and the error
+# grows with the square root of the number of layers: some ten times that is a broken kernel, not rounding.
+# The picture: 45 dB is an RMS error of 1.4 of 255 grey levels, less than the noise of a radiograph; 80 dB is 0.03.
+# What is taken: bones are a small part of a picture, and one that keeps half of them may be within 45 dB. A tenth is
+# 0.01 of the bone's energy, the unit of BSR; bf16 is off by 0.005 with the demo model.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 80.0, 0.01),
+    "tf32": Tolerance(5e-2, 45.0, 0.1),
+    "fp16": Tolerance(5e-2, 45.0, 0.1),
+    "bf16": Tolerance(3e-1, 45.0, 0.1),
+}
+NOTHING = 2 / 255  # one grey level; an RMS difference from the X-ray below it counts as this
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        what: which call, with t and batch.
+        figure: what `value` and `limit` measure: DIFFERENCE, TAKEN (at most `limit`) or PSNR (at least).
+        value: NaN where an output was not finite; never so in a published engine.
+        limit: the tolerance.
+        passed: whether the value keeps the limit.
+        note: what else there is to say; "" mostly.
+    """
+
+    what: str
+    figure: str
+    value: float
+    limit: float
+    passed: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        bound = "at least" if self.figure == PSNR else "at most"
+        found = f"{self.value:.3g}" if isfinite(self.value) else self.note
+        return f"{self.what}: {self.figure}: {found}, {bound} {self.limit:g} is needed"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the gate found.
+
+    Attributes:
+        reference: what the engine was compared with.
+        tolerance: the row of TOLERANCES it was held to.
+        sampler: of the trajectory.
+        steps: of the trajectory: the bundle's own, at most MAX_STEPS.
+        checks: every comparison, in order.
+    """
+
+    reference: str
+    tolerance: str
+    sampler: str
+    steps: int
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> list[Check]:
+        """The comparisons outside tolerance; none, and the engine may be published."""
+        return [check for check in self.checks if not check.passed]
+
+    @property
+    def worst_call(self) -> float:
+        """Largest difference of any single call, as a share of the largest output."""
+        return max(check.value for check in self.checks if check.figure == DIFFERENCE)
+
+    @property
+    def psnr_db(self) -> float:
+        """Smallest PSNR of any picture."""
+        return min(check.value for check in self.checks if check.figure == PSNR)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: null."""
+        checks = [asdict(check) | {"value": check.value if isfinite(check.value) else None} for check in self.checks]
+        return asdict(self) | {"checks": checks}
+
+
+def compare(reference: Runner, candidate: Runner, manifest: Manifest, progress: Progress) -> Parity:
+    """Run both on the same inputs.
+
+    Args:
+        reference: the bundle's networks, eager, fp32.
+        candidate: the engine, on the same device.
+        manifest: the bundle's; gives schedule and sampler.
+        progress: told each phase.
+
+    Returns:
+        Every comparison; whether they all pass is `Parity.failed`.
+
+    Raises:
+        EngineError: the devices differ; or from the candidate.
+    """
+    if reference.device != candidate.device:
+        raise EngineError(f"an engine on {candidate.device} cannot be compared with eager on {reference.device}")
+    on_gpu = candidate.device.type == "cuda"
+    name = "tf32" if candidate.precision == "fp32" and on_gpu else candidate.precision
+    sampler, steps = manifest.sampler.name, min(manifest.sampler.steps, MAX_STEPS)
+    table = sampler_table(manifest.schedule, sampler, steps)
+    gate = _Gate(reference, candidate, TOLERANCES[name], TOLERANCES["tf32" if on_gpu else "fp32"])
+    progress("comparing single calls with eager fp32", None)
+    checks = [*gate.denoiser_calls(alpha_bar(manifest.schedule)), *gate.enhancer_calls()]
+    progress(f"comparing {step_count(steps)} of {sampler} with eager fp32", None)
+    checks += gate.trajectory(table)
+    return Parity(f"eager fp32 on {reference.device.type}", name, sampler, steps, tuple(checks))
+
+
+class _Gate:
+    """The two runners, their inputs and the tolerances."""
+
+    def __init__(self, reference: Runner, candidate: Runner, tolerance: Tolerance, enhancer: Tolerance) -> None:
+        self._reference, self._candidate = reference, candidate
+        self._tolerance, self._enhancer_tolerance = tolerance, enhancer
+        smallest, largest = candidate.batch_range
+        self._batches = sorted({min(max(batch, smallest), largest or batch) for batch in (1, 2)})
+        self._largest = largest if largest and largest > self._batches[-1] else None
+        self._size = (candidate.image_size, candidate.image_size)
+
+    def denoiser_calls(self, abar: np.ndarray[Any, np.dtype[np.float64]]) -> Iterator[Check]:
+        """At the first, middle and last timestep, on what a sampler would give the denoiser there; last, in full."""
+        calls = [(batch, t) for batch in self._batches for t in (0, len(abar) // 2, len(abar) - 1)]
+        if self._largest:
+            calls.append((self._largest, len(abar) - 1))
+        for batch, t in calls:
+            cxr = self._cxr(batch)
+            x_t = abar[t] ** 0.5 * cxr + (1 - abar[t]) ** 0.5 * self._draw(0, batch)
+            times = torch.full((batch,), float(t), device=cxr.device)
+            expected, actual = torch.empty_like(cxr), torch.empty_like(cxr)
+            with _exact():
+                for part in self._parts(batch):
+                    self._reference.denoise(x_t[part], cxr[part], times[part], expected[part])
+            self._candidate.denoise(x_t, cxr, times, actual)
+            yield _difference(f"denoiser, t = {t}, batch {batch}", expected, actual, self._tolerance)
+
+    def enhancer_calls(self) -> Iterator[Check]:
+        """On radiographs, which are what soft tissue looks like, more or less."""
+        for batch in [*self._batches, *([self._largest] if self._largest else [])]:
+            cxr = self._cxr(batch)
+            expected, actual = torch.empty_like(cxr), torch.empty_like(cxr)
+            with _exact():
+                for part in self._parts(batch):
+                    self._reference.enhance(cxr[part], expected[part])
+            self._candidate.enhance(cxr, actual)
+            yield _difference(f"enhancer, batch {batch}", expected, actual, self._enhancer_tolerance)
+
+    def _parts(self, batch: int) -> list[slice]:
+        """A batch in the pieces the reference is given: it need not have the memory an engine has for all of it."""
+        step = self._batches[-1]
+        return [slice(start, start + step) for start in range(0, batch, step)]
+
+    def trajectory(self, table: Table) -> Iterator[Check]:
+        """Noise to picture, both stages; on a GPU also as it is run there, recorded in a CUDA graph."""
+        batch = self._batches[-1]
+        cxr = self._cxr(batch)
+        with _exact():
+            expected, _ = _picture(self._reference, cxr, table, lambda k: self._draw(k, batch))
+        actual, broken = _picture(self._candidate, cxr, table, lambda k: self._draw(k, batch))
+        for stage, (theirs, ours) in enumerate(zip(expected, actual, strict=True), start=1):
+            what = f"picture after stage {stage}, batch {batch}"
+            yield _psnr(what, theirs, ours, self._tolerance.psnr_db, broken)
+            yield _taken(what, cxr, theirs, ours, self._tolerance.taken)
+        if cxr.is_cuda:
+            yield self._recorded(cxr, table, actual[0])
+
+    def _recorded(self, cxr: torch.Tensor, table: Table, plain: torch.Tensor) -> Check:
+        """The engine's step recorded and replayed, against the engine itself."""
+        side = torch.cuda.Stream(cxr.device)  # the default stream cannot be recorded
+        side.wait_stream(torch.cuda.current_stream(cxr.device))
+        with torch.cuda.stream(side), CapturedSampler(self._candidate) as sampler:
+            x_0 = sampler.sample(cxr, table, lambda k: self._draw(k, len(cxr)))
+        side.synchronize()
+        return _psnr(f"recorded step, batch {len(cxr)}", plain, x_0, self._tolerance.psnr_db, None)
+
+    def _cxr(self, batch: int) -> torch.Tensor:
+        """Smooth images with bands like ribs over the whole of [-1, 1]: [B, 1, H, W]. Seeded.
+
+        Radiographs are smooth, noise is not; and a network that takes bones away must find some.
+        """
+        coarse = np.random.Generator(np.random.Philox(0)).uniform(-1, 1, (batch, 1, 8, 8)).astype(np.float32)
+        smooth = F.interpolate(torch.from_numpy(coarse), self._size, mode="bilinear")
+        return (0.7 * smooth + 0.3 * _ribs(self._size)).to(self._candidate.device)
+
+    def _draw(self, number: int, batch: int) -> torch.Tensor:
+        streams = [ImageNoise(0, bytes([index])) for index in range(batch)]
+        return torch.from_numpy(batch_noise(streams, number, self._size)).to(self._candidate.device)
+
+
+def _ribs(size: tuple[int, int]) -> torch.Tensor:
+    """Ten bands with brighter rims, bent down to both sides: [H, W] in [-1, 1]."""
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
+    wave = 3 * torch.cos(10 * np.pi * (y - 0.5 * x.abs() ** 1.5))
+    marrow, cortex = wave.clamp(-1, 1), (1 - wave.abs()).clamp(0, 1)
+    return (0.8 * marrow + cortex).clamp(-1, 1)
+
+
+class _Watched(Runner):
+    """Passes every call on and remembers which denoiser outputs were finite.
+
+    What is not finite makes NaN of the picture; here it is known at which step.
+    """
+
+    name = "watched"
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(
+            device=runner.device,
+            precision=runner.precision,
+            batch_range=runner.batch_range,
+            image_size=runner.image_size,
+        )
+        self._runner = runner
+        self.finite: list[torch.Tensor] = []
+
+    def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
+        self._runner.denoise(x_t, cxr, t, out)
+        self.finite.append(torch.isfinite(out).all())
+
+    def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._runner.enhance(x, out)
+
+
+def _picture(
+    runner: Runner, cxr: torch.Tensor, table: Table, draw: Any
+) -> tuple[tuple[torch.Tensor, torch.Tensor], int | None]:
+    """Both stages' pictures, [B, 1, H, W] in [-1, 1], and the first step whose denoiser output was not finite."""
+    watched = _Watched(runner)
+    x_0 = sample(watched, cxr, table, draw)
+    enhanced = torch.empty_like(x_0)
+    watched.enhance(x_0, enhanced)
+    broken = next((k for k, finite in enumerate(watched.finite) if not finite), None)
+    finite = torch.isfinite(enhanced).all()
+    return (x_0, enhanced.clamp(-1.0, 1.0) if finite else enhanced), broken
+
+
+def _difference(what: str, expected: torch.Tensor, actual: torch.Tensor, tolerance: Tolerance) -> Check:
+    if note := _not_finite(expected, actual):
+        return Check(what, DIFFERENCE, float("nan"), tolerance.call, False, note)
+    largest = max(float(expected.abs().max()), 1e-12)
+    value = float((expected - actual).abs().max()) / largest
+    return Check(what, DIFFERENCE, value, tolerance.call, value <= tolerance.call)
+
+
+def _psnr(what: str, expected: torch.Tensor, actual: torch.Tensor, limit: float, broken: int | None) -> Check:
+    note = "" if broken is None else f"the denoiser's output at step {broken} is NaN or infinite"
+    if note := note or _not_finite(expected, actual):
+        return Check(what, PSNR, float("nan"), limit, False, note)
+    mean_square = float(((expected - actual).double() / 2).square().mean())  # in [0, 1]
+    value = min(-10 * log10(mean_square), EQUAL_DB) if mean_square else EQUAL_DB
+    return Check(what, PSNR, value, limit, value >= limit)
+
+
+def _taken(what: str, cxr: torch.Tensor, expected: torch.Tensor, actual: torch.Tensor, limit: float) -> Check:
+    if note := _not_finite(expected, actual):
+        return Check(what, TAKEN, float("nan"), limit, False, note)
+    value = _rms(actual - expected) / max(_rms(expected - cxr), NOTHING)
+    return Check(what, TAKEN, value, limit, value <= limit)
+
+
+def _rms(difference: torch.Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
+
+
+def _not_finite(expected: torch.Tensor, actual: torch.Tensor) -> str:
+    if not torch.isfinite(expected).all():
+        return "eager fp32 itself returned NaN or infinity: the bundle is broken"
+    return "" if torch.isfinite(actual).all() else "the output is NaN or infinite"
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """The reference's convolutions in full fp32: torch lets a GPU round their inputs to TF32 by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

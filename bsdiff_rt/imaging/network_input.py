@@ -1,0 +1,132 @@
+"""Pixel values in [0, 1] at the source's matrix <-> the square in [-1, 1] that the networks see. Torch-free.
+
+The aspect ratio is kept: the longer side is resized to the network's size, the shorter side is padded in the middle by
+repeating the edge. Repeating it (rather than padding with black) puts no false anatomical edge where the networks'
+receptive fields reach into the picture. cv2.resize maps pixel centres to pixel centres, so nothing shifts by half a
+pixel on the way there and back (tests/test_intensity.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.config import Preprocessing
+from bsdiff_rt.imaging.clahe import equalize
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in the network's square.
+
+    Attributes:
+        rows, columns: matrix of the source picture, px.
+        top, left: first row and column of the resized picture in the square, px.
+        height, width: size of the resized picture in the square, px.
+        size: side of the square, px.
+    """
+
+    rows: int
+    columns: int
+    top: int
+    left: int
+    height: int
+    width: int
+    size: int
+
+
+def place(shape: tuple[int, ...], size: int) -> Placement:
+    """The placement of a picture of `shape` (rows, columns) in a square of `size` px: longer side filled, centred."""
+    rows, columns = shape
+    longer = max(shape)
+    height = max(1, round(rows * size / longer))
+    width = max(1, round(columns * size / longer))
+    return Placement(rows, columns, (size - height) // 2, (size - width) // 2, height, width, size)
+
+
+def resize(picture: NDArray[np.floating[Any]], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Resize [H, W] to `shape` (rows, columns), float32: area average on the way down, a copy where equal.
+
+    On the way up bicubic, which overshoots: clip the result where its range counts.
+    """
+    picture = np.ascontiguousarray(picture, dtype=np.float32)
+    if picture.shape == shape:
+        return picture.copy()
+    rows, columns = shape
+    shrinking = rows <= picture.shape[0] and columns <= picture.shape[1]
+    method = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(picture, (columns, rows), interpolation=method), dtype=np.float32)
+
+
+def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[np.float32], Placement]:
+    """Make a picture into the networks' input.
+
+    CLAHE, where the preprocessing asks for it, runs on the resized picture: there its tiles hold the same number of
+    pixels whatever detector the source came from.
+
+    Args:
+        cxr: [H, W], float32, in [0, 1].
+        prep: the bundle's preprocessing.
+
+    Returns:
+        [size, size], float32, in [-1, 1], and where the picture lies in it.
+    """
+    placement = place(cxr.shape, prep.size)
+    picture = unit(resize(cxr, (placement.height, placement.width)))  # enlarging overshoots at edges
+    if prep.clahe_clip_limit > 0:
+        picture = equalize(picture, prep.clahe_clip_limit, prep.clahe_tiles)
+    bottom = prep.size - placement.height - placement.top
+    right = prep.size - placement.width - placement.left
+    square = np.pad(picture, ((placement.top, bottom), (placement.left, right)), mode="edge")
+    return square * np.float32(2) - np.float32(1), placement
+
+
+def seen_by_networks(picture: NDArray[np.float32], prep: Preprocessing) -> NDArray[np.float32]:
+    """What the networks see of a picture, without the padding: [height, width] in [0, 1], from [H, W] in [0, 1]."""
+    square, placement = to_network(picture, prep)
+    return shown(square, placement)
+
+
+def from_network(image: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """Undo padding and resizing (bicubic on the way up). CLAHE is not undone: the tone is the networks'.
+
+    Args:
+        image: [size, size], float32, in [-1, 1].
+
+    Returns:
+        [H, W], float32, in [0, 1], with H, W the source's matrix.
+    """
+    picture = resize(crop(image, placement), (placement.rows, placement.columns))
+    return unit((picture + np.float32(1)) / np.float32(2))
+
+
+def unit(picture: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Clipped to [0, 1], float32."""
+    return np.asarray(np.clip(picture, 0, 1), dtype=np.float32)
+
+
+def shown(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """The picture's part of a square in [-1, 1], in [0, 1]."""
+    return unit((crop(square, placement) + 1) / 2)
+
+
+def crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """The picture's part of the square, [height, width]."""
+    bottom, right = placement.top + placement.height, placement.left + placement.width
+    return square[placement.top : bottom, placement.left : right]
+
+
+def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What becomes of images that were given to the networks mirrored as well: the mean of both, turned back.
+
+    Args:
+        passes: [2N, ..., S], each image's result and then that of its mirror image.
+
+    Returns:
+        [N, ..., S].
+    """
+    return (passes[::2] + passes[1::2, ..., ::-1]) * np.float32(0.5)

@@ -1,0 +1,177 @@
+"""report.json: what it holds, and what a later run takes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import logging
+import platform
+import socket
+from pathlib import Path
+
+import pytest
+
+from bsdiff_rt import __version__
+from bsdiff_rt.folder.report import (
+    FileEntry,
+    Report,
+    environment,
+    finished_before,
+    package_versions,
+    path_digest,
+    results_in,
+)
+
+DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
+FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1)
+
+
+def make(files=(), **changes) -> Report:
+    settings = {"seed": 0, "steps": 3} | changes
+    return Report({"name": "tiny", "sha256": "0" * 64}, settings, {"device": "cpu"}, files=list(files))
+
+
+def test_the_document():
+    document = json.loads(make([DONE, FAILED]).to_json())
+    speed = ["images_per_second", "networks_busy"]
+    assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *speed, "files", "earlier", "planned"]
+    assert document["bsdiff_rt"] == __version__
+    assert document["bundle"] == {"name": "tiny", "sha256": "0" * 64}
+    assert document["files"] == [dataclasses.asdict(DONE), dataclasses.asdict(FAILED)]
+    assert {"input", "output", "status", "reason", "seconds", "sha256"} <= set(document["files"][0])
+
+
+def test_names_of_any_kind_survive(tmp_path):
+    names = ["Ünï 日本.png", 'quote" and \\.png', "line\nbreak.png", b"\xff\xfe.png".decode(errors="surrogateescape")]
+    entries = [FileEntry(name, name, "ok", None, 0.0, "1", "2") for name in names]
+    make(entries).write(tmp_path)
+    assert finished_before(tmp_path, make()) == {entry.output: entry for entry in entries}
+
+
+def test_counts():
+    assert make([DONE, DONE, FAILED]).counts() == {"ok": 2, "failed": 1}
+
+
+def test_the_digest_depends_on_bundle_and_settings_only():
+    base = make().settings_digest()
+    assert len(base) == 64
+    assert make([DONE]).settings_digest() == base
+    assert (
+        dataclasses.replace(make(), environment={"device": "cuda:0"}, images_per_second=3.0).settings_digest() == base
+    )
+    assert make(seed=1).settings_digest() != base
+    other = dataclasses.replace(make(), bundle={"name": "tiny", "sha256": "1" * 64})
+    assert other.settings_digest() != base
+    assert dataclasses.replace(make(), settings={"steps": 3, "seed": 0}).settings_digest() == base  # order is nothing
+
+
+def test_only_finished_files_count(tmp_path):
+    skipped = dataclasses.replace(DONE, output="c.png", status="skipped")
+    refused = FileEntry("in/d.png", None, "refused", "too small")
+    make([DONE, FAILED, skipped, refused]).write(tmp_path)
+    assert finished_before(tmp_path, make()) == {"a.png": DONE, "c.png": skipped}
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"more": 1}])
+def test_other_settings_finish_nothing(tmp_path, changed, caplog):
+    make([DONE]).write(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert finished_before(tmp_path, make(**changed)) == {}
+    assert "is from another version or other settings" in caplog.text
+
+
+def test_another_bundle_finishes_nothing(tmp_path):
+    make([DONE]).write(tmp_path)
+    assert finished_before(tmp_path, dataclasses.replace(make(), bundle={"name": "tiny", "sha256": "9" * 64})) == {}
+
+
+def test_another_version_finishes_nothing(tmp_path):
+    make([DONE]).write(tmp_path)
+    assert finished_before(tmp_path, dataclasses.replace(make(), bsdiff_rt="0.0.1")) == {}
+
+
+def test_no_report_is_no_news(tmp_path, caplog):
+    assert finished_before(tmp_path, make()) == {}
+    assert finished_before(tmp_path / "absent", make()) == {}
+    assert not caplog.records
+
+
+WHOLE = json.loads(make([DONE]).to_json())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\x00\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        json.dumps(WHOLE | {"files": None}).encode(),
+        json.dumps(WHOLE | {"files": [1]}).encode(),
+        json.dumps(WHOLE | {"files": [{"input": "a"}]}).encode(),
+        json.dumps(WHOLE | {"files": [WHOLE["files"][0] | {"new": 1}]}).encode(),
+        json.dumps(WHOLE | {"files": [WHOLE["files"][0] | {"output": ["a.png"]}]}).encode(),
+        json.dumps(WHOLE)[:-20].encode(),
+    ],
+)
+def test_a_damaged_report_is_said_and_counts_for_nothing(tmp_path, content, caplog):
+    (tmp_path / "report.json").write_bytes(content)
+    assert finished_before(tmp_path, make()) == {}
+    assert "cannot be used" in caplog.text
+    assert "nothing is known to be done" in caplog.text
+
+
+def test_a_folder_in_the_reports_place(tmp_path, caplog):
+    (tmp_path / "report.json").mkdir()
+    assert finished_before(tmp_path, make()) == {}
+    assert "cannot be used (IsADirectoryError)" in caplog.text
+
+
+def test_results_are_those_of_every_run(tmp_path):
+    former = dataclasses.replace(DONE, output="sub/c.png", status="skipped", seconds=0.0, path_sha256="4" * 64)
+    dataclasses.replace(make([DONE, FAILED]), earlier=[former]).write(tmp_path)
+    done = dataclasses.replace(DONE, status="skipped", seconds=0.0)
+    assert results_in(tmp_path) == {Path("sub/c.png"): former, Path("a.png"): done}
+
+
+def test_results_of_a_report_by_an_older_version(tmp_path):
+    entry = {"input": "in/a.png", "output": "a.png", "sha256": "1" * 64}
+    document = {"bsdiff_rt": "0", "files": [entry], "earlier": [{"output": "d.png", "sha256": None}]}
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert results_in(tmp_path) == {
+        Path("a.png"): FileEntry("in/a.png", "a.png", "skipped", sha256="1" * 64),
+        Path("d.png"): FileEntry("", "d.png", "skipped"),
+    }
+    del document["earlier"]  # 0.1.0 and before
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert results_in(tmp_path).keys() == {Path("a.png")}
+
+
+def test_a_path_is_known_by_whatever_name(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    names = (Path("a.png"), Path("./sub/../a.png"), tmp_path / "a.png", Path("link"))
+    assert len({path_digest(name) for name in names}) == 1
+    assert path_digest(Path("b.png")) != path_digest(Path("a.png"))
+    assert len(path_digest(Path(b"\xff.png".decode(errors="surrogateescape")))) == 64
+
+
+def test_the_environment_names_no_user_and_no_host(monkeypatch):
+    monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the host's name"))
+    found = environment("cpu")
+    assert set(found) == {"python", "platform", "device", "packages", "started"}
+    assert found["device"] == "cpu"
+    text = json.dumps(found)
+    assert socket.gethostname() not in text
+    if getpass.getuser() != "root":  # a word that may occur by chance
+        assert getpass.getuser() not in text
+
+
+def test_package_versions_are_those_installed():
+    found = package_versions()
+    assert {"torch", "numpy", "pydicom"} <= set(found)
+    assert "tensorrt" not in found or found["tensorrt"]
+    assert all(found.values())

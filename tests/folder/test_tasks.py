@@ -1,0 +1,386 @@
+"""Which files are inputs, where their results go, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from helpers import dicom, png
+
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.files import file_sha256
+from bsdiff_rt.folder import tasks as discover
+from bsdiff_rt.folder.report import path_digest
+from bsdiff_rt.folder.tasks import find_tasks, uncertainty_path
+
+OUT = Path("/nowhere/out")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """tmp_path/in, empty, with tmp_path as working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def put(*paths):
+    """Files with content of no format: what counts is the name."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"some text")
+
+
+def results(*inputs, output=OUT, file_format="auto"):
+    """Output by input, both as text."""
+    tasks = find_tasks(inputs, output, file_format)
+    assert all(task.refusal is None for task in tasks)
+    return {str(task.input): str(task.output) for task in tasks}
+
+
+def refusals(*inputs, output=OUT, file_format="auto", **options):
+    """Reason by input file name; those that are not refused are left out."""
+    tasks = find_tasks(inputs, output, file_format, **options)
+    assert all((task.output is None) == (task.refusal is not None) for task in tasks)
+    return {task.input.name: task.refusal for task in tasks if task.refusal}
+
+
+def test_a_folder_is_mirrored_in_sorted_order(folder):
+    put(folder / "b.png", folder / "B" / "x.png", folder / "a" / "deep" / "er" / "y.jpeg", folder / "a.tif")
+    tasks = find_tasks([Path("in")], OUT, "auto")
+    assert [(str(task.input), str(task.output)) for task in tasks] == [
+        ("in/a.tif", "a.png"),
+        ("in/b.png", "b.png"),
+        ("in/B/x.png", "B/x.png"),
+        ("in/a/deep/er/y.jpeg", "a/deep/er/y.png"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.JPEG", "a.tif", "a.tiff", "a.dcm", "a.DCM", "a.ima"])
+def test_suffixes_that_are_searched_for(folder, name):
+    put(folder / name)
+    assert results(folder) == {str(folder / name): "a.png"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.json", "README", ".hidden.png", ".DS_Store", "DICOMDIR", "dicomdir", "a.gif"]
+)
+def test_what_is_no_input(folder, name):
+    put(folder / name, folder / "sub" / name)
+    assert results(folder) == {}
+
+
+def test_a_dicomdir_is_no_input_even_though_it_is_dicom(folder):
+    dicom(folder / "DICOMDIR")
+    assert results(folder) == {}
+
+
+def test_hidden_folders_are_not_searched(folder):
+    put(folder / ".git" / "a.png", folder / "sub" / ".cache" / "a.png")
+    assert results(folder) == {}
+
+
+@pytest.mark.parametrize("name", ["a.gif", ".hidden.png", "README", "DICOMDIR"])
+def test_a_file_named_by_the_user_is_one(folder, name):
+    put(folder / name)
+    assert [task.input for task in find_tasks([folder / name], OUT, "auto")] == [folder / name]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("IM000001", "IM000001"),
+        ("1.2.840.113619.2.5", "1.2.840.113619.2.5"),
+        ("1.2.840.dcm", "1.2.840"),
+        ("scan.v2", "scan.v2"),
+        ("a.png", "a"),  # DICOM, whatever its name says
+    ],
+)
+def test_dicom_is_found_by_content_and_keeps_its_name(folder, name, stem):
+    dicom(folder / name)
+    assert results(folder) == {str(folder / name): f"{stem}.dcm"}
+    assert results(folder, file_format="png") == {str(folder / name): f"{stem}.png"}
+
+
+def test_the_format_decides_the_suffix(folder):
+    dicom(folder / "a.dcm")
+    png(folder / "b.png")
+    assert set(results(folder).values()) == {"a.dcm", "b.png"}
+    assert set(results(folder, file_format="png").values()) == {"a.png", "b.png"}
+    assert set(results(folder, file_format="dicom").values()) == {"a.dcm", "b.dcm"}
+
+
+def test_files_given_one_by_one_lie_side_by_side(folder):
+    put(folder / "a" / "x.png", folder / "b" / "y.png")
+    assert list(results(folder / "a" / "x.png", folder / "b" / "y.png").values()) == ["x.png", "y.png"]
+
+
+@pytest.mark.parametrize("second", ["in", "in/a.png", "./in/sub/../a.png", "linked/a.png"])
+def test_a_file_named_twice_is_done_once(folder, second):
+    put(folder / "a.png", folder / "sub" / "b.png")
+    (folder.parent / "linked").symlink_to(folder)
+    assert sorted(results(Path("in"), Path(second)).values()) == ["a.png", "sub/b.png"]
+
+
+def test_two_links_to_one_file_are_two_files(folder):
+    """Archives that store by content link every name to it; a name without its result would go unnoticed."""
+    put(folder.parent / "store" / "f00.png")
+    folder.mkdir(exist_ok=True)
+    for name in ("p1.png", "p2.png"):
+        (folder / name).symlink_to(folder.parent / "store" / "f00.png")
+    assert list(results(folder).values()) == ["p1.png", "p2.png"]
+
+
+def test_results_that_would_replace_each_other(folder):
+    put(folder / "a.jpg", folder / "a.png", folder / "a.tif", folder / "b.png", folder.parent / "b.png")
+    assert refusals(folder, Path("b.png")) == {
+        "a.png": f"its result a.png would replace that of {folder / 'a.jpg'}; give it another --output",
+        "a.tif": f"its result a.png would replace that of {folder / 'a.jpg'}; give it another --output",
+        "b.png": f"its result b.png would replace that of {folder / 'b.png'}; give it another --output",
+    }
+
+
+def test_a_dicom_and_a_png_of_one_name_do_not_collide(folder):
+    dicom(folder / "a.dcm")
+    png(folder / "a.png")
+    assert set(results(folder).values()) == {"a.dcm", "a.png"}
+    assert refusals(folder, file_format="png").keys() == {"a.png"}
+
+
+def test_what_is_not_there(folder):
+    put(folder / "a.png")
+    assert refusals(Path("absent"), folder, Path("in/b.png")) == {
+        "absent": "no such file or folder",
+        "b.png": "no such file or folder",
+    }
+
+
+def test_the_output_folder_is_not_searched(folder, monkeypatch):
+    put(
+        folder / "a.png", folder / "out" / "a.png", folder / "out" / "sub" / "b.png", folder / "other" / "out" / "c.png"
+    )
+    (folder / "out" / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [{"output": "a.png"}]}))
+    expected = ["a.png", "other/out/c.png"]
+    assert list(results(folder, output=folder / "out").values()) == expected
+    monkeypatch.chdir(folder)
+    assert list(results(Path(), output=Path("out")).values()) == expected
+    (folder.parent / "elsewhere").symlink_to(folder / "out")
+    assert list(results(folder, output=folder.parent / "elsewhere").values()) == expected
+
+
+def test_results_of_an_earlier_run_are_no_inputs(folder, caplog):
+    """A folder of results below the X-rays: what its report names, its preview and its maps; nothing else there."""
+    killed = folder / "killed"  # before it reported anything
+    put(killed / "d.png")
+    (killed / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [], "planned": ["d.png", "e.png"]}))
+    earlier = folder / "sub" / "old"
+    put(folder / "a.png", earlier / "a.png", earlier / "b" / "c.png", earlier / "preview.png", earlier / "new.png")
+    put(earlier / "uncertainty" / "a.png", earlier / "uncertainty" / "new.png", folder / "preview.png")
+    files = [{"output": "a.png"}, {"output": "b/c.png"}, {"output": None}]
+    (earlier / "report.json").write_text(json.dumps({"bsdiff_rt": "1", "files": files}))
+    caplog.set_level("INFO")
+    left = {"in/a.png", "in/preview.png", "in/sub/old/new.png", "in/sub/old/uncertainty/new.png"}
+    assert set(results("in")) == left
+    assert "in/sub/old: results of an earlier run are left out" in caplog.text
+    assert len(results("in/sub/old")) == 6  # named by the user
+
+
+@pytest.mark.parametrize("report", ["", "[]", "{}", '{"bsdiff_rt": "1"}', '{"files": [{"output": "a.png"}]}'])
+def test_a_report_that_is_none_of_ours_says_nothing(folder, report):
+    put(folder / "sub" / "a.png")
+    (folder / "sub" / "report.json").write_text(report)
+    assert set(results("in")) == {"in/sub/a.png"}
+
+
+def test_the_output_folder_as_input_is_refused(folder):
+    """Its results would be the next run's X-rays."""
+    put(folder / "a.jpg")
+    assert refusals(folder, output=Path("in")) == {
+        "in": "it is the output folder, which is never searched; choose another --output"
+    }
+
+
+def test_a_result_never_replaces_an_x_ray(folder):
+    put(folder / "a.png", folder / "b.jpg", folder / "sub" / "c.png", folder / "sub" / "sub" / "c.png")
+    reason = "its result would replace the X-ray {}; choose another --output"
+    assert refusals(folder / "a.png", folder / "b.jpg", output=folder) == {"a.png": reason.format(folder / "a.png")}
+    # in/sub/sub/c.png -> sub/c.png below in/
+    found = find_tasks([folder / "sub"], folder, "auto")
+    assert [task.refusal for task in found] == [None, reason.format(folder / "sub" / "c.png")]
+
+
+def test_a_result_never_replaces_a_file_that_this_program_did_not_write(folder):
+    elsewhere = folder / "elsewhere"
+    put(folder / "a.jpg", folder / "a.png", elsewhere / "b.png", folder / "b.jpg")
+    reason = f"its result would replace {folder / 'a.png'}, which this program did not write; choose another --output"
+    for overwrite in (False, True):  # it is the X-ray's, perhaps in another format
+        assert refusals(folder / "a.jpg", output=folder, overwrite=overwrite) == {"a.jpg": reason}
+    reason = f"its result would replace {elsewhere / 'b.png'}, which this program did not write; "
+    reason += "choose another --output, or give --overwrite"
+    assert refusals(folder / "b.jpg", output=elsewhere) == {"b.jpg": reason}
+    assert not refusals(folder / "b.jpg", output=elsewhere, overwrite=True)
+    (elsewhere / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [], "planned": ["b.png"]}))
+    assert not refusals(folder / "b.jpg", output=elsewhere)  # a run that was killed may have written it
+    (folder / "report.json").write_text(json.dumps({"bsdiff_rt": "0", "files": [{"output": "a.png"}]}))
+    assert not refusals(folder / "a.jpg", output=folder)  # the result of an earlier run
+
+
+def another_run(out, name="a.png", **entry):
+    """A run's result and its report in `out`."""
+    put(out / name)
+    (out / "report.json").write_text(json.dumps({"bsdiff_rt": "1", "files": [{"output": name} | entry]}))
+
+
+def test_a_result_never_replaces_that_of_an_earlier_runs_other_input(folder):
+    """Two folders of X-rays named alike, one after the other into the same output."""
+    out, first, second = folder / "out", folder / "1" / "a.png", folder / "2" / "a.png"
+    put(first, second)
+    second.write_bytes(b"another patient")
+    known = {"input": str(first), "path_sha256": path_digest(first), "input_sha256": file_sha256(first)}
+    another_run(out, **known)
+    refusal = (
+        f"its result a.png would replace that of an earlier run's {first}, which is another file; "
+        "give it another --output, or --overwrite"
+    )
+    assert refusals(first.parent, output=out) == {}
+    assert refusals(second.parent, output=out) == {"a.png": refusal}
+    assert refusals(second.parent, output=out, overwrite=True) == {}
+    second.write_bytes(first.read_bytes())
+    assert refusals(second.parent, output=out) == {}  # the same X-ray, moved
+    first.write_bytes(b"exported again")
+    assert refusals(first.parent, output=out) == {}
+    (out / "a.png").unlink()
+    second.write_bytes(b"another patient")
+    assert refusals(second.parent, output=out) == {}
+
+
+def test_two_files_given_by_the_same_relative_path_are_two(folder, monkeypatch):
+    out = folder / "out"
+    put(folder / "1" / "a.png", folder / "2" / "a.png")
+    (folder / "2" / "a.png").write_bytes(b"another patient")
+    monkeypatch.chdir(folder / "1")
+    known = {"path_sha256": path_digest(Path("a.png")), "input_sha256": file_sha256(Path("a.png"))}
+    another_run(out, input="a.png", **known)
+    assert refusals(Path("a.png"), output=out) == {}
+    monkeypatch.chdir(folder / "2")
+    assert refusals(Path("a.png"), output=out).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    ("known", "refused"),
+    [
+        ({}, False),
+        ({"input": "in/a.png"}, False),
+        ({"input": "b/a.png"}, True),
+        ({"input": "b", "input_sha256": 0}, True),
+    ],
+)
+def test_of_an_older_versions_report_the_given_path_counts(folder, known, refused):
+    put(folder / "a.png")
+    another_run(folder / "out", **known)
+    assert bool(refusals(Path("in/a.png"), output=folder / "out")) == refused
+
+
+def test_an_input_that_cannot_be_read_replaces_nothing_either(folder, monkeypatch):
+    put(folder / "a.png")
+    another_run(folder / "out", input="b/a.png", path_sha256="0")
+
+    def no(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(discover, "file_sha256", no)
+    assert refusals(folder, output=folder / "out").keys() == {"a.png"}
+
+
+def test_a_result_that_the_preview_would_replace(folder):
+    put(folder / "preview.png", folder / "sub" / "preview.png")
+    assert results(folder).keys() == {str(folder / "preview.png"), str(folder / "sub" / "preview.png")}
+    tasks = find_tasks([folder], OUT, "auto", reserved=("preview.png",))
+    assert [task.refusal for task in tasks] == ["its result preview.png would replace the run's own; rename it", None]
+
+
+def test_a_folder_that_cannot_be_searched_is_said(folder, monkeypatch):
+    put(folder / "a.png", folder / "locked" / "b.png")
+    real = os.scandir
+
+    def scandir(path):  # permissions do not stop root, who may run this test
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    tasks = find_tasks([folder], OUT, "auto")
+    assert [(task.input.name, task.refusal) for task in tasks] == [
+        ("a.png", None),
+        ("locked", "cannot be searched: Permission denied"),
+    ]
+
+
+def test_a_file_of_any_name_that_cannot_be_read_is_an_input(folder, monkeypatch):
+    put(folder / "IM0001")
+    assert results(folder) == {}
+    monkeypatch.setattr(os, "access", lambda file, _: Path(file).name != "IM0001")
+    assert results(folder) == {str(folder / "IM0001"): "IM0001.png"}
+
+
+def test_a_link_to_a_folder_is_said(folder, caplog):
+    put(folder.parent / "study" / "a.png")
+    (folder / "linked").symlink_to(folder.parent / "study")
+    assert results(folder) == {}
+    assert "linked: a link to a folder, which is not followed" in caplog.text
+
+
+def test_the_deviation_maps_of_a_dicom_and_a_png_of_one_name(folder):
+    assert uncertainty_path(OUT, "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
+    assert uncertainty_path(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
+
+
+def test_deviation_maps_that_would_replace_each_other(folder):
+    dicom(folder / "x.dcm")
+    png(folder / "x.dcm.png")
+    assert set(results(folder).values()) == {"x.dcm", "x.dcm.png"}
+    tasks = find_tasks([folder], OUT, "auto", reserved=("uncertainty",))
+    assert [task.refusal for task in tasks] == [
+        None,
+        f"its deviation map x.dcm.png would replace that of {folder / 'x.dcm'}; give it another --output",
+    ]
+
+
+def test_links(folder):
+    put(folder / "a.png", folder.parent / "far" / "b.png")
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "link").symlink_to(folder.parent / "far")  # not followed: it may lead in a circle
+    found = {task.input.name: task.refusal for task in find_tasks([folder], OUT, "auto")}
+    assert found == {"a.png": None, "broken.png": "no such file or folder", "loop.png": "no such file or folder"}
+    assert list(results(folder / "link").values()) == ["b.png"]
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe"])
+def test_what_is_no_regular_file_does_not_hang(folder, name):
+    os.mkfifo(folder / name)
+    assert results(folder) == {}
+    assert refusals(folder / name) == {name: "no file or folder (a pipe, socket or device)"}
+
+
+def test_images_of_other_kinds_are_left_out_and_said(tmp_path, caplog):
+    for name in ("a.png", "b.BMP", "sub/c.bmp", "sub/d.webp", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [task.input.name for task in find_tasks([tmp_path], OUT, "auto")] == ["a.png"]
+    assert (
+        f"{tmp_path}: images of kinds not read here are left out (2 .bmp, 1 .webp); convert to PNG" in caplog.messages
+    )
+
+
+def test_what_the_run_writes_besides_replaces_no_x_ray(folder):
+    put(folder / "preview.png", folder / "uncertainty" / "x.png")
+    with pytest.raises(SettingsError, match=r"in/preview\.png: this run's own preview\.png would replace the X-ray"):
+        find_tasks([folder / "preview.png"], folder, "png", reserved=("preview.png",))
+    maps = folder / "uncertainty"
+    assert refusals(maps, output=folder, reserved=("uncertainty",)) == {
+        "x.png": f"its deviation map would replace the X-ray {maps / 'x.png'}; choose another --output"
+    }
+    assert refusals(maps, output=folder) == {}
