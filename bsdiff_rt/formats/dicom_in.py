@@ -164,7 +164,7 @@ def read_dicom(path: Path, *, force_view: bool = False, derived: bool = False) -
     except Exception as error:  # damaged input makes pydicom and the codecs raise anything; their text quotes values
         raise InputFailed(f"damaged or not conforming to DICOM ({type(error).__name__})") from None
     check_picture(cxr)
-    return Radiograph(cxr, int(dataset.BitsStored), pixel_digest(stored), dataset)
+    return Radiograph(cxr, int(dataset.BitsStored), pixel_digest(stored), dataset, "dicom")
 
 
 @contextmanager

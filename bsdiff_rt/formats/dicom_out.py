@@ -16,7 +16,6 @@ import hashlib
 import io
 import logging
 import re
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Literal
@@ -37,6 +36,7 @@ from pydicom.uid import (
 
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError
 from bsdiff_rt.files import write_atomically
+from bsdiff_rt.formats.base import Derivation as Derivation
 from bsdiff_rt.formats.dicom_in import BONE_SUPPRESSED, quiet_pydicom
 from bsdiff_rt.formats.radiograph import Radiograph, to_stored
 
@@ -114,27 +114,6 @@ _SC_COPIED = _tags(
     LossyImageCompressionMethod ViewCodeSequence
     """
 )
-
-
-@dataclass(frozen=True)
-class Derivation:
-    """How a picture was made; goes into the derived object.
-
-    Attributes:
-        description: sampler, steps, seed, precision, network matrix; at most 1024 characters are kept.
-        bundle_name, bundle_sha256: the model bundle; the hash gives the Device UID, so that a retrained model is a new
-            device.
-        settings_digest: identifies the resolved settings; part of the new UIDs.
-        software_version: of this package.
-        created: date and time, local unless aware; None for now.
-    """
-
-    description: str
-    bundle_name: str
-    bundle_sha256: str
-    settings_digest: str
-    software_version: str
-    created: datetime | None = None
 
 
 def write_derived(

@@ -29,12 +29,16 @@ class Radiograph:
         bits_stored: 8 to 16; the depth results are written at.
         pixel_digest: SHA-256 of the decoded pixels; keys the image's noise stream (noise.py).
         dataset: the source header without its pixels, for a derived DICOM; None for raster files.
+        format: name of the `Format` that read it.
+        warnings: what the reader had to assume or found odd, each one sentence without patient data.
     """
 
     cxr: NDArray[np.float32]
     bits_stored: int
     pixel_digest: bytes
     dataset: Dataset | None = None
+    format: str = "raster"
+    warnings: tuple[str, ...] = ()
 
 
 def pixel_digest(pixels: NDArray[np.generic]) -> bytes:

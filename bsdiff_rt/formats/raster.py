@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.files import write_atomically
+from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
 from bsdiff_rt.formats.radiograph import (
     Radiograph,
     check_picture,
@@ -340,3 +341,33 @@ def _refuse_turned(exif: bytes) -> None:
 
 def _refuse_orientation() -> None:
     raise InputRefused("the picture is marked as turned (EXIF orientation); save it upright first")
+
+
+def _recognise(path: Path) -> bool:
+    """Return whether a file begins as a PNG, JPEG or TIFF file does; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
+        return False
+    return head.startswith((_PNG_SIGNATURE, _JPEG_SIGNATURE, *_TIFF_SIGNATURES, *_BIGTIFF_SIGNATURES))
+
+
+def _read(path: Path, options: ReadOptions) -> Radiograph:
+    return read_raster(path, options.least_bits)
+
+
+def _write(path: Path, result: ResultToWrite) -> None:
+    write_png(path, result.picture, result.like.bits_stored)
+
+
+RASTER = Format(
+    name="raster",
+    titles=("PNG", "JPEG", "TIFF"),
+    suffixes=RASTER_SUFFIXES,
+    recognise=_recognise,
+    read=_read,
+    kinds=("png",),
+    result_suffix=".png",
+    write=_write,
+)

@@ -1,0 +1,37 @@
+"""DICOM in the registry of formats: its reader, its writer and the kinds of results that it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
+from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
+from bsdiff_rt.formats.dicom_out import write_derived
+from bsdiff_rt.formats.radiograph import Radiograph
+
+
+def _read(path: Path, options: ReadOptions) -> Radiograph:
+    return read_dicom(path, force_view=options.any_view, derived=options.derived)
+
+
+def _write(path: Path, result: ResultToWrite) -> None:
+    if result.derivation is None:
+        raise SettingsError("a DICOM result needs a Derivation: how the picture was made")
+    sop: Literal["same", "sc"] = "sc" if result.kind == "dicom-sc" else "same"
+    write_derived(path, result.like, result.picture, result.derivation, sop)
+
+
+DICOM = Format(
+    name="dicom",
+    titles=("DICOM",),
+    suffixes=frozenset({".dcm", ".dicom", ".ima"}),
+    recognise=is_dicom,
+    read=_read,
+    kinds=("dicom", "dicom-sc"),
+    result_suffix=".dcm",
+    needs_source=True,
+    write=_write,
+    any_name=True,
+)
