@@ -29,7 +29,7 @@ TORCH_FREE = [
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).
 LAYERS = (
-    *("", "errors", "config", "files", "imaging", "networks", "formats", "bundle", "runners", "sampling"),
+    *("", "errors", "config", "files", "tables", "imaging", "networks", "formats", "bundle", "runners", "sampling"),
     *("engines", "model", "folder", "bench", "info", "cli"),
 )
 # What a package must not know, whatever stands below it.

@@ -87,10 +87,16 @@ def mse(soft_tissue: Image, predicted: Image) -> float:
     return float(np.mean(np.square(np.subtract(soft_tissue, predicted, dtype=np.float64))))
 
 
-def psnr(soft_tissue: Image, predicted: Image) -> float:
-    """Peak signal-to-noise ratio in dB for a data range of 1; infinite for equal images, NaN where a pixel is."""
+def psnr(soft_tissue: Image, predicted: Image, data_range: float = 1.0) -> float:
+    """Return the peak signal-to-noise ratio in dB: infinity for equal images, NaN if a pixel is NaN.
+
+    Args:
+        soft_tissue: the truth, any shape.
+        predicted: of the same shape.
+        data_range: the largest value minus the smallest one that an image can have.
+    """
     error = mse(soft_tissue, predicted)
-    return math.inf if error == 0 else -10.0 * math.log10(error)
+    return math.inf if error == 0 else 20.0 * math.log10(data_range) - 10.0 * math.log10(error)
 
 
 def ssim(soft_tissue: Image, predicted: Image) -> float:

@@ -50,6 +50,10 @@ def test_equal_images():
     assert ssim(CXR, CXR) == pytest.approx(1, abs=1e-12)
 
 
+def test_psnr_of_another_range():
+    assert psnr(CXR * 2 - 1, SOFT_TISSUE * 2 - 1, data_range=2.0) == pytest.approx(psnr(CXR, SOFT_TISSUE), abs=1e-4)
+
+
 def test_the_psnr_of_a_picture_that_is_not_finite_is_none():
     predicted = PREDICTED.copy()
     predicted[3, 5] = math.nan
