@@ -55,9 +55,19 @@ class BsdiffError(Exception):
 
 
 class SettingsError(BsdiffError):
-    """An argument or a setting that cannot be used, or a combination of settings that contradict each other."""
+    """An argument or a setting that cannot be used, or a combination of settings that contradict each other.
+
+    Args:
+        message: what is wrong with which value, and what to do. It names no command line option.
+        setting: name of the setting as in `config.InferSettings`, such as "batch". The command line puts the name of
+            its option before the message.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class InputRefused(BsdiffError):
@@ -84,6 +94,12 @@ class EngineError(BsdiffError):
     exit_code = 4
 
 
+def describe_error(error: BsdiffError) -> str:
+    """Return the message of an error for a command line: with the option it is about in front, if it is about one."""
+    setting = error.setting if isinstance(error, SettingsError) else None
+    return f"--{setting.replace('_', '-')}: {error}" if setting else str(error)
+
+
 def run_command(app: Callable[[], object]) -> None:
     """Run a command of `python -m`: one of our errors becomes one line on stderr and the process's exit code.
 
@@ -94,7 +110,7 @@ def run_command(app: Callable[[], object]) -> None:
     try:
         app()
     except BsdiffError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{describe_error(error)}\n")
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         if error.filename is None:  # no file's: a bug, or nobody reads what is printed

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-from bsdiff_rt.errors import BundleError, out_of_memory, run_command
+from bsdiff_rt.errors import BundleError, SettingsError, describe_error, out_of_memory, run_command
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,14 @@ from bsdiff_rt.errors import BundleError, out_of_memory, run_command
 )
 def test_out_of_memory(error, expected):
     assert out_of_memory(error) is expected
+
+
+def test_the_option_of_a_setting_is_named_by_the_command_line_only():
+    error = SettingsError("9 is too many. Give 8 or less.", setting="raw_view")
+    assert str(error) == "9 is too many. Give 8 or less."
+    assert describe_error(error) == "--raw-view: 9 is too many. Give 8 or less."
+    assert describe_error(SettingsError("a.png: no such file")) == "a.png: no such file"
+    assert describe_error(BundleError("x")) == "x"
 
 
 @pytest.fixture
