@@ -1,0 +1,53 @@
+"""Limits on size: modules, functions, the README, the options of `infer`, and the time `--help` takes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GROUPS = ("Input and output", "Model", "Speed", "Run")
+CLI = "from bsdiff_rt.cli import main; import sys; sys.argv[0] = 'bsdiff-rt'; main()"
+TIMED_CLI = f"import atexit, sys, time; atexit.register(lambda: print(time.process_time(), file=sys.stderr)); {CLI}"
+
+
+def find_long_functions(folder: str, limit: int) -> list[str]:
+    """Return `file:line name (lines)` for each function of `folder` that has more than `limit` lines."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if path == ROOT / "bsdiff_rt" / "cli.py":  # its functions are lists of options
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > limit:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} ({lines} lines)")
+    return found
+
+
+def run_cli(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fresh interpreter, as a user's shell does."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+
+
+def test_at_most_ten_modules_lie_directly_in_the_package():
+    modules = sorted(path.name for path in (ROOT / "bsdiff_rt").glob("*.py"))
+    assert len(modules) <= 10, modules
+
+
+@pytest.mark.parametrize("folder", ["bsdiff_rt", "export", "benchmarks"])
+def test_no_function_has_more_than_60_lines(folder):
+    assert find_long_functions(folder, 60) == []
+
+
+@pytest.mark.parametrize("command", [["--help"], ["infer", "--help"], ["--version"]])
+def test_help_takes_under_300_milliseconds(command):
+    """Processor time of the whole process, the best of three: the clock on the wall counts other tests as well."""
+    seconds = min(float(run_cli(TIMED_CLI, *command).stderr.split()[-1]) for _ in range(3))
+    assert seconds < 0.3
