@@ -1,11 +1,16 @@
 # Needs Python 3.11 or newer with venv. Everything goes into .venv; delete it to start afresh.
+# RUNTIME is the extra that brings ONNX Runtime: cpu or cuda (docs/install.md).
 PYTHON ?= python3
+RUNTIME ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 # torch first and pinned: an unpinned torch may bring gigabytes of GPU libraries a CPU machine has no use for.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One thread a process: the tests run in two processes, and many threads on two cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+QUICK := --ignore=tests/benchmarks --ignore=tests/train --ignore=tests/export -m 'not slow'
 
-.PHONY: demo test check install install-dev clean
+.PHONY: demo test quick check wheel install install-dev clean
 
 demo: install
 	$(BIN)/bsdiff-rt infer examples/ --output out/ --preview --overwrite
@@ -13,14 +18,24 @@ demo: install
 	@echo
 	@echo "Look at out/preview.png: X-ray | soft tissue | bone. Above: quality against the phantoms' known truth."
 
-test: install-dev
-	$(MAKE) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+test: install-dev check
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-check:
+quick: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) $(QUICK)
+
+check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds the source archive and the wheel, installs the wheel into an empty environment and runs it there.
+wheel: install-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -30,12 +45,12 @@ $(BIN)/python:
 
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[$(RUNTIME)]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[dev,$(RUNTIME)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .coverage *.egg-info
