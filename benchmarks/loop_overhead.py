@@ -13,8 +13,8 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
-from bsdiff_rt.sampling.sampler import CapturedSampler
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 # Sampler, steps, images.

@@ -27,8 +27,9 @@ from bsdiff_rt.bench.flops import denoiser_work
 from bsdiff_rt.errors import EngineError, forget_frames
 from bsdiff_rt.runners.timing import interleaved, median_ratio, seconds_of
 from bsdiff_rt.sampling.batching import NOISE_THREADS, NoiseAhead
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise
-from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from bsdiff_rt.bundle import Manifest
 from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.base import Progress, Runner
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
-from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import Table, alpha_bar, sampler_table
 
 MAX_STEPS = 50  # of the trajectory; a bundle's own thousand would take longer than building the engine

@@ -27,7 +27,8 @@ from bsdiff_rt.runners.aoti import (
     lower_precision,
 )
 from bsdiff_rt.runners.registry import load_runner
-from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler
+from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 from bsdiff_rt.runners.registry import load_runner
-from bsdiff_rt.sampling.sampler import CapturedSampler, sample
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler
+from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table
 
 SIZE = 64

@@ -15,7 +15,8 @@ from toy import SCHEDULES, ToyRunner, draws, images
 
 from bsdiff_rt.config import SAMPLERS, Objective, SamplerName, Schedule
 from bsdiff_rt.errors import EngineError, SettingsError
-from bsdiff_rt.sampling.sampler import StepBuffers, sample, step
+from bsdiff_rt.sampling.buffers import StepBuffers
+from bsdiff_rt.sampling.sampler import sample, step
 from bsdiff_rt.sampling.schedule import alpha_bar, sampler_table, timesteps
 
 STEPS = (1, 2, 3, 10, 50, 1000)

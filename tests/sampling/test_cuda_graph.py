@@ -19,10 +19,11 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.sampling import sampler as module
+from bsdiff_rt.sampling import cuda_graph as module
 from bsdiff_rt.sampling.batching import NOISE_AHEAD, NoiseAhead
+from bsdiff_rt.sampling.cuda_graph import RING_SLOTS, WARM_UP_STEPS, CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
-from bsdiff_rt.sampling.sampler import RING_SLOTS, WARM_UP_STEPS, CapturedSampler, sample
+from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
 SCHEDULE = SCHEDULES[0]
@@ -227,7 +228,7 @@ def test_noise_made_ahead_waits_for_the_stream_that_copies_it(cuda: FakeCuda) ->
 
 def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
     cuda.fail = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.raises(EngineError, match=r"runner toy cannot be recorded in a CUDA graph: RuntimeError: op"):
+    with pytest.raises(EngineError, match=r"toy: its step cannot be recorded in a CUDA graph \(RuntimeError: op"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
     assert cuda.current == "main"
 
@@ -236,17 +237,17 @@ def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
 def test_the_pool_of_a_recording_that_broke_off_is_closed(cuda: FakeCuda, ended: bool) -> None:
     """Where torch has not done so itself; what it says of the other case does not hide the error."""
     cuda.fail, cuda.pool_ended = RuntimeError("operation not permitted"), ended
-    with pytest.raises(EngineError, match="cannot be recorded"):
+    with pytest.raises(EngineError, match="cannot be recorded in a CUDA graph"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
-    told = ["end pool (0, 7) of 0", "release pool (0, 7) of 0"]
-    assert cuda.log[-2:] == told if not ended else cuda.log[-1] == told[0]
+    calls = ["end pool (0, 7) of 0", "release pool (0, 7) of 0"]
+    assert cuda.log[-2:] == calls if not ended else cuda.log[-1] == calls[0]
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Failed to allocate memory for a buffer")],
 )
-def test_no_memory_for_a_recording_is_told_as_such(cuda: FakeCuda, error: RuntimeError) -> None:
+def test_no_memory_for_a_recording_is_reported_as_such(cuda: FakeCuda, error: RuntimeError) -> None:
     cuda.fail = error
     with pytest.raises(type(error), match="memory"):
         CapturedSampler(ToyRunner(SCHEDULE)).sample(images(1), table("ddim", 2), draws(1))
