@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from bsdiff_rt.bench.candidates import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
 from bsdiff_rt.bench.measure import Plan
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
-from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing, ScannerTone
+from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
@@ -144,8 +144,6 @@ def _write_weights(model: Model, preset: str, folder: Path) -> None:
         schedule=model.schedule,
         sampler=model.sampler,
         preprocessing=Preprocessing(size=model.size),
-        tone=ScannerTone(),
-        detail="network",
         enhance=model.enhance,
         mirror=model.mirror,
         training={},

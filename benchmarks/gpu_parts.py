@@ -270,9 +270,9 @@ def folder(part: Part) -> None:
     source.mkdir()
     draw_pictures(source, part.options.images, part.options.image_px)
     started = time.monotonic()
-    engine = part.work / DEMO if (part.work / DEMO).is_dir() else None
-    inference = Inference(InferSettings(output=part.work / "results", device=part.options.device, engine=engine))
-    report = inference.run(inference.tasks([source]))
+    runner = str(part.work / DEMO) if (part.work / DEMO).is_dir() else "auto"
+    inference = Inference(InferSettings(output=part.work / "results", device=part.options.device, runner=runner))
+    report = inference.run(inference.find_tasks([source]))
     seconds = time.monotonic() - started
     counts = dict(report.counts())
     done = counts.get("ok", 0)

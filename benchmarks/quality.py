@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,17 +21,14 @@ import typer
 from numpy.typing import NDArray
 
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import SAMPLERS, SamplerName, ScannerTone
+from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.formats.radiograph import grey_digest
 from bsdiff_rt.formats.raster import find_pairs, read_together
-from bsdiff_rt.imaging.detail import add_source_detail, subtract_local_bone
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
-from bsdiff_rt.imaging.network_input import Placement, from_network, place, resize, to_network, without_mirror
-from bsdiff_rt.imaging.tone import tone_change
-from bsdiff_rt.imaging.view import without_borders
+from bsdiff_rt.imaging.network_input import place, resize
+from bsdiff_rt.imaging.one_image import Prepared, finish, list_passes, prepare
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import resolve_device
 from bsdiff_rt.sampling.batching import enhanced, suppress
@@ -41,7 +38,23 @@ from bsdiff_rt.sampling.schedule import Table, sampler_table
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 
 Image = NDArray[np.float32]
-Pair = tuple[Image, Image]
+DETAILS: tuple[DetailName, ...] = ("full", "model")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair to judge on.
+
+    Attributes:
+        cxr: the X-ray, [H, W], float32, in [0, 1].
+        soft_tissue: the truth, [H, W], float32, in [0, 1].
+        digest: of the X-ray's pixels, which keys its noise as in `infer`.
+    """
+
+    cxr: Image
+    soft_tissue: Image
+    digest: bytes
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,16 +70,13 @@ def main(
     mirror: Annotated[
         bool | None, typer.Option("--mirror/--no-mirror", help="As of infer.", show_default="the bundle's")
     ] = None,
-    scanner_tone: Annotated[
-        bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
-    ] = True,
     size: Annotated[int, typer.Option(help="Side at which images are compared, px; 0: each image's own.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print and write one row per group, sampler, number of steps, stage and detail."""
     model = open_bundle(bundle)
-    manifest = model.manifest if scanner_tone else replace(model.manifest, tone=ScannerTone())
+    manifest = model.manifest
     schedule = manifest.schedule
     mirror = manifest.mirror if mirror is None else mirror
     groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
@@ -81,7 +91,7 @@ def main(
     if output:
         head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
         head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
-        head |= {"scanner_tone": bool(manifest.tone.cxr), "size_px": size}
+        head |= {"size_px": size}
         write(output, head | {"rows": []})
     rows: list[dict[str, Any]] = []
     with load(model, "auto", resolve_device(device)) as runner:
@@ -125,58 +135,51 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """X-ray and truth of every pair in a folder (`find_pairs`) without uniform borders, [H, W] float32 in [0, 1]."""
-    read = (without_borders(read_together(paths)) for _, *paths in find_pairs(folder))
-    return [(cxr, truth) for cxr, truth in read]
+    """Return X-ray and truth of every pair in a folder (`find_pairs`)."""
+    pairs = []
+    for _, *paths in find_pairs(folder):
+        cxr, truth = read_together(paths)
+        pairs.append(Pair(cxr.cxr, resize(truth.cxr, cxr.cxr.shape), cxr.pixel_digest))
+    return pairs
 
 
 def judge(
     runner: Runner, manifest: Manifest, table: Table, pair: Pair, size: int, mirror: bool
-) -> dict[tuple[bool, str], Quality]:
-    """Quality by (stage 2 on, detail) of what `infer` would write, compared at `size` px; stage 1 runs once."""
-    cxr, soft_tissue = pair
-    cxr_net, placement = to_network(cxr, manifest.preprocessing)
-    noise = ImageNoise(0, grey_digest(cxr))
-    found = {}
-    for stage2, (predicted, _) in zip((False, True), both_stages(runner, table, cxr_net, noise, mirror), strict=True):
-        toned = in_its_tone(cxr_net, predicted, placement, manifest)
-        prep = manifest.preprocessing
-        written = {
-            "network": from_network(toned, placement),
-            "both": add_source_detail(cxr, cxr_net, toned, placement, prep),
-            "source": subtract_local_bone(cxr, cxr_net, predicted, placement, prep),
-        }
-        for detail, picture in written.items():
-            found[stage2, detail] = quality(*(_at(image, size) for image in (cxr, soft_tissue, picture)))
-    return found
-
-
-def in_its_tone(cxr_net: Image, predicted: Image, placement: Placement, manifest: Manifest) -> Image:
-    """The networks' picture as `infer` tones it, where the model knows its scanner's tone; [S, S] in [-1, 1]."""
-    if not manifest.tone.cxr:
-        return predicted
-    return tone_change(cxr_net, predicted, placement, manifest.tone).apply(predicted, cxr_net)
-
-
-def both_stages(
-    runner: Runner, table: Table, cxr_net: Image, noise: ImageNoise, mirror: bool
-) -> tuple[tuple[Image, float], tuple[Image, float]]:
-    """What `infer` makes of one image without and with stage 2, [S, S] in [-1, 1], and the seconds each took.
+) -> dict[tuple[bool, DetailName], Quality]:
+    """Return the quality of what `infer` would write, by (stage 2 on, detail), compared at `size` px.
 
     Stage 1 runs once.
     """
+    prepared = prepare(pair.cxr, manifest.preprocessing)
+    noise = ImageNoise(0, pair.digest)
+    found: dict[tuple[bool, DetailName], Quality] = {}
+    for stage2, (passes, _) in zip((False, True), run_stages(runner, table, prepared, noise, mirror), strict=True):
+        for detail in DETAILS:
+            picture = finish(prepared, passes, mirror=mirror, detail=detail).soft_tissue
+            images = (resize_longer(image, size) for image in (pair.cxr, pair.soft_tissue, picture))
+            found[stage2, detail] = quality(*images)
+    return found
+
+
+def run_stages(
+    runner: Runner, table: Table, prepared: Prepared, noise: ImageNoise, mirror: bool
+) -> tuple[tuple[Image, float], tuple[Image, float]]:
+    """Return the model's outputs for one X-ray without and with stage 2, and the seconds each took.
+
+    Returns:
+        Twice the passes, [P, S, S], float32, in [-1, 1], for `finish`, and a time. Stage 1 runs once.
+    """
     started = time.perf_counter()
-    passes = [cxr_net, cxr_net[:, ::-1]] if mirror else [cxr_net]
+    passes = list_passes(prepared, 1, mirror=mirror)
     first = suppress(runner, np.stack(passes)[:, None], table, [noise] * len(passes), enhance=False)
     between = time.perf_counter()
     second = enhanced(runner, torch.from_numpy(first).to(runner.device)).cpu().numpy()
     ended = time.perf_counter()
-    alone, both = (without_mirror(result) if mirror else result for result in (first, second))
-    return (alone[0, 0], between - started), (both[0, 0], ended - started)
+    return (first[:, 0], between - started), (second[:, 0], ended - started)
 
 
-def _at(image: Image, size: int) -> Image:
-    """An image with its longer side at `size` px; 0: at its own."""
+def resize_longer(image: Image, size: int) -> Image:
+    """Return an image with its longer side at `size` px; 0 leaves it as it is."""
     if not size:
         return image
     placement = place(image.shape, size)

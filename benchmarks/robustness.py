@@ -46,7 +46,10 @@ def measure(folder: Path, bundle: str, *, plain: bool = False) -> list[dict[str,
 
     With `plain` the networks are shown the X-rays as they are, without what `view.view_of` does about some changes.
     """
-    pairs = [tuple(read_together([cxr, soft_tissue])) for _, cxr, soft_tissue in find_pairs(folder)]
+    pairs: list[Pair] = []
+    for _, *paths in find_pairs(folder):
+        cxr, soft_tissue = (picture.cxr for picture in read_together(paths))
+        pairs.append((cxr, soft_tissue))
     with tempfile.TemporaryDirectory() as temporary:
         sources, output = Path(temporary) / "in", Path(temporary) / "out"
         sources.mkdir()
@@ -59,12 +62,12 @@ def measure(folder: Path, bundle: str, *, plain: bool = False) -> list[dict[str,
                         f"{name}: an X-ray darker than half of the grey scale would be read as brighter"
                     )
                 write_png(sources / f"{number}-{index}.png", cxr, BITS)
-        inference = Inference(InferSettings(output=output, bundle=bundle, trim=not plain))
+        inference = Inference(InferSettings(output=output, bundle=bundle, raw_view=plain))
         if plain:
             manifest = inference.bundle.manifest
             unspread = replace(manifest.preprocessing, least_span=0.0)
             inference.bundle = replace(inference.bundle, manifest=replace(manifest, preprocessing=unspread))
-        report = inference.run(inference.tasks([sources]))
+        report = inference.run(inference.find_tasks([sources]))
         if failed := [entry for entry in report.files if entry.status != "ok"]:
             raise SettingsError(
                 f"{len(failed)} of {len(report.files)} changed X-rays gave no result: {failed[0].reason}"

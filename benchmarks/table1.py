@@ -4,10 +4,9 @@
 
 DATASET is a folder made by `python -m train prepare` (its test part is judged), or any folder of NAME_cxr.png and
 NAME_soft_tissue.png. Every NAME.onnx in --comparators, written by `python -m train comparator`, is a row; so is the
-untouched X-ray. BS-Diff is sampled as the bundle says, mirror image and scanner tone included (--no-scanner-tone leaves
-that out, as `infer` does), and in Table 1 with stage 2 or without as the bundle has; a comparator sees each image once,
-and its picture is judged as it is. All are judged on the same images, at the size and with the preprocessing of the
-networks, in [0, 1].
+untouched X-ray. BS-Diff makes the pictures that `infer` writes with the bundle's defaults; Table 1 has stage 2 as the
+bundle has it. A comparator sees what BS-Diff sees of each X-ray, once, and its picture is judged without detail of the
+X-ray. All pictures are judged with their longer side at the size of the networks, in [0, 1].
 95 % intervals are percentiles of 1000 bootstrap samples of patients. Below each row stand the paper's values, on data
 of its own: its bone suppression ratio is set below the release's, the form its published code computes.
 """
@@ -28,17 +27,17 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.quality import both_stages, in_its_tone, write
+from benchmarks.quality import resize_longer, run_stages, write
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import Preprocessing, SamplerName, ScannerTone, step_count
+from bsdiff_rt.config import Preprocessing, SamplerName, step_count
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, one_line, run_command
-from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats import read
 from bsdiff_rt.formats.radiograph import grey_digest
 from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
-from bsdiff_rt.imaging.network_input import from_network, place, to_network
-from bsdiff_rt.imaging.view import without_borders
+from bsdiff_rt.imaging.network_input import resize
+from bsdiff_rt.imaging.one_image import Prepared, finish, prepare
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import resolve_device
 from bsdiff_rt.sampling.noise import ImageNoise
@@ -57,18 +56,27 @@ PUBLISHED = {
 }
 
 Image = NDArray[np.float32]
-Predict = Callable[[Image], dict[str, tuple[Image, float]]]  # X-ray -> by row: soft tissue, seconds; [S, S] in [0, 1]
+Predict = Callable[["Case"], dict[str, tuple[Image, float]]]  # by row: soft tissue, [H, W] in [0, 1], and seconds
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pair to judge on, [S, S] float32 in [0, 1]; `digest` names the X-ray as a bundle's `trained_on` does."""
+    """One pair to judge on.
+
+    Attributes:
+        patient: whose it is.
+        prepared: the X-ray, ready for the model.
+        soft_tissue: the truth, [H, W], float32, in [0, 1].
+        noise_key: digest of the X-ray's pixels, which keys its noise as in `infer`.
+        digest: the X-ray's name in a bundle's `trained_on`.
+    """
 
     patient: str
-    cxr: Image
+    prepared: Prepared
     soft_tissue: Image
+    noise_key: bytes
     digest: str
 
 
@@ -80,26 +88,23 @@ def main(
     part: Annotated[str, typer.Option(help="Part of a prepared data set: train, val or test.")] = "test",
     sampler: Annotated[SamplerName | None, typer.Option(help="Sampler.", show_default="the bundle's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="the bundle's")] = None,
-    scanner_tone: Annotated[
-        bool, typer.Option("--scanner-tone/--no-scanner-tone", help="As of infer, where the bundle knows it.")
-    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of noise and bootstrap.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print both tables."""
     model, where = open_bundle(bundle), resolve_device(device)
-    manifest = model.manifest if scanner_tone else replace(model.manifest, tone=ScannerTone())
+    manifest = model.manifest
     settings, mirror = manifest.sampler, manifest.mirror
     settings = replace(settings, name=sampler or settings.name, steps=steps or settings.steps)
     cases = read_cases(dataset, part, model.manifest.preprocessing)
     head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
     head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": str(where)}
-    head |= {"sampler": asdict(settings), "mirror": mirror, "scanner_tone": bool(manifest.tone.cxr)}
+    head |= {"sampler": asdict(settings), "mirror": mirror}
     head |= {"images": len(cases), "seed": seed}
     if output:  # refuses a place that cannot be written before anything is judged
         write(output, head | {"rows": []})
-    rows = judge(lambda cxr: {UNTOUCHED: (cxr, 0.0)}, cases, seed)
+    rows = judge(lambda case: {UNTOUCHED: (case.prepared.cxr, 0.0)}, cases, seed)
     known = {BOTH: warn_of_training_images(BOTH, manifest.training.get("trained_on", ()), cases)}
     networks = sorted(comparators.glob("*.onnx")) if comparators else []
     if comparators and not networks:
@@ -110,11 +115,11 @@ def main(
     table = sampler_table(model.manifest.schedule, settings.name, settings.steps)
     with load(model, "auto", where) as runner:
         kind, shortest = runner.name, sampler_table(model.manifest.schedule, settings.name, 1)
-        bs_diff(runner, shortest, seed, manifest)(cases[0].cxr)  # the first call pays for what later ones find made
+        bs_diff(runner, shortest, seed, manifest)(cases[0])  # the first call pays for what later ones find made
         rows += judge(bs_diff(runner, table, seed, manifest), cases, seed)
     print(f"{len(cases)} images of {len({case.patient for case in cases})} patients, {settings.name} in", end=" ")
     print(f"{step_count(settings.steps)}{', mirror images averaged in' if mirror else ''}", end="")
-    print(f"{', tone of the scanner' if manifest.tone.cxr else ''}, {kind} on {where}; ", end="")
+    print(f", {kind} on {where}; ", end="")
     print("brackets: 95 % interval over patients; second line: the paper")
     print_table("Table 1: methods", [row for row in rows if row["name"] != (STAGE_1 if manifest.enhance else BOTH)])
     print_table("Table 2: stages", [row for row in rows if row["name"] in (STAGE_1, BOTH)])
@@ -149,12 +154,10 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
         digests = [None] * len(files)
     cases = []
     for (patient, *paths), known in zip(files, digests, strict=True):
-        pair = [read_result(path, DATASET_BITS) for path in paths] if prepared else read_together(paths)
-        cxr, soft_tissue = (
-            (to_network(image, prep)[0] + np.float32(1)) / np.float32(2) for image in without_borders(pair)
-        )
-        digest = known or grey_digest(pair[0]).hex()[:16]  # train/data.py does the same
-        cases.append(Case(patient, cxr, soft_tissue, digest))
+        pair = [read(path, least_bits=DATASET_BITS) for path in paths] if prepared else read_together(paths)
+        cxr, soft_tissue = pair[0].cxr, resize(pair[1].cxr, pair[0].cxr.shape)
+        digest = known or grey_digest(cxr).hex()[:16]  # train/data.py does the same
+        cases.append(Case(patient, prepare(cxr, prep), soft_tissue, pair[0].pixel_digest, digest))
     return cases
 
 
@@ -175,15 +178,13 @@ def trained_on(network: Path) -> Iterable[str]:
 
 
 def bs_diff(runner: Runner, table: Table, seed: int, manifest: Manifest) -> Predict:
-    """BS-Diff: its two rows, stage 1 run once for both."""
+    """Return BS-Diff as a function of a case. It gives two rows; stage 1 runs once for both."""
 
-    def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
-        noise = ImageNoise(seed, grey_digest(cxr))
-        cxr_net, placement = cxr * 2 - 1, place(cxr.shape, cxr.shape[0])
-        results = both_stages(runner, table, cxr_net, noise, manifest.mirror)
-        return {  # at the networks' matrix every --detail but source is their picture
-            name: (from_network(in_its_tone(cxr_net, image, placement, manifest), placement), taken)
-            for name, (image, taken) in zip((STAGE_1, BOTH), results, strict=True)
+    def predict(case: Case) -> dict[str, tuple[Image, float]]:
+        results = run_stages(runner, table, case.prepared, ImageNoise(seed, case.noise_key), manifest.mirror)
+        return {
+            name: (finish(case.prepared, passes, mirror=manifest.mirror).soft_tissue, taken)
+            for name, (passes, taken) in zip((STAGE_1, BOTH), results, strict=True)
         }
 
     return predict
@@ -208,13 +209,15 @@ def comparator(path: Path, device: torch.device) -> Predict:
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise SettingsError(f"{path}: {one_line(error)}") from error
 
-    def predict(cxr: Image) -> dict[str, tuple[Image, float]]:
-        if cxr.shape != (size, size):
-            raise SettingsError(f"{path}: made for images of {size} px, the bundle's are {cxr.shape[0]} px")
+    def predict(case: Case) -> dict[str, tuple[Image, float]]:
+        cxr_net = case.prepared.cxr_net
+        if cxr_net.shape != (size, size):
+            raise SettingsError(f"{path}: made for images of {size} px, the bundle's are {cxr_net.shape[0]} px")
         started = time.perf_counter()
-        (out,) = session.run(None, {"cxr": (cxr * 2 - 1)[None, None]})
+        (out,) = session.run(None, {"cxr": cxr_net[None, None]})
         taken = time.perf_counter() - started
-        return {TITLES.get(path.stem, path.stem): ((np.clip(out[0, 0], -1, 1) + 1) / 2, taken)}
+        soft_tissue = finish(case.prepared, np.clip(out[0], -1, 1), mirror=False, detail="model").soft_tissue
+        return {TITLES.get(path.stem, path.stem): (soft_tissue, taken)}
 
     return predict
 
@@ -223,13 +226,15 @@ def judge(predict: Predict, cases: list[Case], seed: int) -> list[dict[str, Any]
     """One row per prediction: means over images, intervals over patients, median seconds."""
     found: dict[str, list[tuple[Quality, float]]] = {}
     for case in cases:
-        for name, (image, seconds) in predict(case.cxr).items():
-            found.setdefault(name, []).append((quality(case.cxr, case.soft_tissue, image), seconds))
+        cxr, size = case.prepared.cxr, case.prepared.placement.size
+        for name, (image, seconds) in predict(case).items():
+            figures = quality(*(resize_longer(one, size) for one in (cxr, case.soft_tissue, image)))
+            found.setdefault(name, []).append((figures, seconds))
     patients = [case.patient for case in cases]
     rows = []
     for name, judged in found.items():
-        figures = [one.as_dict() for one, _ in judged]
-        intervals = {key: interval([one[key] for one in figures], patients, seed) for key in figures[0]}
+        rows_of = [one.as_dict() for one, _ in judged]
+        intervals = {key: interval([one[key] for one in rows_of], patients, seed) for key in rows_of[0]}
         mean = mean_quality([one for one, _ in judged]).as_dict()
         seconds = float(np.median([second for _, second in judged]))
         rows.append({"name": name, **mean, "seconds": seconds, "intervals": intervals, "paper": PUBLISHED.get(name)})

@@ -24,17 +24,15 @@ from typing import Any, TypeVar
 
 from bsdiff_rt.config import (
     DenoiserConfig,
-    DetailName,
     EnhancerConfig,
     Preprocessing,
     SamplerSettings,
-    ScannerTone,
     Schedule,
 )
 from bsdiff_rt.errors import BundleError
 from bsdiff_rt.files import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DIGEST = "sha256"  # the manifest's own
 FILES = ("denoiser.safetensors", "denoiser.onnx", "enhancer.safetensors", "enhancer.onnx")
@@ -56,8 +54,6 @@ class Manifest:
         schedule: the diffusion the denoiser was trained for, with what it predicts.
         sampler: default sampler and number of steps; its seed is the user's business and stays 0.
         preprocessing: from a radiograph to the networks' input.
-        tone: of the scanner whose images it learned from; known, it is the default of `infer --scanner-tone`.
-        detail: default of `infer --detail`.
         enhance: default of `infer --enhance`.
         mirror: default of `infer --mirror`.
         training: provenance, free-form: data, steps, seeds, dates, figures.
@@ -75,8 +71,6 @@ class Manifest:
     schedule: Schedule
     sampler: SamplerSettings
     preprocessing: Preprocessing
-    tone: ScannerTone
-    detail: DetailName
     enhance: bool
     mirror: bool
     training: dict[str, Any]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bsdiff_rt import __version__
-from bsdiff_rt.config import DetailName, InferSettings, SamplerName, step_count
+from bsdiff_rt.config import DetailName, FormatName, InferSettings, SamplerName, step_count
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.folder.progress import BuildProgress, FileProgress, printable
@@ -65,17 +65,13 @@ def infer(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results and report.json.")],
     bundle: Annotated[str, typer.Option("--bundle", "-b", help="Model: demo, or a bundle's folder.")] = "demo",
     runner: Annotated[
-        Literal["auto", "eager", "onnxruntime", "aoti", "tensorrt"],
-        typer.Option(help="Backend; auto takes the fastest that is installed and built, and says which."),
+        str,
+        typer.Option(help="auto, eager, onnxruntime, aoti, tensorrt, or the folder of a built engine."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of weights and activations.")
     ] = "auto",
-    engine: Annotated[
-        Path | None,
-        typer.Option(show_default="the newest in the cache that fits", help="A built engine, used or the run stops."),
-    ] = None,
     sampler: Annotated[
         SamplerName | None,
         typer.Option(show_default="the bundle's", help="ddpm --steps 1000 is the paper, release the published code."),
@@ -103,41 +99,23 @@ def infer(
             help="Average with the mirrored X-ray's result: better, twice the time.",
         ),
     ] = None,
-    scanner_tone: Annotated[
-        bool | None,
-        typer.Option(
-            "--scanner-tone/--no-scanner-tone",
-            show_default="the bundle's",
-            help="Tone: X-rays of the model's own scanner get the mean of its soft tissue, others keep theirs.",
-        ),
-    ] = None,
-    trim: Annotated[
-        bool,
-        typer.Option(
-            "--trim/--no-trim", help="Uniform borders and white letters are kept from the networks, and stay."
-        ),
-    ] = True,
-    size: Annotated[Literal["source", "model"], typer.Option(help="Output matrix: source's or network's.")] = "source",
     detail: Annotated[
-        DetailName | None,
+        DetailName,
         typer.Option(
-            show_default="the bundle's",
-            help="network: the networks' picture. both: it, and what of the source is too fine for it and no bone. "
-            "source: the source minus the local bone layer, which keeps the source's tone and sharpness.",
+            help="full: the model's picture plus fine detail from the X-ray that is not bone. "
+            "model: the model's picture, enlarged."
         ),
-    ] = None,
+    ] = "full",
+    raw_view: Annotated[bool, _flag("--raw-view", help="Show borders and burned-in text to the model, too.")] = False,
     output_format: Annotated[
-        Literal["auto", "png", "dicom"],
+        FormatName,
         typer.Option("--format", help="auto: DICOM for DICOM, PNG otherwise (16 bit beyond 8-bit sources)."),
     ] = "auto",
-    sop: Annotated[
-        Literal["same", "sc"], typer.Option(help="DICOM class: same as a CR or DX source, or Secondary Capture.")
-    ] = "same",
     preview: Annotated[bool, _flag("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
     overwrite: Annotated[
         bool, _flag("--overwrite", help="Do finished files again, and replace what this program did not write.")
     ] = False,
-    force: Annotated[bool, _flag("--force", help="Take lateral views and other body parts, too.")] = False,
+    any_view: Annotated[bool, _flag("--any-view", help="Take lateral views and other body parts, too.")] = False,
     dry_run: Annotated[bool, _flag("--dry-run", help="List what would be done or refused.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -151,7 +129,6 @@ def infer(
         runner=runner,
         device=device,
         precision=precision,
-        engine=engine,
         sampler=sampler,
         steps=steps,
         seed=seed,
@@ -159,15 +136,12 @@ def infer(
         batch=_batch(batch),
         enhance=enhance,
         mirror=mirror,
-        scanner_tone=scanner_tone,
-        trim=trim,
-        size=size,
         detail=detail,
+        raw_view=raw_view,
         format=output_format,
-        sop=sop,
         preview=preview,
         overwrite=overwrite,
-        force_view=force,
+        any_view=any_view,
     )
     from bsdiff_rt.folder.pipeline import Inference
 
@@ -176,7 +150,7 @@ def infer(
         entries = list(inference.plan(inputs))
         _print_plan(entries, as_json)
     else:
-        tasks = inference.tasks(inputs)
+        tasks = inference.find_tasks(inputs)
         with FileProgress(len(tasks), quiet) as progress:
             report = inference.run(tasks, progress.on_file)
         entries = report.files

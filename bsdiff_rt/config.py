@@ -12,7 +12,8 @@ from typing import Literal
 ScheduleName = Literal["cosine", "squaredcos_cap_v2"]
 Objective = Literal["eps", "v", "x0"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
-DetailName = Literal["network", "both", "source"]
+DetailName = Literal["full", "model"]
+FormatName = Literal["auto", "png", "dicom", "dicom-sc", "dicom-j2k"]
 RunnerName = Literal["eager", "onnxruntime", "aoti", "tensorrt"]
 EngineRunnerName = Literal["aoti", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -100,22 +101,6 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class ScannerTone:
-    """Grey levels, in [0, 1], of a scanner that equalises X-ray and soft tissue each on its own; default: not known.
-
-    How bright such a scanner's soft tissue is follows from its own content, not from the X-ray, so a network that sees
-    the X-ray cannot know it; but its mean is nearly the same in every image (docs/design.md).
-
-    Attributes:
-        cxr: mean quantiles of its X-rays, at shares from 0.02 to 0.98 of their pixels, evenly spaced; () for not known.
-        soft_tissue_mean: mean grey level of its soft-tissue images.
-    """
-
-    cxr: tuple[float, ...] = ()
-    soft_tissue_mean: float = 0.0
-
-
-@dataclass(frozen=True)
 class EngineOptions:
     """What `build-engine` was asked for.
 
@@ -127,32 +112,60 @@ class EngineOptions:
     batch: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class InferSettings:
-    """What `infer` was asked for; None and "auto" are resolved against the bundle and the machine (pipeline.py)."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model runs, how, and on what. None and "auto" are resolved against the bundle and the machine.
 
-    output: Path
+    Attributes:
+        bundle: name of a shipped bundle, or a bundle's folder.
+        runner: a runner's name, "auto", or the folder of a built engine.
+        device: auto, cpu, cuda or cuda:N.
+        precision: of weights and activations: auto, fp32, bf16 or fp16.
+        batch: images per batch; None lets the runner decide.
+        threads: CPU threads; None takes the library's default.
+        sampler: None takes the bundle's.
+        steps: denoiser steps per image; None takes the bundle's.
+        seed: of the noise. The same image and seed give the same result.
+        samples: samples per image. Their mean is the result.
+        enhance: whether stage 2 runs; None takes the bundle's choice.
+        mirror: whether the result is averaged with that of the mirrored X-ray; None takes the bundle's choice.
+        detail: full adds fine detail from the X-ray that is not bone; model keeps the model's picture alone.
+        raw_view: show borders and burned-in text to the model, too.
+    """
+
     bundle: str = "demo"
     runner: str = "auto"
     device: str = "auto"
     precision: str = "auto"
-    engine: Path | None = None
-    sampler: str | None = None
+    batch: int | None = None
+    threads: int | None = None
+    sampler: SamplerName | None = None
     steps: int | None = None
     seed: int = 0
     samples: int = 1
-    batch: int | None = None
     enhance: bool | None = None
     mirror: bool | None = None
-    scanner_tone: bool | None = None
-    trim: bool = True
-    size: Literal["source", "model"] = "source"
-    detail: DetailName | None = None
-    format: Literal["auto", "png", "dicom"] = "auto"
-    sop: Literal["same", "sc"] = "same"
+    detail: DetailName = "full"
+    raw_view: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(ModelSettings):
+    """What `infer` was asked for: the model's settings, and what happens to files.
+
+    Attributes:
+        output: folder of the results and of report.json.
+        format: of the results; auto writes DICOM for DICOM input and PNG otherwise.
+        preview: whether preview.png is written.
+        overwrite: whether finished files are done again.
+        any_view: whether lateral views and other body parts are taken, too.
+    """
+
+    output: Path
+    format: FormatName = "auto"
     preview: bool = False
     overwrite: bool = False
-    force_view: bool = False
+    any_view: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from pathlib import Path
@@ -45,3 +46,8 @@ def put_in_place(made: Path, target: Path, aside: Path) -> None:
         if aside.exists() and not target.exists():
             aside.rename(target)
         raise
+
+
+def digest_json(content: object) -> str:
+    """Return the SHA-256, 64 hex digits, of a JSON value with its keys in order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,12 +16,10 @@ import typer
 
 from bsdiff_rt.config import (
     PRESETS,
-    DetailName,
     Objective,
     Preprocessing,
     SamplerName,
     SamplerSettings,
-    ScannerTone,
     Schedule,
 )
 from bsdiff_rt.errors import SettingsError, run_command
@@ -32,7 +30,6 @@ from bsdiff_rt.networks.unet import Denoiser
 from export.bundle import BundleOptions, write_bundle
 from export.checkpoint import averaged_weights, weights_digest
 from export.published import WeightsName, published_weights
-from export.tone import scanner_tone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -110,7 +107,6 @@ def export_checkpoints(
     name: Annotated[str, typer.Option(help="Name of the model.")] = "model",
     sampler: Annotated[SamplerName, typer.Option(help="Default sampler.")] = "ddpm",
     steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
-    detail: Annotated[DetailName, typer.Option(help="Default of infer --detail.")] = BundleOptions.detail,
     enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
     mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
     clahe: Annotated[
@@ -118,10 +114,6 @@ def export_checkpoints(
         typer.Option(
             min=0, help="CLAHE clip limit of the training data; 0: none.", show_default="the data set's, else 0"
         ),
-    ] = None,
-    tone: Annotated[
-        Path | None,
-        typer.Option(help="The training pairs, where their scanner equalises each image: for infer --scanner-tone."),
     ] = None,
     least_span: Annotated[
         float, typer.Option(min=0, max=1, help="infer spreads X-rays whose grey levels span less; 0: none.")
@@ -152,8 +144,6 @@ def export_checkpoints(
         name=name,
         sampler=SamplerSettings(sampler, steps),
         preprocessing=preprocessing,
-        tone=ScannerTone() if tone is None else scanner_tone(tone, preprocessing),
-        detail=detail,
         enhance=enhance,
         mirror=mirror,
         licence=licence,

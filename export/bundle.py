@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bsdiff_rt.bundle import FILES, FORMAT, MANIFEST, NOTICE, Manifest
-from bsdiff_rt.config import DetailName, Preprocessing, Preset, SamplerSettings, ScannerTone, Schedule
+from bsdiff_rt.config import Preprocessing, Preset, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.files import file_sha256, put_in_place
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -36,8 +36,7 @@ class BundleOptions:
         name: of the model.
         sampler: default sampler and steps.
         preprocessing: what training used.
-        tone: of the training pairs' scanner.
-        detail, enhance, mirror: defaults of `infer`.
+        enhance, mirror: defaults of `infer`.
         licence: of the weights.
         training: provenance, free-form.
     """
@@ -45,8 +44,6 @@ class BundleOptions:
     name: str
     sampler: SamplerSettings
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
-    tone: ScannerTone = dataclasses.field(default_factory=ScannerTone)
-    detail: DetailName = "both"
     enhance: bool = True
     mirror: bool = False
     licence: str = "MIT"
@@ -117,8 +114,6 @@ def _manifest(
         schedule=schedule,
         sampler=options.sampler,
         preprocessing=options.preprocessing,
-        tone=options.tone,
-        detail=options.detail,
         enhance=options.enhance,
         mirror=options.mirror,
         training=options.training,

@@ -116,7 +116,7 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
     Raises:
         SettingsError: the two are not of one shape.
     """
-    images = read_together([cxr_path, soft_tissue_path])
+    images = [picture.cxr for picture in read_together([cxr_path, soft_tissue_path])]
     (rows, columns), (soft_rows, soft_columns) = (image.shape for image in images)
     if abs(rows / columns * soft_columns / soft_rows - 1) > ONE_SHAPE_WITHIN:
         raise SettingsError(

@@ -36,7 +36,7 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
         InputRefused, InputFailed: a file that cannot be read, or two that do not show the same field.
     """
     if not is_dicom(cxr_path) and not is_dicom(soft_tissue_path):
-        cxr, soft_tissue = read_together([cxr_path, soft_tissue_path])
+        cxr, soft_tissue = (picture.cxr for picture in read_together([cxr_path, soft_tissue_path]))
     else:
         source = read_dicom(cxr_path) if is_dicom(cxr_path) else read_raster(cxr_path)
         cxr = source.cxr

@@ -13,11 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bsdiff_rt.config import Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.config import SamplerSettings, Schedule
 from bsdiff_rt.formats.radiograph import grey_digest
-from bsdiff_rt.imaging.detail import subtract_local_bone
 from bsdiff_rt.imaging.metrics import bsr_tone_matched, mean_quality, quality
-from bsdiff_rt.imaging.network_input import place
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
 from bsdiff_rt.sampling.sampler import sample
@@ -79,10 +77,10 @@ class Validation:
             rows += [_row(*pair, image) for pair, image in zip(known[:4], predicted, strict=False)]
             if group != "phantoms":
                 foreign = [_foreign(pair) for pair in pairs]
-                detailed = [_from_source(cxr, predict(cxr)) for cxr, _ in foreign]
-                scores = [bsr_tone_matched(*pair, image) for pair, image in zip(foreign, detailed, strict=True)]
+                suppressed = [predict(cxr) for cxr, _ in foreign]
+                scores = [bsr_tone_matched(*pair, image) for pair, image in zip(foreign, suppressed, strict=True)]
                 figures |= {f"{group}_foreign": float(np.mean(scores))}
-                rows += [_row(*pair, image) for pair, image in zip(foreign[:2], detailed, strict=False)]
+                rows += [_row(*pair, image) for pair, image in zip(foreign[:2], suppressed, strict=False)]
         cv2.imwrite(str(picture), (np.clip(np.vstack(rows), 0, 1) * 255).astype(np.uint8))
         return figures
 
@@ -111,11 +109,6 @@ def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: Sample
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's parameters are."""
     return next(network.parameters()).device
-
-
-def _from_source(cxr: Image, predicted: Image) -> Image:
-    side = cxr.shape[0]
-    return subtract_local_bone(cxr, 2 * cxr - 1, 2 * predicted - 1, place(cxr.shape, side), Preprocessing(side))
 
 
 def _foreign(pair: Pair) -> tuple[Image, Image]:

@@ -1,4 +1,4 @@
-"""Input files, read ahead by threads and made ready for the networks; what cannot be read is told, not raised."""
+"""Read input files ahead of the model, in threads. A file that cannot be read becomes a report entry, not an error."""
 
 from __future__ import annotations
 
@@ -12,37 +12,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.errors import BsdiffError, InputRefused
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder.report import FileEntry, path_digest
-from bsdiff_rt.folder.tasks import DICOM_SUFFIXES, Task, uncertainty_path
-from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
+from bsdiff_rt.folder.tasks import Task, uncertainty_path
 from bsdiff_rt.formats.radiograph import Radiograph
-from bsdiff_rt.formats.raster import read_raster
-from bsdiff_rt.imaging.network_input import Placement, shown, to_network
-from bsdiff_rt.imaging.view import View, looks_negative, view_of
+from bsdiff_rt.imaging.one_image import Prepared, prepare
 
 logger = logging.getLogger(__name__)
 
 READERS = 2
-NEGATIVE = "looks like a negative: its lungs are brighter than what lies between; if so, invert it and do it again"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A file ready for the networks: what they see, [S, S] float32 in [-1, 1], and where the view lies in it."""
+    """A file that is ready for the model.
+
+    Attributes:
+        task: the file and the place of its result.
+        output: the result's path below the output folder.
+        radiograph: the X-ray as it was read, with its header.
+        prepared: the X-ray as the model takes it.
+        input_sha256: hash of the file.
+        warnings: what a user should know about the X-ray, one sentence each.
+        seconds: time that reading and preparing took.
+    """
 
     task: Task
     output: Path
     radiograph: Radiograph
-    view: View
-    cxr_net: NDArray[np.float32]
-    placement: Placement
+    prepared: Prepared
     input_sha256: str
+    warnings: tuple[str, ...]
     seconds: float
 
 
@@ -50,9 +53,9 @@ class Reader:
     """Reads files for one run.
 
     Args:
-        settings: of the run; its output folder holds what an earlier run finished.
+        settings: the run's settings. Its output folder holds what an earlier run finished.
         preprocessing: the bundle's.
-        before: what an earlier run finished (`report.finished_before`).
+        before: results of an earlier run that need not be done again (`report.finished_before`).
     """
 
     def __init__(self, settings: InferSettings, preprocessing: Preprocessing, before: dict[str, FileEntry]) -> None:
@@ -60,8 +63,8 @@ class Reader:
         self._settings = settings
         self._preprocessing = preprocessing
 
-    def ahead(self, tasks: list[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
-        """Outcomes of reading, in the order of the tasks, read up to `depth` files ahead."""
+    def read_ahead(self, tasks: list[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
+        """Yield the outcome of reading each task, in order, reading up to `depth` files ahead."""
         pending: deque[Future[Ready | FileEntry]] = deque()
         with ThreadPoolExecutor(READERS) as threads:
             try:
@@ -75,7 +78,7 @@ class Reader:
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def read(self, task: Task) -> Ready | FileEntry:
-        """Read one file for the networks, or say why not; never raises for what is wrong with a file."""
+        """Read one file for the model, or return the report entry that says why not. Never raises for a bad file."""
         started = time.monotonic()
         digest = None
         try:
@@ -86,23 +89,20 @@ class Reader:
                 done = self.before[str(task.output)]
                 path_sha256 = path_digest(task.input)
                 return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped", seconds=0.0)
-            radiograph = read_radiograph(task.input, force_view=self._settings.force_view)
-            if self._settings.format == "dicom" and radiograph.dataset is None:
-                raise InputRefused("--format dicom needs DICOM input: an image file has no study to belong to")
-            # At the networks' matrix a result has no borders to put back.
-            trim = self._settings.trim and self._settings.size == "source"
-            view = view_of(radiograph.cxr, trim=trim, least_span=self._preprocessing.least_span)
-            cxr_net, placement = to_network(view.of(radiograph.cxr), self._preprocessing)
-            if looks_negative(shown(cxr_net, placement)):
-                logger.warning("%s: %s", task.input, NEGATIVE)
-            cxr_net = view.without_marks(cxr_net, placement)
-            return Ready(task, task.output, radiograph, view, cxr_net, placement, digest, time.monotonic() - started)
+            radiograph = formats.read(task.input, any_view=self._settings.any_view)
+            formats.check_kind(self._settings.format, radiograph)
+            prepared = prepare(radiograph.cxr, self._preprocessing, raw_view=self._settings.raw_view)
+            warnings = (*radiograph.warnings, *prepared.warnings)
+            for warning in warnings:
+                logger.warning("%s: %s", task.input, warning)
+            seconds = time.monotonic() - started
+            return Ready(task, task.output, radiograph, prepared, digest, warnings, seconds)
         except Exception as error:
             status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"
-            return not_done(task, status, reason_of(error, "read"), started, digest)
+            return make_not_done(task, status, describe_error(error, "read"), started, digest)
 
     def _is_finished(self, output: Path, input_sha256: str) -> bool:
-        """Whether an earlier run made this output from the same input and it is still what was written."""
+        """Return whether an earlier run made this output from the same input and it is unchanged."""
         entry = self.before.get(str(output))
         path = self._settings.output / output
         return (
@@ -118,30 +118,19 @@ class Reader:
         return path.is_file() and file_sha256(path) == entry.deviation_sha256
 
 
-def read_radiograph(path: Path, *, force_view: bool = False) -> Radiograph:
-    """Read a DICOM or raster file, told apart by content, not by name.
-
-    Raises:
-        InputRefused, InputFailed: see `dicom.read_dicom` and `raster.read_raster`.
-    """
-    if is_dicom(path) or path.suffix.lower() in DICOM_SUFFIXES:
-        return read_dicom(path, force_view=force_view)
-    return read_raster(path)
-
-
-def not_done(
+def make_not_done(
     task: Task, status: Literal["refused", "failed"], reason: str, started: float, input_sha256: str | None
 ) -> FileEntry:
-    """The entry of a file that was not written; `started` in seconds of the monotonic clock."""
+    """Return the report entry of a file that was not written; `started` is a time of the monotonic clock, s."""
     seconds = round(time.monotonic() - started, 4)
     return FileEntry(str(task.input), None, status, reason, seconds, None, input_sha256, path_digest(task.input))
 
 
-def reason_of(error: Exception, doing: Literal["read", "written"]) -> str:
-    """One line on what happened to a file.
+def describe_error(error: Exception, doing: Literal["read", "written"]) -> str:
+    """Return one line that says what happened to a file.
 
-    Of exceptions that are not ours the text is left out: an OSError's repeats the path, others may quote the file. What
-    nobody expected is a bug, which is told by its place, and still costs only the file that triggers it.
+    The text of exceptions that are not ours is left out: it repeats the path or may quote the file. An exception that
+    nobody expected is a bug. Its place is named, and it costs only the file that triggers it.
     """
     if isinstance(error, BsdiffError):
         return str(error)
@@ -151,5 +140,6 @@ def reason_of(error: Exception, doing: Literal["read", "written"]) -> str:
         return f"cannot be {doing}: {error.strerror or type(error).__name__}"
     frames = traceback.extract_tb(error.__traceback__)
     logger.debug("a bug:\n%s", "".join(traceback.format_list(frames)))  # without the text, as above
-    place = ([frame for frame in frames if Path(frame.filename).parent == Path(__file__).parent] or frames)[-1]
+    package = Path(__file__).parents[1]
+    place = ([frame for frame in frames if package in Path(frame.filename).parents] or frames)[-1]
     return f"a bug ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno}); please report it"

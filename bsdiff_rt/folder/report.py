@@ -41,10 +41,9 @@ class FileEntry:
         sha256: of the output file.
         input_sha256: of the input file, where it could be read; a changed input is done again.
         path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
-        tone_power, tone_offset: what `--scanner-tone` raised the networks' grey levels to, or added to them, of a scale
-            1 wide (that of `view`); None where it left them.
         view: which rows and columns the networks were shown, and how their grey levels were changed for them
             (`view.View`); None where it was all as it is.
+        warnings: what a user should know about the X-ray, one sentence each.
         deviation_sha256: of the samples' deviation map; None where there is none.
     """
 
@@ -56,10 +55,9 @@ class FileEntry:
     sha256: str | None = None
     input_sha256: str | None = None
     path_sha256: str | None = None
-    tone_power: float | None = None
-    tone_offset: float | None = None
     deviation_sha256: str | None = None
     view: dict[str, float] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -93,10 +91,6 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write report.json into `folder`, whole or not at all."""
         write_atomically(folder / FILE_NAME, self.to_json().encode())
-
-    def settings_digest(self) -> str:
-        """SHA-256 over bundle and settings: two runs with the same digest make the same pictures."""
-        return hashlib.sha256(json.dumps([self.bundle, self.settings], sort_keys=True).encode()).hexdigest()
 
 
 def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:

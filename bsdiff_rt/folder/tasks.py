@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from bsdiff_rt.config import FormatName
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.report import FileEntry, path_digest, planned_in, results_in
+from bsdiff_rt.formats import result_suffix
 from bsdiff_rt.formats.dicom_in import is_dicom
 from bsdiff_rt.formats.raster import RASTER_SUFFIXES
 
@@ -43,7 +44,7 @@ class Task:
 def find_tasks(
     inputs: Iterable[Path],
     output: Path,
-    file_format: Literal["auto", "png", "dicom"],
+    file_format: FormatName,
     reserved: Collection[str] = (),
     *,
     overwrite: bool = False,
@@ -85,7 +86,7 @@ def find_tasks(
         if place in seen:
             continue
         seen.add(place)
-        suffix = ".dcm" if file_format == "dicom" or (file_format == "auto" and is_dicom(file)) else ".png"
+        suffix = result_suffix(file_format, file)
         target = relative.parent / (stem_of(relative) + suffix)
         refusal = places.refusal(file, target)
         tasks.append(Task(file, None if refusal else target, refusal))

@@ -47,6 +47,25 @@ def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
     return hashlib.sha256(f"{little.shape}{little.dtype.str}".encode() + little.tobytes()).digest()
 
 
+def from_pixels(pixels: NDArray[np.uint8] | NDArray[np.uint16], least_bits: int = 8) -> Radiograph:
+    """Return grey pixels without a header as an X-ray; 1.0 is the largest value of their depth.
+
+    8-bit pixels have 8 bits stored. 16-bit pixels do not state their depth: X-rays of 8 to 15 bits are commonly saved
+    in 16 without scaling. They get the smallest depth that holds their values, but for a few stray ones (`range_of`).
+
+    Args:
+        pixels: [H, W], uint8 or uint16, air dark.
+        least_bits: the smallest depth of 16-bit pixels, 8 to 16. They may be darker than their range.
+
+    Raises:
+        InputRefused: the picture is too small or empty.
+    """
+    depth = 8 if pixels.dtype == np.uint8 else max(depth_of(range_of(pixels)[1]), least_bits)
+    cxr = np.minimum(pixels.astype(np.float32) / np.float32(2**depth - 1), 1)
+    check_picture(cxr)
+    return Radiograph(cxr, depth, pixel_digest(pixels))
+
+
 def grey_digest(cxr: NDArray[np.float32]) -> bytes:
     """`pixel_digest` of grey levels, [H, W] in [0, 1], at 16 bits: of a picture whose stored pixels are not at hand."""
     return pixel_digest(np.rint(cxr * 65535).astype(np.uint16))

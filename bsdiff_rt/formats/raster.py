@@ -28,10 +28,7 @@ from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
 from bsdiff_rt.formats.radiograph import (
     Radiograph,
-    check_picture,
-    depth_of,
-    pixel_digest,
-    range_of,
+    from_pixels,
     to_stored,
 )
 
@@ -60,9 +57,7 @@ _TIFF_INTEGERS = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # field type: struct c
 def read_raster(path: Path, at_least: int = 8) -> Radiograph:
     """Read a grey picture of 8 or 16 bits.
 
-    Grey saved as RGB or RGBA is taken as grey. An 8-bit file has 8 bits stored; a 16-bit file does not say its depth,
-    and has the smallest of 8 to 16 that holds its values but for stray ones (`range_of`), because X-rays of 8 to 15
-    bits are commonly saved in 16 without scaling. 1.0 is the largest value of that depth, and of what is above.
+    Grey saved as RGB or RGBA is taken as grey. A 16-bit file does not state its depth: see `from_pixels`.
 
     Args:
         path: the file.
@@ -84,10 +79,7 @@ def read_raster(path: Path, at_least: int = 8) -> Radiograph:
     except (struct.error, IndexError) as error:
         raise InputFailed(f"the {name} file is truncated or damaged: its structure leads out of the file") from error
     grey = _decode(name, content)
-    depth = 8 if grey.dtype == np.uint8 else max(depth_of(range_of(grey)[1]), at_least)
-    cxr = np.minimum(grey.astype(np.float32) / np.float32(2**depth - 1), 1)
-    check_picture(cxr)
-    return Radiograph(cxr, depth, pixel_digest(grey))
+    return from_pixels(grey, at_least)
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -109,10 +101,10 @@ def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
     return pairs
 
 
-def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:
-    """Read pictures that share one grey scale, such as an X-ray and its soft tissue: [H, W] float32 in [0, 1] each.
+def read_together(paths: Sequence[Path]) -> list[Radiograph]:
+    """Read pictures that share one grey scale, such as an X-ray and its soft tissue.
 
-    A darker picture may need fewer bits than its partner; read alone, each would be scaled by its own depth. Here every
+    A darker picture may need fewer bits than its partner. Read alone, each would be scaled by its own depth. Here every
     16-bit file is scaled by the depth of the deepest one.
 
     Raises:
@@ -121,7 +113,7 @@ def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:
     pictures = [read_raster(path) for path in paths]
     deepest = max(picture.bits_stored for picture in pictures)
     return [
-        (picture if picture.bits_stored == deepest else read_raster(path, deepest)).cxr
+        picture if picture.bits_stored == deepest else read_raster(path, deepest)
         for path, picture in zip(paths, pictures, strict=True)
     ]
 

@@ -1,0 +1,122 @@
+"""One X-ray, from pixels to the model's input and back to a soft-tissue image. Torch-free.
+
+Folder runs, the Python API and the benchmarks all go through `prepare` and `finish`, so all of them see one picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt.config import DetailName, Preprocessing
+from bsdiff_rt.errors import InputFailed
+from bsdiff_rt.imaging.detail import add_fine_detail
+from bsdiff_rt.imaging.network_input import Placement, from_network, shown, to_network, without_mirror
+from bsdiff_rt.imaging.view import View, looks_negative, view_of
+
+Image = NDArray[np.float32]
+
+INVERTED = "may be inverted (lungs brighter than mediastinum). If so, invert it and run again."
+CONSTANT = 1e-4  # a result whose grey levels, in [0, 1], span less than this shows nothing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An X-ray that is ready for the model.
+
+    Attributes:
+        cxr: the whole X-ray, [H, W], float32, in [0, 1].
+        view: the part of it that the model sees, and the change of its grey levels.
+        cxr_net: the model's input, [S, S], float32, in [-1, 1].
+        placement: where the view lies in that square.
+        preprocessing: the bundle's, which made `cxr_net`.
+        warnings: what a user should know about the picture, one sentence each.
+    """
+
+    cxr: Image
+    view: View
+    cxr_net: Image
+    placement: Placement
+    preprocessing: Preprocessing
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the model made of one X-ray.
+
+    Attributes:
+        soft_tissue: [H, W], float32, in [0, 1].
+        uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None for a single sample.
+    """
+
+    soft_tissue: Image
+    uncertainty: Image | None
+
+
+def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False) -> Prepared:
+    """Make an X-ray into the model's input.
+
+    Uniform borders and burned-in text are hidden from the model, and a faint picture is spread over more grey levels.
+    `finish` undoes all three.
+
+    Args:
+        cxr: the X-ray, [H, W], float32, in [0, 1], air dark.
+        preprocessing: the bundle's.
+        raw_view: show borders and burned-in text to the model, too.
+    """
+    view = view_of(cxr, trim=not raw_view, least_span=preprocessing.least_span)
+    cxr_net, placement = to_network(view.of(cxr), preprocessing)
+    warnings = (INVERTED,) if looks_negative(shown(cxr_net, placement)) else ()
+    cxr_net = view.without_marks(cxr_net, placement)
+    return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings)
+
+
+def list_passes(prepared: Prepared, samples: int, *, mirror: bool) -> list[Image]:
+    """Return the model's inputs for one X-ray: one per sample, each followed by its mirror image if asked for."""
+    one = [prepared.cxr_net, prepared.cxr_net[:, ::-1]] if mirror else [prepared.cxr_net]
+    return one * samples
+
+
+def finish(prepared: Prepared, passes: Image, *, mirror: bool, detail: DetailName = "full") -> Finished:
+    """Make the model's outputs into a soft-tissue image at the X-ray's matrix.
+
+    Args:
+        prepared: the X-ray, from `prepare`.
+        passes: the model's outputs in the order of `list_passes`, [P, S, S], float32, in [-1, 1].
+        mirror: whether every second pass is that of the mirror image.
+        detail: full adds fine detail from the X-ray that is not bone; model keeps the model's picture alone.
+
+    Raises:
+        InputFailed: an output is not finite, or shows one grey level only.
+    """
+    for one in passes:
+        _check_output(one)
+    samples = without_mirror(passes) if mirror else passes
+    soft_tissue_net = samples.mean(0, dtype=np.float64).astype(np.float32)
+    view, placement = prepared.view, prepared.placement
+    if detail == "full":
+        inside = add_fine_detail(
+            view.of(prepared.cxr), prepared.cxr_net, soft_tissue_net, placement, prepared.preprocessing
+        )
+    else:
+        inside = from_network(soft_tissue_net, placement)
+    uncertainty = None
+    if len(samples) > 1:
+        deviation = samples.std(0, dtype=np.float64).astype(np.float32)  # of values in [-1, 1]: at most 1
+        uncertainty = view.deviation_back(from_network(deviation - 1, placement), prepared.cxr.shape)
+    return Finished(view.back(inside, prepared.cxr), uncertainty)
+
+
+def _check_output(soft_tissue_net: Image) -> None:
+    """Refuse an output of the model that is no image.
+
+    Raises:
+        InputFailed: NaN, infinity, or (nearly) one grey level everywhere.
+    """
+    if not np.isfinite(soft_tissue_net).all():
+        raise InputFailed("the model returned NaN or infinity for this image; nothing was written")
+    if float(np.ptp(soft_tissue_net)) / 2 < CONSTANT:
+        raise InputFailed("the model returned one grey level for the whole image; nothing was written")

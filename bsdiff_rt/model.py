@@ -1,0 +1,380 @@
+"""The public API: a loaded model that takes the bones out of X-rays, in memory or file to file.
+
+    model = bsdiff_rt.open_model("demo")
+    result = model.suppress(cxr)
+    model.suppress_file("in.dcm", "out.dcm")
+
+`bsdiff-rt infer` runs the same model on folders (folder/pipeline.py), so both make the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsdiff_rt import __version__, formats
+from bsdiff_rt.bundle import Bundle, Manifest, open_bundle
+from bsdiff_rt.config import FormatName, ModelSettings, Precision, RunnerName, step_count
+from bsdiff_rt.engines.select import Choice, load_first
+from bsdiff_rt.errors import InputRefused, SettingsError
+from bsdiff_rt.files import digest_json
+from bsdiff_rt.formats.base import Derivation
+from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels, grey_digest
+from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes, prepare
+from bsdiff_rt.imaging.view import whole
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.sampling.batching import Suppressor, Taken, auto_batch
+from bsdiff_rt.sampling.noise import ImageNoise
+from bsdiff_rt.sampling.schedule import Table, sampler_table
+
+S = TypeVar("S", bound=ModelSettings)
+Pixels = NDArray[Any]
+
+# What decides the pixels of a result, besides the bundle, the runner and its precision. Batch, device and threads do
+# not: noise belongs to the image.
+DECISIVE = ("sampler", "steps", "seed", "samples", "enhance", "mirror", "detail", "raw_view")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model made of one X-ray.
+
+    Attributes:
+        soft_tissue: the X-ray without its bones, [H, W], float32, in [0, 1], the matrix of the X-ray.
+        bone: what was taken away, [H, W], float32, in [0, 1]; 0 where nothing was.
+        uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None unless samples > 1.
+        warnings: what the reader had to assume, and whether the X-ray may be inverted. One sentence each.
+    """
+
+    soft_tissue: NDArray[np.float32]
+    bone: NDArray[np.float32]
+    uncertainty: NDArray[np.float32] | None
+    warnings: tuple[str, ...] = ()
+
+
+def open_model(
+    bundle: str | Path = "demo", *, runner: str | Path = "auto", device: str = "auto", **options: Any
+) -> Model:
+    """Load a model.
+
+    Args:
+        bundle: name of a shipped bundle, or a bundle's folder.
+        runner: auto, eager, onnxruntime, aoti or tensorrt, or the folder of a built engine.
+        device: auto, cpu, cuda or cuda:N.
+        **options: further fields of `bsdiff_rt.config.ModelSettings`, which are the options of `bsdiff-rt infer`:
+            precision, batch, threads, sampler, steps, seed, samples, enhance, mirror, detail, raw_view.
+
+    Returns:
+        The model, ready to run. Use it as a context manager, or close it.
+
+    Raises:
+        SettingsError: an option is unknown or cannot be used.
+        BundleError: the bundle is incomplete or altered.
+        EngineError: the runner cannot be used here.
+    """
+    try:
+        settings = ModelSettings(bundle=str(bundle), runner=str(runner), device=device, **options)
+    except TypeError:
+        known = ModelSettings.__dataclass_fields__
+        unknown = min(set(options) - set(known))
+        raise SettingsError(f"unknown option {unknown!r}; use one of {', '.join(known)}") from None
+    opened = open_bundle(settings.bundle)
+    settings = resolve_settings(settings, opened.manifest)
+    choice, loaded = load_runner_for(opened, settings)
+    return Model(opened, loaded, settings, choice)
+
+
+class Model:
+    """A bundle loaded into a runner; a context manager. One thread at a time may use it.
+
+    Args:
+        bundle: an opened bundle.
+        runner: both networks of that bundle. It is closed with the model.
+        settings: the model's settings. What is None is taken from the bundle.
+        choice: how the runner was chosen; None if the caller made it.
+
+    Attributes:
+        bundle: the bundle.
+        settings: the resolved settings.
+        table: the sampler's coefficients.
+        batch: passes that the runner is given at once.
+
+    Raises:
+        SettingsError: steps, seed or batch are out of range.
+    """
+
+    def __init__(self, bundle: Bundle, runner: Runner, settings: ModelSettings, choice: Choice | None = None) -> None:
+        self.bundle = bundle
+        self.settings = resolve_settings(settings, bundle.manifest)
+        self.table = make_table(self.settings, bundle.manifest)
+        self.engine_sha256 = choice.engine.sha256 if choice is not None and choice.engine else None
+        self.batch = resolve_batch(self.settings.batch, runner)
+        self._runner = runner
+        self._suppressor = Suppressor(runner, self.table, enhance=bool(self.settings.enhance), batch=self.batch)
+
+    def __enter__(self) -> Self:
+        self._suppressor.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._suppressor.__exit__(kind, error, _)
+        self._runner.close()
+
+    def close(self) -> None:
+        """Release the runner, its memory and its threads. The model cannot be used afterwards."""
+        self.__exit__(None, None, None)
+
+    @property
+    def passes_per_image(self) -> int:
+        """How often one X-ray goes through the networks: its samples, times two with mirroring."""
+        return self.settings.samples * (2 if self.settings.mirror else 1)
+
+    @property
+    def smallest_batch(self) -> int:
+        """The smallest number of passes that the runner takes. Fewer are filled up."""
+        return self._suppressor.smallest
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the networks worked for the results taken so far."""
+        return self._suppressor.busy_s
+
+    @overload
+    def suppress(self, cxr: Sequence[Pixels]) -> list[Result]: ...
+    @overload
+    def suppress(self, cxr: Pixels) -> Result: ...
+    def suppress(self, cxr: Pixels | Sequence[Pixels]) -> Result | list[Result]:
+        """Remove the bones from one X-ray or from several.
+
+        Args:
+            cxr: an array [H, W] or a list of such arrays, of any sizes. Air is dark. uint8 and uint16 are pixel values,
+                scaled as in image files: 16-bit values by the smallest depth that holds them. Floats are grey levels
+                in [0, 1].
+
+        Returns:
+            One result, or a list of them in the order given.
+
+        Raises:
+            InputRefused: an array that cannot be an X-ray: its dtype, shape, range or content.
+            InputFailed: the model returned no image.
+            RuntimeError: the backend failed: out of memory, say.
+        """
+        if isinstance(cxr, np.ndarray):
+            return self._suppress([from_array(cxr)])[0]
+        return self._suppress([from_array(one) for one in cxr])
+
+    def suppress_file(
+        self, source: str | Path, target: str | Path, *, format: FormatName = "auto", any_view: bool = False
+    ) -> Result:
+        """Remove the bones from an X-ray in a file, and write the result as `bsdiff-rt infer` does.
+
+        Args:
+            source: an X-ray in any format that `infer` reads.
+            target: the file to write. Its folder must exist. An existing file is replaced.
+            format: as in `infer`; auto writes DICOM for DICOM and PNG for other files.
+            any_view: accept lateral views and other body parts, too.
+
+        Raises:
+            InputRefused: the file is not a frontal chest X-ray, or cannot have a result of this format.
+            InputFailed: the file is damaged, or the model returned no image.
+            SettingsError: source and target are the same file.
+            OSError: the target cannot be written.
+        """
+        source, target = Path(source), Path(target)
+        if target.exists() and target.samefile(source):
+            raise SettingsError(f"{target}: the result would replace the X-ray; choose another file")
+        radiograph = formats.read(source, any_view=any_view)
+        formats.check_kind(format, radiograph)
+        prepared = self.prepare(radiograph.cxr)
+        finished = self._finish_all([(prepared, radiograph.pixel_digest)])[0]
+        derivation = self.describe(prepared, format)
+        formats.write(target, finished.soft_tissue, like=radiograph, kind=format, derivation=derivation)
+        return make_result(radiograph, prepared, finished)
+
+    def prepare(self, cxr: NDArray[np.float32]) -> Prepared:
+        """Make an X-ray, [H, W], float32, in [0, 1], into the model's input."""
+        return prepare(cxr, self.bundle.manifest.preprocessing, raw_view=self.settings.raw_view)
+
+    def order(self, images: Sequence[tuple[Prepared, bytes]]) -> Iterator[Callable[[], Taken]]:
+        """Give every pass of some X-rays to the networks, `batch` at a time.
+
+        Args:
+            images: each prepared X-ray with the digest of its pixels, which keys its noise.
+
+        Yields:
+            For each pass, in order, a function that waits for its output. Every function must be called once. At most
+            a few batches may be waiting (`batching.BATCHES_IN_FLIGHT`).
+
+        Raises:
+            RuntimeError: the backend failed: out of memory, say.
+        """
+        mirror, passes = bool(self.settings.mirror), []
+        for prepared, digest in images:
+            inputs = list_passes(prepared, self.settings.samples, mirror=mirror)
+            for number, cxr_net in enumerate(inputs):
+                sample = number // 2 if mirror else number  # an X-ray and its mirror image get the same noise
+                passes.append((cxr_net, ImageNoise(self.settings.seed + sample, digest)))
+        for first in range(0, len(passes), self.batch):
+            part = passes[first : first + self.batch]
+            host = self._suppressor.submit([cxr_net for cxr_net, _ in part], [noise for _, noise in part])
+            for place in range(len(part)):  # before anything waits for them: they free the memory for the next part
+                yield partial(host.take, place)
+
+    def finish(self, prepared: Prepared, passes: NDArray[np.float32]) -> Finished:
+        """Make the networks' outputs for one X-ray, [P, S, S], float32, in [-1, 1], into its soft-tissue image."""
+        return finish(prepared, passes, mirror=bool(self.settings.mirror), detail=self.settings.detail)
+
+    def describe(self, prepared: Prepared, format: FormatName) -> Derivation:
+        """Describe how a result was made, for the header of a derived DICOM object."""
+        decisive = list_decisive(self.settings, self._runner.name, self._runner.precision) | {"format": format}
+        return describe_derivation(self.bundle, self.settings, decisive, prepared)
+
+    def _suppress(self, radiographs: Sequence[Radiograph]) -> list[Result]:
+        prepared = [self.prepare(radiograph.cxr) for radiograph in radiographs]
+        images = [(one, radiograph.pixel_digest) for one, radiograph in zip(prepared, radiographs, strict=True)]
+        return list(map(make_result, radiographs, prepared, self._finish_all(images)))
+
+    def _finish_all(self, images: Sequence[tuple[Prepared, bytes]]) -> list[Finished]:
+        outputs = np.array([take()[0] for take in self.order(images)])
+        count = self.passes_per_image
+        return [
+            self.finish(prepared, outputs[index * count : (index + 1) * count])
+            for index, (prepared, _) in enumerate(images)
+        ]
+
+
+def from_array(pixels: Pixels) -> Radiograph:
+    """Return an array as an X-ray; see `Model.suppress`.
+
+    Raises:
+        InputRefused: its dtype, shape, range or content cannot be an X-ray's.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 2:
+        raise InputRefused(f"an X-ray is an array [H, W]; this one has shape {pixels.shape}")
+    if pixels.dtype in (np.uint8, np.uint16):
+        return from_pixels(pixels)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise InputRefused(f"an X-ray is uint8, uint16 or float, not {pixels.dtype}; convert it")
+    cxr = np.ascontiguousarray(pixels, dtype=np.float32)
+    low, high = (float(cxr.min()), float(cxr.max())) if cxr.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):  # also NaN
+        raise InputRefused(f"grey levels of a float X-ray lie in [0, 1]; these lie in [{low:g}, {high:g}]. Scale them")
+    check_picture(cxr)
+    return Radiograph(cxr, 16, grey_digest(cxr))
+
+
+def make_result(radiograph: Radiograph, prepared: Prepared, finished: Finished) -> Result:
+    """Return what the public API returns for one X-ray."""
+    bone = np.clip(radiograph.cxr - finished.soft_tissue, 0, 1, dtype=np.float32)
+    return Result(finished.soft_tissue, bone, finished.uncertainty, (*radiograph.warnings, *prepared.warnings))
+
+
+def resolve_settings(settings: S, manifest: Manifest) -> S:
+    """Return settings in which the bundle's choice stands for everything that was None."""
+    sampler = settings.sampler or manifest.sampler.name
+    # The bundle's number of steps was chosen for its own sampler; another one runs in full.
+    own_steps = manifest.sampler.steps if sampler == manifest.sampler.name else manifest.schedule.train_steps
+    return replace(
+        settings,
+        sampler=sampler,
+        steps=own_steps if settings.steps is None else settings.steps,
+        enhance=manifest.enhance if settings.enhance is None else settings.enhance,
+        mirror=manifest.mirror if settings.mirror is None else settings.mirror,
+    )
+
+
+def make_table(settings: ModelSettings, manifest: Manifest) -> Table:
+    """Return the sampler's coefficients of resolved settings, and refuse seeds out of range before any work is done.
+
+    Raises:
+        SettingsError: the number of steps or the seed is out of range.
+    """
+    if settings.sampler is None or settings.steps is None:
+        raise SettingsError("the settings are not resolved: sampler and steps are missing")
+    for seed in (settings.seed, settings.seed + settings.samples - 1):
+        ImageNoise(seed, b"")
+    return sampler_table(manifest.schedule, settings.sampler, settings.steps)
+
+
+def request_runner(bundle: Bundle, settings: ModelSettings) -> tuple[Any, ...]:
+    """Return what `engines.select.choose` and `load_first` are asked: an engine's folder may stand for the runner."""
+    known = settings.runner == "auto" or settings.runner in RunnerName.__args__  # type: ignore[attr-defined]
+    engine = None if known else Path(settings.runner)
+    runner = settings.runner if known else "auto"
+    return bundle, runner, resolve_device(settings.device), settings.precision, engine, settings.batch
+
+
+def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Runner]:
+    """Choose and load the runner that settings ask for.
+
+    Raises:
+        EngineError: it cannot be used here.
+    """
+    return load_first(*request_runner(bundle, settings))
+
+
+def resolve_batch(asked: int | None, runner: Runner) -> int:
+    """Return the number of passes per batch: what was asked for, else what suits the device.
+
+    Raises:
+        SettingsError: the runner takes fewer.
+    """
+    _, most = runner.batch_range
+    if asked is not None and most is not None and asked > most:
+        raise SettingsError(
+            f"batch {asked} is more than the {runner.name} runner's {most}. Use {most}, or build an engine"
+        )
+    return asked or auto_batch(runner)
+
+
+def list_decisive(settings: ModelSettings, runner: str, precision: Precision) -> dict[str, Any]:
+    """Return what decides the pixels of a result besides the bundle, for reports and the UIDs of DICOM objects."""
+    return {name: getattr(settings, name) for name in DECISIVE} | {"runner": runner, "precision": precision}
+
+
+def describe_derivation(
+    bundle: Bundle, settings: ModelSettings, decisive: Mapping[str, Any], prepared: Prepared
+) -> Derivation:
+    """Describe how a result was made.
+
+    Args:
+        bundle: the model.
+        settings: the resolved settings.
+        decisive: `list_decisive` and the format of the result. Its digest becomes part of new UIDs.
+        prepared: the X-ray.
+    """
+    view, size = prepared.view, bundle.manifest.preprocessing.size
+    part = replace(view, gain=1.0, offset=0.0) != whole(prepared.cxr.shape)
+    last = settings.seed + settings.samples - 1
+    seeds = f"seed {settings.seed}"
+    if settings.samples > 1:
+        seeds = f"mean of {settings.samples} samples, seeds {settings.seed} to {last}"
+    words = [
+        f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}",
+        step_count(settings.steps or 0),
+        seeds,
+        f"stage 2 {'on' if settings.enhance else 'off'}",
+        "averaged with the mirrored image" if settings.mirror else "",
+        f"rows {view.top + 1}-{view.bottom} and columns {view.left + 1}-{view.right}" if part else "",
+        f"{view.mark_pixels} pixels of marks kept" if view.mark_pixels else "",
+        f"grey levels spread {view.gain:.3f} times for the model" if view.gain != 1 else "",
+        f"network matrix {size} x {size}",
+        f"detail {settings.detail}",
+        f"runner {decisive['runner']} {decisive['precision']}",
+    ]
+    return Derivation(
+        description=f"{', '.join(word for word in words if word)}. Not for diagnostic use.",
+        bundle_name=bundle.manifest.name,
+        bundle_sha256=bundle.sha256,
+        settings_digest=digest_json([bundle.identity, decisive]),
+        software_version=__version__,
+    )
