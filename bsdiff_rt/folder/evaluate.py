@@ -141,6 +141,6 @@ def _pictures(one: Match) -> list[NDArray[np.float32]]:
 def _read(path: Path, at_least: int = 8) -> Radiograph:
     """A file of any kind; `at_least` as many bits if it is one that does not say its depth."""
     try:
-        return read_dicom(path, force_view=True, derived=True) if is_dicom(path) else read_raster(path, at_least)
+        return read_dicom(path, any_view=True, derived=True) if is_dicom(path) else read_raster(path, at_least)
     except BsdiffError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -13,7 +13,7 @@ from bsdiff_rt.formats.radiograph import Radiograph
 
 
 def _read(path: Path, options: ReadOptions) -> Radiograph:
-    return read_dicom(path, force_view=options.any_view, derived=options.derived)
+    return read_dicom(path, any_view=options.any_view, derived=options.derived)
 
 
 def _write(path: Path, result: ResultToWrite) -> None:

@@ -37,7 +37,8 @@ from pydicom.uid import (
 from bsdiff_rt.errors import BsdiffError, InputFailed, SettingsError
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.base import Derivation as Derivation
-from bsdiff_rt.formats.dicom_in import BONE_SUPPRESSED, quiet_pydicom
+from bsdiff_rt.formats.dicom_elements import BONE_SUPPRESSED
+from bsdiff_rt.formats.dicom_in import quiet_pydicom
 from bsdiff_rt.formats.radiograph import Radiograph, to_stored
 
 logger = logging.getLogger(__name__)

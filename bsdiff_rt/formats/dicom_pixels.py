@@ -1,0 +1,231 @@
+"""Stored values of a DICOM image, decoded from whatever its pixel data really are.
+
+The transfer syntax is a label. Gateways decompress pixels and leave the old label, or the other way round. Where the
+pixel data tell what they are, they are read as that, and a warning says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from bsdiff_rt.errors import InputFailed, InputRefused
+from bsdiff_rt.formats.dicom_checks import high_bit
+from bsdiff_rt.formats.jpeg import J2K_START, JPEG_START, JpegStream, parse_jpeg
+
+_JPEG_2000_METHOD = "ISO_15444_1"
+_LOSSY_METHODS = {  # by transfer syntax; PS3.3 C.7.6.1.1.5.1
+    JPEGBaseline8Bit: "ISO_10918_1",
+    JPEGExtended12Bit: "ISO_10918_1",
+    JPEGLSNearLossless: "ISO_14495_1",
+    JPEG2000: _JPEG_2000_METHOD,
+}
+_ITEM = b"\xfe\xff\x00\xe0"  # begins encapsulated pixel data
+_JPEG_SYNTAX = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLossless}  # by frame marker
+_JPEG_LS_SYNTAXES = (JPEGLSLossless, JPEGLSNearLossless)
+_J2K_SYNTAXES = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+_J2K_DATA, _J2K_END = b"\xff\x93", b"\xff\xd9"
+
+
+def assume_transfer_syntax(dataset: Dataset) -> None:
+    """Set the transfer syntax that the elements are encoded in, if the file meta information lacks it, in place."""
+    if "TransferSyntaxUID" in dataset.file_meta:
+        return
+    implicit, little = dataset.original_encoding
+    explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+
+
+def decode_stored_values(dataset: Dataset) -> tuple[NDArray[np.int32], list[str]]:
+    """Decode the pixel data to stored values, with unused bits cleared and the sign extended (PS3.5 section 8.1.1).
+
+    The decoder is named, so that a file gives the same pixels whatever other codec packages are installed. A wrong
+    transfer syntax is corrected in the dataset.
+
+    Args:
+        dataset: the header with its pixel data; `check_pixel_module` has passed it.
+
+    Returns:
+        The stored values, [H, W], int32, and warnings.
+
+    Raises:
+        InputRefused: compressed in a way that is not supported.
+        InputFailed: truncated or damaged.
+    """
+    _find_decoder(dataset)
+    warnings = _correct_label(dataset)
+    decoder = _find_decoder(dataset)
+    syntax = decoder.UID
+    by_sample = not syntax.is_encapsulated or syntax == RLELossless  # unused bits are kept; JPEG codes values
+    options: dict[str, Any] = {"correct_unused_bits": not by_sample}
+    if not syntax.is_encapsulated:
+        needed = _native_size(dataset)
+        if len(dataset.PixelData) < needed:
+            raise InputFailed(f"truncated: {len(dataset.PixelData)} of {needed} bytes of pixels are there")
+        plugin = ""
+    elif by_sample:
+        plugin = "pydicom"
+    else:
+        plugin = "pylibjpeg"
+        options |= _prepare_codestream(dataset)
+    pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, **options)
+    if pixels.ndim != 2:  # more data than Rows x Columns is decoded as several frames
+        raise InputFailed("damaged: more pixels than one frame of Rows x Columns holds")
+    if not by_sample:
+        return np.asarray(pixels, dtype=np.int32), warnings
+    return _clear_unused_bits(pixels, dataset), warnings
+
+
+def note_lossy_compression(dataset: Dataset) -> None:
+    """Enter how lossy pixels were compressed where the header leaves it out, in place (PS3.3 C.7.6.1.1.5).
+
+    Pixels that were lossy stay lossy in every result. JPEG 2000 is lossy where the header says so.
+    """
+    method = _LOSSY_METHODS.get(dataset.file_meta.TransferSyntaxUID)
+    stated = str(dataset.get("LossyImageCompression") or "").strip() == "01"
+    if method is None or (method == _JPEG_2000_METHOD and not stated):
+        return
+    dataset.LossyImageCompression = "01"
+    if not dataset.get("LossyImageCompressionRatio"):
+        size = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) / 8
+        dataset.LossyImageCompressionRatio = f"{size / len(dataset.PixelData):.4g}"
+    if not dataset.get("LossyImageCompressionMethod"):
+        dataset.LossyImageCompressionMethod = method
+
+
+def _find_decoder(dataset: Dataset) -> Decoder:
+    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    try:
+        return get_decoder(syntax)
+    except NotImplementedError:
+        raise InputRefused(f"compressed in a way that is not supported: {_name(syntax)}") from None
+
+
+def _native_size(dataset: Dataset) -> int:
+    return int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
+
+
+def _name(syntax: UID) -> str:
+    return syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
+
+
+def _clear_unused_bits(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.int32]:
+    bits = int(dataset.BitsStored)
+    samples = pixels.astype(np.int32) & (2 ** (8 * pixels.dtype.itemsize) - 1)
+    values = (samples >> (high_bit(dataset) + 1 - bits)) & (2**bits - 1)
+    if int(dataset.PixelRepresentation) == 1:
+        values -= (values >> (bits - 1)) << bits
+    return np.asarray(values, dtype=np.int32)
+
+
+def _correct_label(dataset: Dataset) -> list[str]:
+    """Correct a transfer syntax that is not what the pixel data are, in place.
+
+    Returns:
+        A warning if it was corrected.
+
+    Raises:
+        InputFailed: the label is wrong, and what the pixel data are cannot be told.
+    """
+    label = UID(str(dataset.file_meta.TransferSyntaxUID))
+    element = dataset["PixelData"]
+    content = bytes(element.value)
+    undefined = bool(element.is_undefined_length)
+    if not label.is_encapsulated and not undefined:
+        return []
+    if label.is_encapsulated and not undefined:
+        if content.startswith((JPEG_START, J2K_START)):
+            dataset.PixelData = encapsulate([content])
+        elif not content.startswith(_ITEM):
+            needed = _native_size(dataset)
+            if len(content) not in (needed, needed + needed % 2):
+                raise InputFailed(
+                    f"labelled {_name(label)}, but the pixel data are neither compressed nor as long as uncompressed "
+                    f"ones ({len(content)} of {needed} bytes)"
+                )
+            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            return [f"The file is labelled {_name(label)}, but its pixels are not compressed. They are read as such."]
+    actual = _recognise_codestream(dataset)
+    if actual is None or actual == label:
+        return []
+    if label.is_encapsulated and _family(actual) == _family(label):
+        return []
+    dataset.file_meta.TransferSyntaxUID = actual
+    return [f"The file is labelled {_name(label)}, but its pixels are {_name(actual)}. They are read as such."]
+
+
+def _family(syntax: UID) -> int:
+    """Return 1 for JPEG-LS, 2 for JPEG 2000, 0 for everything else that is compressed."""
+    return 1 if syntax in _JPEG_LS_SYNTAXES else 2 if syntax in _J2K_SYNTAXES else 0
+
+
+def _read_codestream(dataset: Dataset) -> bytes:
+    """Return the compressed picture without its encapsulation.
+
+    Raises:
+        InputFailed: the encapsulation is damaged.
+    """
+    try:
+        return get_frame(dataset.PixelData, 0, number_of_frames=1)
+    except Exception:  # pydicom raises ValueError, struct.error and others
+        raise InputFailed("the compressed picture is truncated: its fragments are incomplete") from None
+
+
+def _recognise_codestream(dataset: Dataset) -> UID | None:
+    """Return the transfer syntax that a compressed picture has by its own first bytes; None if they do not tell."""
+    codestream = _read_codestream(dataset)
+    if codestream.startswith(J2K_START):
+        return JPEG2000
+    if codestream.startswith(JPEG_START):
+        picture = parse_jpeg(codestream)
+        return JPEGLSLossless if picture.is_jpeg_ls else _JPEG_SYNTAX.get(picture.frame, JPEGExtended12Bit)
+    return None
+
+
+def _prepare_codestream(dataset: Dataset) -> Mapping[str, Any]:
+    """Find truncation, mend what the decoder refuses, in place, and return the options that the decoder needs.
+
+    Raises:
+        InputFailed: the picture is truncated: decoders fill up what is missing and report nothing.
+    """
+    codestream = _read_codestream(dataset)
+    if not codestream.startswith(JPEG_START):
+        if codestream.rfind(_J2K_END) < codestream.rfind(_J2K_DATA) or _J2K_END not in codestream:
+            raise InputFailed("the compressed picture is truncated: it has no end marker")
+        return {}
+    picture = parse_jpeg(codestream)
+    mended = picture.mend_scans()
+    if mended != codestream[: len(mended)]:
+        dataset.PixelData = encapsulate([mended])
+        dataset["PixelData"].is_undefined_length = True
+    return _state_precision(dataset, picture)
+
+
+def _state_precision(dataset: Dataset, picture: JpegStream) -> Mapping[str, Any]:
+    """Return the decoder's options for samples of up to 8 bits in a header that allocates 16."""
+    if picture.is_jpeg_ls or picture.precision > 8 or int(dataset.BitsAllocated) == 8:
+        return {}
+    return {"bits_allocated": 8, "bits_stored": min(int(dataset.BitsStored), 8)}
