@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,18 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import SHAPE, ToyRunner, randomise
+from helpers import ToyRunner, randomise
 from stand_in import StandIn, build, change, timed
 from stand_in import write_bundle as stand_in_bundle
-from synthetic import chest
 
 from bsdiff_rt import cli as command_line
-from bsdiff_rt.bundle import MANIFEST, Bundle, open_bundle, signed
+from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.engines.manifest import Backend
 from bsdiff_rt.folder import pipeline
-from bsdiff_rt.imaging.network_input import seen_by_networks
-from bsdiff_rt.imaging.tone import tone_quantiles
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 
@@ -71,18 +67,6 @@ def tiny_bundle(shared: Path) -> Path:
     with FileLock(shared / "bundle.lock"):
         if not folder.is_dir():
             write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toned_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same networks, and the tone of a scanner: of `chest`, whose soft tissue has a mean of 0.45."""
-    folder = tmp_path_factory.mktemp("toned") / "tiny"
-    shutil.copytree(tiny_bundle, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    seen = seen_by_networks(chest(*SHAPE), Preprocessing(SIZE_PX))
-    manifest["tone"] = {"cxr": tone_quantiles(seen, 25).tolist(), "soft_tissue_mean": 0.45}
-    (folder / MANIFEST).write_text(signed(manifest))
     return folder
 
 
