@@ -31,9 +31,9 @@ from benchmarks.quality import resize_longer, run_stages, write
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import Preprocessing, SamplerName, step_count
 from bsdiff_rt.engines.select import load
-from bsdiff_rt.errors import SettingsError, one_line, run_command
+from bsdiff_rt.errors import BsdiffError, SettingsError, one_line, run_command
 from bsdiff_rt.formats import read
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import Radiograph, grey_digest
 from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import resize
@@ -154,11 +154,19 @@ def read_cases(folder: Path, part: str, prep: Preprocessing) -> list[Case]:
         digests = [None] * len(files)
     cases = []
     for (patient, *paths), known in zip(files, digests, strict=True):
-        pair = [read(path, least_bits=DATASET_BITS) for path in paths] if prepared else read_together(paths)
+        pair = [read_prepared(path) for path in paths] if prepared else read_together(paths)
         cxr, soft_tissue = pair[0].cxr, resize(pair[1].cxr, pair[0].cxr.shape)
         digest = known or grey_digest(cxr).hex()[:16]  # train/data.py does the same
         cases.append(Case(patient, prepare(cxr, prep), soft_tissue, pair[0].pixel_digest, digest))
     return cases
+
+
+def read_prepared(path: Path) -> Radiograph:
+    """Read one picture of a prepared data set, which has all 16 bits. A refusal names the file."""
+    try:
+        return read(path, least_bits=DATASET_BITS)
+    except BsdiffError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def warn_of_training_images(name: str, trained_on: Iterable[str], cases: list[Case]) -> int:

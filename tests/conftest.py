@@ -175,9 +175,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
-    """Makes the pipeline run this runner in place of the bundle's networks, and returns it."""
+    """Return a runner of formulas. Commands run it in place of the bundle's networks; other tests pass it on."""
     runner = ToyRunner(SIZE_PX)
-    monkeypatch.setattr(pipeline, "load_first", lambda *asked: (pipeline.choose(*asked), runner))
+    monkeypatch.setattr(pipeline, "load_runner_for", lambda *_: (None, runner))
     return runner
 
 

@@ -15,7 +15,6 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.imaging.metrics import mean_quality, quality
-from bsdiff_rt.imaging.tone import ToneChange
 from train.phantoms import write_pairs
 
 
@@ -34,7 +33,7 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
     assert result.exit_code == 0
     written = json.loads(path.read_text())
     rows = written["rows"]
-    assert len(rows) == 2 * 4 * 2 * 2 * 3  # groups, samplers, steps, stage 2, detail
+    assert len(rows) == 2 * 4 * 2 * 2 * 2  # groups, samplers, steps, stage 2, detail
     assert len(result.output.splitlines()) == len(rows)
     assert {row["images"] for row in rows} == {2}
     first, again = (
@@ -43,56 +42,27 @@ def test_a_row_per_sampler_steps_stage_and_detail(phantoms, tiny_bundle, tmp_pat
     )
     assert first == again
     assert all(np.isfinite(row["bsr"]) for row in rows)
-    one_step = [row for row in first if row["steps"] == 1 and not row["stage2"] and row["detail"] == "network"]
+    one_step = [row for row in first if row["steps"] == 1 and not row["stage2"] and row["detail"] == "model"]
     assert len({row["bsr"] for row in one_step}) == 1  # one step is the same for every sampler: x0 of t = 999
 
 
-def test_mirrored_rows_in_a_scanners_tone_are_what_infer_writes(phantoms, toned_bundle, tmp_path, monkeypatch):
-    for module in ("benchmarks.quality", "bsdiff_rt.folder.writing"):
-        monkeypatch.setattr(f"{module}.tone_change", lambda *_, **__: ToneChange(power=1.5))
+def test_mirrored_rows_are_what_infer_writes(phantoms, tiny_bundle, tmp_path):
     path = tmp_path / "q.json"
-    arguments = ["--bundle", toned_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
+    arguments = ["--bundle", tiny_bundle, "--phantoms", phantoms, "--steps", "2", "--full", 0, "--size", 0, "--mirror"]
     arguments += ["--device", "cpu", "--json", path]
     assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
     rows = {(row["sampler"], row["stage2"], row["detail"]): row for row in json.loads(path.read_text())["rows"]}
-    settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(toned_bundle)}
-    for enhance, detail in itertools.product((False, True), ("network", "both", "source")):
+    settings = {"sampler": "ddim", "steps": 2, "mirror": True, "device": "cpu", "bundle": str(tiny_bundle)}
+    for enhance, detail in itertools.product((False, True), ("model", "full")):
         output = tmp_path / f"{enhance}-{detail}"
         inference = Inference(InferSettings(output=output, enhance=enhance, detail=detail, **settings))
         inputs = sorted(phantoms.glob("*_cxr.png"))
-        inference.run(inference.tasks(inputs))
+        inference.run(inference.find_tasks(inputs))
         found = []
-        for cxr, (shown, truth) in zip(inputs, load_pairs(phantoms), strict=True):
-            found.append(quality(shown, truth, read_result(output / cxr.name, 16)))
+        for cxr, pair in zip(inputs, load_pairs(phantoms), strict=True):
+            found.append(quality(pair.cxr, pair.soft_tissue, read_result(output / cxr.name, 16)))
         # Written at 16 bits.
         assert rows["ddim", enhance, detail]["psnr"] == pytest.approx(mean_quality(found).psnr, abs=1e-3)
-
-
-def test_a_scanners_tone_is_a_switch(phantoms, toned_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.quality.tone_change", lambda *_: ToneChange(power=3.0))
-    found = []
-    for asked, known in (("--scanner-tone", True), ("--no-scanner-tone", False)):
-        path = tmp_path / "q.json"
-        arguments = [
-            "--bundle",
-            toned_bundle,
-            "--phantoms",
-            phantoms,
-            "--steps",
-            "1",
-            "--full",
-            0,
-            "--json",
-            path,
-            asked,
-        ]
-        assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
-        written = json.loads(path.read_text())
-        assert written["scanner_tone"] is known
-        found.append({(row["stage2"], row["detail"]): row["psnr"] for row in written["rows"]})
-    for stage2 in (False, True):
-        assert abs(found[0][stage2, "network"] - found[1][stage2, "network"]) > 0.1
-        assert found[0][stage2, "source"] == found[1][stage2, "source"]
 
 
 def test_all_steps_run_on_fewer_images(phantoms, tiny_bundle, tmp_path, monkeypatch):
@@ -109,8 +79,8 @@ def test_pairs_share_one_grey_scale(tmp_path):
     cxr[0] = 10
     cv2.imwrite(str(tmp_path / "a_cxr.png"), cxr)
     cv2.imwrite(str(tmp_path / "a_soft_tissue.png"), cxr // 4)
-    ((loaded, truth),) = load_pairs(tmp_path)
-    np.testing.assert_allclose(truth * 4, loaded, atol=1e-4)
+    (pair,) = load_pairs(tmp_path)
+    np.testing.assert_allclose(pair.soft_tissue * 4, pair.cxr, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_plain_shows_the_networks_what_is_kept_from_them_otherwise(phantoms, mon
         views.append((trim, least_span))
         return view_of(cxr, trim=trim, least_span=least_span)
 
-    monkeypatch.setattr("bsdiff_rt.folder.reading.view_of", told)
+    monkeypatch.setattr("bsdiff_rt.imaging.one_image.view_of", told)
     monkeypatch.setattr(robustness, "CHANGES", {"none": robustness.CHANGES["none"]})
     for plain in (False, True):
         robustness.measure(phantoms, "demo", plain=plain)

@@ -16,7 +16,7 @@ import torch
 from helpers import randomise
 
 from bsdiff_rt.bundle import FILES, MANIFEST, open_bundle
-from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, ScannerTone, Schedule
+from bsdiff_rt.config import PRESETS, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -30,8 +30,6 @@ OPTIONS = BundleOptions(
     "again",
     SamplerSettings("ddim", 5),
     Preprocessing(64),
-    tone=ScannerTone((0.25, 0.75), 0.5),
-    detail="source",
     enhance=False,
     mirror=True,
 )
@@ -68,9 +66,8 @@ def test_a_bundle_that_opens(write, tmp_path):
     assert bundle.manifest == manifest
     assert {path.name for path in bundle.folder.iterdir()} == {*FILES, MANIFEST}
     assert (manifest.name, manifest.preset) == ("again", "tiny")
-    assert (manifest.detail, manifest.enhance, manifest.mirror) == ("source", False, True)
     assert manifest.sampler == SamplerSettings("ddim", 5)
-    assert manifest.tone == ScannerTone((0.25, 0.75), 0.5)
+    assert (manifest.enhance, manifest.mirror) == (False, True)
     assert manifest.files == {name: file_sha256(tmp_path / "new" / name) for name in FILES}
     assert [path.name for path in tmp_path.iterdir()] == ["new"]  # no work folder left
 
