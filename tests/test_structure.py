@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-GROUPS = ("Input and output", "Model", "Speed", "Run")
 CLI = "from bsdiff_rt.cli import main; import sys; sys.argv[0] = 'bsdiff-rt'; main()"
 TIMED_CLI = f"import atexit, sys, time; atexit.register(lambda: print(time.process_time(), file=sys.stderr)); {CLI}"
 
@@ -51,3 +50,14 @@ def test_help_takes_under_300_milliseconds(command):
     """Processor time of the whole process, the best of three: the clock on the wall counts other tests as well."""
     seconds = min(float(run_cli(TIMED_CLI, *command).stderr.split()[-1]) for _ in range(3))
     assert seconds < 0.3
+
+
+def test_the_readme_has_at_most_600_words():
+    words = README.read_text(encoding="utf-8").split()
+    assert len(words) <= 600, f"README.md has {len(words)} words"
+
+
+def test_no_table_row_of_the_readme_is_wider_than_120_characters():
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert rows
+    assert [row for row in rows if len(row) > 120] == []
