@@ -1,13 +1,15 @@
-"""PNG, JPEG and TIFF: depths, what is refused and why, truncation at any length, atomic PNG output."""
+"""PNG, JPEG and TIFF: depths, palettes, what is refused and why, truncation at any length, atomic PNG output."""
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from synthetic import chest
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
@@ -49,7 +51,6 @@ def tiff(picture, order="<", **tags):
     data = picture.astype(picture.dtype.newbyteorder(order)).tobytes()
     entries = {256: (4, columns), 257: (4, rows), 258: (3, 8 * picture.itemsize), 259: (3, 1), 262: (3, 1)}
     entries |= {273: (4, 0), 277: (3, samples), 278: (4, rows), 279: (4, len(data)), 339: (3, 1)}
-    following = tags.pop("following", 0)
     entries |= {int(tag[1:]): (3, value) for tag, value in tags.items()}
     entries[273] = (4, 8 + 2 + 12 * len(entries) + 4)
     directory = struct.pack(order + "H", len(entries))
@@ -57,7 +58,7 @@ def tiff(picture, order="<", **tags):
         packed = struct.pack(order + ("H2x" if kind == 3 else "I"), value)
         directory += struct.pack(order + "HHI", tag, kind, 1) + packed
     mark = b"II*\0" if order == "<" else b"MM\0*"
-    return mark + struct.pack(order + "I", 8) + directory + struct.pack(order + "I", following) + data
+    return mark + struct.pack(order + "I", 8) + directory + bytes(4) + data
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
@@ -156,8 +157,29 @@ COLOUR = cv2.cvtColor(GREY_8, cv2.COLOR_GRAY2BGR)
 COLOUR[40:60, 40:60, 2] = 255
 TRANSPARENT = cv2.cvtColor(GREY_8, cv2.COLOR_GRAY2BGRA)
 TRANSPARENT[:9, :, 3] = 0
-PALETTE = encode(".png", GREY_8)
-PALETTE = PALETTE[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 80, 96, 8, 3, 0, 0, 0)) + PALETTE[33:]
+LEVELS = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+HOT = LEVELS * np.array([1, 0, 0], np.uint8)
+
+
+def palette_png(indices, colours):
+    png = encode(".png", indices)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *indices.shape[::-1], 8, 3, 0, 0, 0))
+    return png[:8] + head + chunk(b"PLTE", colours.tobytes()) + png[33:]
+
+
+def written_by_tifffile(*pages, **options):
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, bigtiff=options.pop("bigtiff", False)) as file:
+        for page in pages:
+            file.write(page, metadata=None, **options)
+    return buffer.getvalue()
+
+
+def palette_tiff(indices, colours):
+    table = colours.T.astype(np.uint16) * 257
+    return written_by_tifffile(indices, photometric="palette", colormap=table)
+
+
 ONE_BIT = encode(".png", GREY_8)
 ONE_BIT = ONE_BIT[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 80, 96, 1, 0, 0, 0, 0)) + ONE_BIT[33:]
 TURNED = {order: b"Exif\0\0" + exif(6, order) for order in "<>"}
@@ -173,7 +195,7 @@ REFUSED = {
     "colour": (encode(".png", COLOUR), "colour picture"),
     "colour JPEG": (encode(".jpg", COLOUR), "colour picture"),
     "transparent": (encode(".png", TRANSPARENT), "transparent"),
-    "palette": (PALETTE, "palette"),
+    "palette": (palette_png(GREY_8, HOT), "colour picture"),
     "one bit": (ONE_BIT, "1 bits"),
     "animated": (with_chunk(encode(".png", GREY_8), b"acTL", struct.pack(">II", 2, 0)), "animated"),
     "turned PNG": (with_chunk(encode(".png", GREY_8), b"eXIf", exif(3)), "turned"),
@@ -185,13 +207,12 @@ REFUSED = {
     "float TIFF": (tiff(GREY_8.astype(np.float32), t339=3), "floating-point"),
     "signed TIFF": (tiff(GREY_16, t339=2), "signed"),
     "32-bit TIFF": (tiff(GREY_8.astype(np.uint32)), "32 bits"),
-    "two pages": (tiff(GREY_8, following=8), "several pages"),
+    "two pages": (written_by_tifffile(GREY_8, GREY_8), "several pages"),
     "white is zero": (tiff(GREY_16, t262=0), "white-is-zero"),
-    "palette TIFF": (tiff(GREY_8, t262=3), "palette"),
+    "palette TIFF": (palette_tiff(GREY_8, HOT), "colour picture"),
     "mask TIFF": (tiff(GREY_8, t262=4), "neither grey nor RGB"),
     "grey with alpha TIFF": (tiff(np.dstack([GREY_16, GREY_16]), t262=1), "further channels"),
     "planes": (tiff(COLOUR, t262=2, t284=2), "separate planes"),
-    "BigTIFF": (b"II+\0" + b"\0" * 20, "BigTIFF"),
     "empty picture": (encode(".png", np.full((64, 64), 7, np.uint8)), "same grey"),
     "thumbnail": (encode(".png", GREY_8[:31, :64]), "31 x 64 px"),
 }
@@ -238,7 +259,7 @@ def test_damage_inside(tmp_path):
     png[len(png) // 2] ^= 1
     with pytest.raises(InputFailed, match="checksum"):
         read_raster(put(tmp_path, bytes(png)))
-    with pytest.raises(InputFailed, match="no picture"):
+    with pytest.raises(InputFailed, match="truncated or damaged"):
         read_raster(put(tmp_path, WHOLE["png"][:33] + chunk(b"IEND", b"")))
     with pytest.raises(InputFailed, match="cannot be decoded"):
         read_raster(put(tmp_path, WHOLE["png"][:33] + chunk(b"IDAT", b"none") + chunk(b"IEND", b"")))
@@ -260,7 +281,7 @@ def test_damage_anywhere_in_a_deflate_tiff_is_seen(tmp_path, compression):
     for place in np.random.default_rng(0).integers(8, directory, 60):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
-        with pytest.raises(InputFailed, match=r"a strip's checksum or code does not match|a strip ends too early"):
+        with pytest.raises(InputFailed, match="TIFF file is truncated or damaged"):
             read_raster(put(tmp_path, bytes(damaged)))
 
 
@@ -269,6 +290,82 @@ def test_a_deflate_strip_that_grows_a_thousandfold_is_read(tmp_path):
     flat[::7, ::5] = 4095
     content = encode(".tiff", flat, cv2.IMWRITE_TIFF_COMPRESSION, 8, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 4000)
     assert read_raster(put(tmp_path, content)).cxr.shape == flat.shape
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_palette_of_greys_is_grey(tmp_path, suffix):
+    """Also one in another order than the indices."""
+    make = palette_png if suffix == ".png" else palette_tiff
+    for indices, colours in ((GREY_8, LEVELS), (255 - GREY_8, LEVELS[::-1])):
+        radiograph = read_raster(put(tmp_path, make(indices, np.ascontiguousarray(colours)), f"a{suffix}"))
+        np.testing.assert_array_equal(radiograph.cxr, GREY_8 / np.float32(255))
+        assert radiograph.warnings == ()
+
+
+def test_a_palette_that_is_missing(tmp_path, capfd):
+    whole = palette_png(GREY_8, LEVELS)
+    table = chunk(b"PLTE", LEVELS.tobytes())
+    for content in (whole.replace(table, b""), tiff(GREY_8, t262=3)):
+        with pytest.raises(InputFailed, match="its palette is missing"):
+            read_raster(put(tmp_path, content))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("picture", [GREY_8, GREY_16], ids=["8", "16"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_coloured_dot_is_taken_as_grey_and_said(tmp_path, picture, suffix):
+    colour = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
+    colour[10:17, 10:17] = (0, 0, np.iinfo(picture.dtype).max)
+    radiograph = read_raster(put(tmp_path, encode(suffix, colour)))
+    expected = picture.copy()
+    expected[10:17, 10:17] = round(0.299 * np.iinfo(picture.dtype).max)
+    full = 2**radiograph.bits_stored - 1
+    np.testing.assert_allclose(radiograph.cxr * full, expected, atol=1)
+    assert radiograph.warnings == ("49 pixels are coloured. They are taken as grey.",)
+
+
+def test_a_colour_photo_is_refused_whatever_its_colours(tmp_path):
+    warm = np.dstack([GREY_8 * 0.8, GREY_8 * 0.9, GREY_8]).astype(np.uint8)  # a film on a light box
+    patch = cv2.cvtColor(GREY_8, cv2.COLOR_GRAY2BGR)
+    patch[:10, :10, 0] = 255  # 1.3 % of the pixels
+    for picture in (warm, patch):
+        with pytest.raises(InputRefused, match="colour picture"):
+            read_raster(put(tmp_path, encode(".png", picture)))
+
+
+@pytest.mark.parametrize("picture", [GREY_8, GREY_16], ids=["8", "16"])
+def test_a_tiff_without_byte_counts(tmp_path, picture):
+    """Uncompressed: the size follows from rows and columns."""
+    content = tiff(picture).replace(struct.pack("<HHI", 279, 4, 1), struct.pack("<HHI", 280, 4, 1))
+    whole = read_raster(put(tmp_path, tiff(picture)))
+    np.testing.assert_array_equal(read_raster(put(tmp_path, content)).cxr, whole.cxr)
+    for length in (len(content) - 1, len(content) // 2, 300):
+        with pytest.raises(InputFailed):
+            read_raster(put(tmp_path, content[:length]))
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd"])
+@pytest.mark.parametrize("picture", [GREY_8, GREY_16], ids=["8", "16"])
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_tiff_compressions_and_bigtiff(tmp_path, compression, picture, bigtiff):
+    content = written_by_tifffile(picture, compression=compression, bigtiff=bigtiff, rowsperstrip=7)
+    radiograph = read_raster(put(tmp_path, content))
+    np.testing.assert_array_equal(np.rint(radiograph.cxr * (2**radiograph.bits_stored - 1)), picture)
+
+
+def test_a_tiff_whose_strips_are_nowhere(tmp_path):
+    for tag in (273, 279):
+        content = bytearray(tiff(GREY_8))
+        at = content.index(struct.pack("<HHI", tag, 4, 1))
+        content[at + 8 : at + 12] = bytes(4)
+        with pytest.raises(InputFailed, match="where its pixels are"):
+            read_raster(put(tmp_path, bytes(content)))
+
+
+def test_bytes_behind_the_end_of_a_jpeg(tmp_path):
+    expected = read_raster(put(tmp_path, JPEG)).pixel_digest
+    for trailer in (b" " * 64, b"\xff\xd9", JPEG):
+        assert read_raster(put(tmp_path, JPEG + trailer)).pixel_digest == expected
 
 
 def test_unreadable(tmp_path):
