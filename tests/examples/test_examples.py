@@ -86,3 +86,18 @@ def test_suppress_array_writes_what_infer_writes(monkeypatch, cli, tmp_path):
     np.testing.assert_allclose(soft_tissue, read(tmp_path / "infer" / EXAMPLE.name) / 65535, atol=0.6 / 255)
     difference = (read(EXAMPLE) / 65535 - soft_tissue).clip(0)
     np.testing.assert_allclose(bone, difference, atol=1.1 / 255)
+
+
+def test_the_notebook_runs(monkeypatch):
+    """Its code cells run one after the other in one namespace, as in Jupyter."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(ROOT / "examples")
+    cells = json.loads((ROOT / "examples" / "bsdiff_rt.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    namespace: dict[str, object] = {}
+    for cell in code:
+        exec("".join(cell["source"]), namespace)
+    assert namespace["result"].uncertainty.max() > 0
+    assert "BONE_SUPPRESSED" in namespace["derived"].ImageType
