@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bsdiff_rt.errors import SettingsError
 from train.comparators import COMPARATORS, Comparator
 from train.data import Batches
-from train.discriminator import Critic
-from train.dry_run import Estimate, estimate
+from train.discriminator import CRITIC_COPIES, CRITIC_PASSES, Critic, build_critic
+from train.dry_run import Estimate, Part, estimate
 from train.loop import Run, Trainee, TrainOptions
 from train.losses import HybridLoss, optimise
 from train.validation import Validation
@@ -39,7 +39,7 @@ def train_comparator(
     torch.manual_seed(options.seed)
     comparator = COMPARATORS[name]
     trainee = Trainee(comparator.build(size), options)
-    loss = loss_of(comparator, trainee)
+    loss = build_loss(comparator, trainee)
     header = {"comparator": name, "size": size} | batches.description() | validation.description()
     judge = functools.partial(validation.direct, trainee.averaged)
     run = Run(folder, name, trainee, "psnr", judge, loss.state, **header)
@@ -58,18 +58,27 @@ def train_comparator(
 
 
 def dry_run_comparator(name: str, options: TrainOptions, size: int, crop: int) -> Estimate:
-    """What `train_comparator` would take; nothing is written."""
+    """Estimate what `train_comparator` would take. Writes nothing."""
+    comparator = COMPARATORS[name]
 
-    def step(trainee: Trainee) -> None:
-        x = torch.rand(options.images, 1, crop, crop, device=trainee.accelerator.device) * 2 - 1
-        optimise(trainee, loss_of(COMPARATORS[name], trainee), x, x.flip(-1))
+    def inputs(count: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(count, 1, crop, crop),)
 
-    return estimate(
-        lambda: COMPARATORS[name].build(size), lambda count: (torch.zeros(count, 1, crop, crop),), step, options
-    )
+    parts = [Part(lambda: comparator.build(size), inputs)]
+    if comparator.losses.adversarial:
+        channels = comparator.view_channels
+        parts.append(
+            Part(
+                lambda: build_critic(channels),
+                lambda count: (torch.zeros(count, channels, crop, crop),),
+                passes=CRITIC_PASSES,
+                copies=CRITIC_COPIES,
+            )
+        )
+    return estimate(parts, options)
 
 
-def crop_of(name: str, size: int, crop: int | None) -> int:
+def choose_crop(name: str, size: int, crop: int | None) -> int:
     """Side in px of what comparator `name` is trained on: `crop`, or all of images of side `size`.
 
     Raises:
@@ -83,7 +92,7 @@ def crop_of(name: str, size: int, crop: int | None) -> int:
     return side
 
 
-def loss_of(comparator: Comparator, trainee: Trainee) -> HybridLoss:
+def build_loss(comparator: Comparator, trainee: Trainee) -> HybridLoss:
     """Its loss, with a discriminator where it has one."""
     weights, critic = comparator.losses, None
     if weights.adversarial:

@@ -133,7 +133,7 @@ def xray_digest(cxr: Image) -> str:
     return grey_digest(cxr).hex()[:16]
 
 
-def dataset_settings(folder: Path) -> tuple[int, float]:
+def read_dataset_settings(folder: Path) -> tuple[int, float]:
     """Side in px and CLAHE clip limit (0: none) of what `python -m train prepare` wrote.
 
     Raises:

@@ -23,7 +23,7 @@ from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.sampling.schedule import alpha_bar
 from train.checkpoint import last_checkpoint
 from train.data import Batches
-from train.dry_run import Estimate, estimate
+from train.dry_run import Estimate, Part, estimate
 from train.loop import Run, Trainee, TrainOptions, pieces
 from train.start import start_from
 from train.validation import Validation
@@ -190,18 +190,11 @@ def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:
         )
 
 
-def dry_run_denoiser(
-    preset: Preset, schedule: Schedule, batches: Batches, options: TrainOptions, size: int
-) -> Estimate:
-    """What `train_denoiser` would take, from one batch of whole images; nothing is written."""
-
-    def step(trainee: Trainee) -> None:
-        diffusion = Diffusion(schedule, trainee.accelerator.device)
-        pair = torch.from_numpy(batches.batch(0, options.images, size, size)).to(trainee.accelerator.device)
-        trainee.update(denoiser_losses(trainee, *diffusion.noised(pair, np.random.default_rng(0))))
+def dry_run_denoiser(preset: Preset, options: TrainOptions, size: int) -> Estimate:
+    """Estimate what `train_denoiser` would take on batches of whole images of `size` px. Writes nothing."""
 
     def inputs(count: int) -> tuple[Tensor, ...]:
         image = torch.zeros(count, 1, size, size)
         return image, image, torch.zeros(count, dtype=torch.int64)
 
-    return estimate(lambda: Denoiser(preset.denoiser), inputs, step, options)
+    return estimate([Part(lambda: Denoiser(preset.denoiser), inputs)], options)

@@ -11,12 +11,21 @@ from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor
 
 CHANNELS, LAYERS, LEARNING_RATE = 64, 3, 5e-4  # the paper's
+CRITIC_PASSES = 9  # work of one optimiser step, in forward passes: three forward and three backward passes
+CRITIC_COPIES = 4  # float32 copies of its parameters: weights, gradients, AdamW's two moments
 View = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def image_alone(image: Tensor, _: Tensor | None) -> Tensor:
     """What the paper's discriminator sees: the image, [B, 1, H, W]."""
     return image
+
+
+def build_critic(channels: int = 1) -> PatchDiscriminator:
+    """Build the discriminator's network: input [B, channels, H, W], output a list of features and, last, scores."""
+    return PatchDiscriminator(
+        spatial_dims=2, channels=CHANNELS, in_channels=channels, num_layers_d=LAYERS, norm="BATCH"
+    )
 
 
 class Critic:
@@ -32,9 +41,7 @@ class Critic:
     """
 
     def __init__(self, weight: float, accelerator: Accelerator, channels: int = 1, view: View = image_alone) -> None:
-        self.network = PatchDiscriminator(
-            spatial_dims=2, channels=CHANNELS, in_channels=channels, num_layers_d=LAYERS, norm="BATCH"
-        ).to(accelerator.device)
+        self.network = build_critic(channels).to(accelerator.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE)
         self.weight, self.view, self._accelerator = weight, view, accelerator
 

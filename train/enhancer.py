@@ -27,11 +27,11 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from train.checkpoint import load_checkpoint
 from train.data import Batches, Pair
-from train.discriminator import Critic
-from train.dry_run import Estimate, estimate
-from train.loop import Run, Trainee, TrainOptions, new_accelerator
+from train.discriminator import CRITIC_COPIES, CRITIC_PASSES, Critic, build_critic
+from train.dry_run import Estimate, Part, estimate
+from train.loop import Run, Trainee, TrainOptions, make_accelerator
 from train.losses import HybridLoss, LossWeights, optimise
-from train.perceptual import VGG16
+from train.perceptual import VGG16, VGG16_PASSES
 from train.validation import Validation, few_step
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _claim(partial: Path, path: Path) -> None:
         ) from None
 
 
-def stage_one_outputs(
+def make_stage_one_outputs(
     folder: Path, stage: StageOne, batches: Batches, count: int, size: int, sampler: SamplerSettings
 ) -> NDArray[np.float16]:
     """Stage 1 outputs and truths of `count` augmented samples, [N, 2, S, S] float16 in [-1, 1]; cached in `folder`.
@@ -113,7 +113,7 @@ def stage_one_outputs(
     """
     key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
-    accelerator = new_accelerator()
+    accelerator = make_accelerator()
     if accelerator.is_main_process and not path.exists():
         logger.info("running stage 1 on %d samples, %s in %d steps", count, sampler.name, sampler.steps)
         partial = path.with_suffix(".partial")
@@ -206,17 +206,17 @@ def train_enhancer(
 def dry_run_enhancer(
     preset: Preset, options: TrainOptions, size: int, weights: LossWeights, vgg: VGG16 | None
 ) -> Estimate:
-    """What `train_enhancer` would take, without the making of stage 1's outputs; nothing is written."""
+    """Estimate what `train_enhancer` would take, without the making of stage 1's outputs. Writes nothing."""
 
     def inputs(count: int) -> tuple[Tensor, ...]:
         return (torch.zeros(count, 1, size, size),)
 
-    def step(trainee: Trainee) -> None:
-        device = trainee.accelerator.device
-        x = torch.rand(options.images, 1, size, size, device=device) * 2 - 1
-        optimise(trainee, hybrid_loss(weights, vgg, trainee.accelerator), x, x.flip(-1))
-
-    return estimate(lambda: Enhancer(preset.enhancer), inputs, step, options)
+    parts = [Part(lambda: Enhancer(preset.enhancer), inputs)]
+    if vgg is not None:
+        parts.append(Part(VGG16, inputs, passes=VGG16_PASSES, copies=1))
+    if weights.adversarial:
+        parts.append(Part(build_critic, inputs, passes=CRITIC_PASSES, copies=CRITIC_COPIES))
+    return estimate(parts, options)
 
 
 def hybrid_loss(weights: LossWeights, vgg: VGG16 | None, accelerator: Accelerator) -> HybridLoss:

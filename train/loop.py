@@ -95,7 +95,7 @@ class TrainOptions:
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
-def crops_of(side: int, size: int) -> tuple[tuple[float, ...], ...]:
+def fix_crop(side: int, size: int) -> tuple[tuple[float, ...], ...]:
     """`TrainOptions.crops` of one side in px, all through the run, from images of side `size`.
 
     Raises:
@@ -108,7 +108,7 @@ def crops_of(side: int, size: int) -> tuple[tuple[float, ...], ...]:
     return ((side / size,),)
 
 
-def new_accelerator() -> Accelerator:
+def make_accelerator() -> Accelerator:
     """The accelerator of this process. The first one made decides how long processes wait for each other."""
     # Spreading a model imports this; imported after the group is made, it would keep it, see leave_processes.
     importlib.import_module("torch._dynamo")
@@ -134,7 +134,7 @@ class Trainee:
     """
 
     def __init__(self, network: nn.Module, options: TrainOptions) -> None:
-        self.accelerator = new_accelerator()
+        self.accelerator = make_accelerator()
         device = self.accelerator.device
         # Tensor cores want channels last; on a CPU the gradients of ResNet-BS are slower in it (docs/experiments.md).
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -374,7 +374,7 @@ class Run:
         self.trainee.save(path, **self.header, **self._extra(), stopping=stopping, **more)
 
 
-def mixed_precision(asked: bool | None) -> bool:
+def choose_bf16(asked: bool | None) -> bool:
     """Whether to train in bf16: what was asked for, else where the device computes it (emulated it is slower)."""
     if asked is not None:
         return asked

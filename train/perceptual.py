@@ -18,6 +18,8 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 # Mean and standard deviation of ImageNet's colours in [0, 1], by which the network's inputs were normalised.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+VGG16_PASSES = 3  # work of the perceptual term, in forward passes: prediction, truth, and one backward pass
+
 
 class VGG16(nn.Module):
     """The convolutional part of VGG-16; its parameters are named features.N.weight and features.N.bias as published."""

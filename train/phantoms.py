@@ -138,7 +138,7 @@ def tone(logs: list[Array], guide: Array, display: Display) -> list[Array]:
     return [m * np.float32(display.white - display.black) + np.float32(display.black) for m in shown]
 
 
-def phantom(seed: int, size: int = 256) -> Phantom:
+def draw_phantom(seed: int, size: int = 256) -> Phantom:
     """Draw one patient and one exposure.
 
     Args:
@@ -172,7 +172,7 @@ def write_pairs(folder: Path | str, count: int, first_seed: int = 0, size: int =
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for seed in range(first_seed, first_seed + count):
-        pair = phantom(seed, size)
+        pair = draw_phantom(seed, size)
         name = f"phantom{seed:06d}"
         for kind, image in (("cxr", pair.cxr), ("soft_tissue", pair.soft_tissue)):
             path = folder / f"{name}_{kind}.png"

@@ -35,6 +35,7 @@ from bsdiff_rt.imaging.network_input import to_network
 from bsdiff_rt.imaging.view import without_borders
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
+from train.folders import require_empty
 from train.pair_images import read_pair, same_image, swapped
 from train.pairing import Match, Unmatched, pair_files
 from train.registration import MIN_CORRELATION, Image, apply, register, unregistered
@@ -102,7 +103,7 @@ class Dataset:
         """Whether nothing was refused that was not to be excluded."""
         return not self.unmatched and all(entry.status != "bad" for entry in self.pairs)
 
-    def summary(self) -> str:
+    def summarise(self) -> str:
         """One line per part, then one for each pair and file that is in none, with the reason."""
         lines = []
         for part in PARTS:
@@ -124,8 +125,7 @@ def prepare(
     Raises:
         SettingsError: folders or options that cannot be used, no pair found, or nothing of a name to exclude.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise SettingsError(f"{output}: exists and is not empty; choose another folder")
+    require_empty(output)
     for folder in (cxr_folder, soft_tissue_folder):
         if output.resolve().is_relative_to(folder.resolve()):
             raise SettingsError(f"{output}: lies in {folder}, which is searched for images; choose another folder")

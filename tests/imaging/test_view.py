@@ -19,7 +19,7 @@ from bsdiff_rt.imaging.view import (
     whole,
     without_borders,
 )
-from train.phantoms import phantom
+from train.phantoms import draw_phantom
 
 PICTURE = chest(200, 160)
 
@@ -56,7 +56,7 @@ def test_a_frame_saved_as_jpeg_is_uniform():
         framed(left=165),  # more than half
         np.pad(PICTURE[:30], ((20, 20), (0, 0))),  # too little would be left
         np.full((64, 64), 0.5, np.float32),
-        phantom(3, 128).cxr,
+        draw_phantom(3, 128).cxr,
     ],
     ids=["none", "thin", "most", "small", "flat", "phantom"],
 )
@@ -141,7 +141,7 @@ def lettered(cxr, place=(10, 40), grey=1.0):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("side", [256, 700])
 def test_letters_in_a_corner_are_marks_and_nothing_else_is(seed, side):
-    cxr = phantom(seed, side).cxr
+    cxr = draw_phantom(seed, side).cxr
     assert marks_of(cxr) is None
     marked, ink = lettered(cxr)
     marks = marks_of(marked)
@@ -150,7 +150,7 @@ def test_letters_in_a_corner_are_marks_and_nothing_else_is(seed, side):
 
 
 def test_what_is_no_mark():
-    cxr = phantom(0, 256).cxr
+    cxr = draw_phantom(0, 256).cxr
     assert marks_of(lettered(cxr, place=(110, 140))[0]) is None  # in the middle: a device, perhaps
     assert marks_of(lettered(cxr, grey=float(cxr.max()) - 0.05)[0]) is None  # not the brightest
     block = cxr.copy()
@@ -166,7 +166,7 @@ def test_what_is_no_mark():
 
 
 def test_marks_are_kept_and_not_shown():
-    cxr = (0.2 + 0.3 * phantom(1, 256).cxr).astype(np.float32)
+    cxr = (0.2 + 0.3 * draw_phantom(1, 256).cxr).astype(np.float32)
     marked, ink = lettered(cxr, grey=float(cxr.max()) + 0.01)
     view = view_of(marked, trim=True, least_span=0.6)
     letter = view.marks
@@ -186,7 +186,7 @@ def test_marks_are_kept_and_not_shown():
 
 def test_marks_are_placed_where_the_view_and_the_picture_in_the_square_are():
     """A framed portrait: what the square holds is smaller, and in its middle."""
-    cxr = np.ascontiguousarray(phantom(2, 256).cxr[:, 40:200])
+    cxr = np.ascontiguousarray(draw_phantom(2, 256).cxr[:, 40:200])
     marked, ink = lettered(cxr)
     framed = np.pad(marked, ((30, 10), (20, 40)))
     view = view_of(framed, trim=True, least_span=0.0)
@@ -216,7 +216,7 @@ def test_pictures_of_one_field_lose_the_same_borders():
 def test_most_negatives_are_told_and_no_x_ray_is_called_one():
     found = 0
     for seed in range(20):
-        cxr = phantom(seed, 64).cxr
+        cxr = draw_phantom(seed, 64).cxr
         assert not any(looks_negative(part) for part in (cxr, 0.2 + 0.3 * cxr, cxr[:, 12:], cxr[:, :-12]))
         found += looks_negative(1 - cxr)
         assert looks_negative(1 - cxr) == looks_negative(0.2 + 0.3 * (1 - cxr))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bsdiff_rt.errors import SettingsError
-from train.__main__ import comparator as command
 from train.checkpoint import load_checkpoint
-from train.comparator import crop_of, dry_run_comparator, train_comparator
+from train.commands.comparator import comparator
+from train.comparator import choose_crop, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.comparators.gusarev import Gusarev
 from train.comparators.mca_net import McaNet, levels_of, with_gradients
@@ -130,9 +130,9 @@ def test_crops_are_trained_on_and_whole_images_exported(batches, tmp_path, monke
 
 
 def test_sides_a_network_takes():
-    assert crop_of("resnet-bs", 250, None) == 250
-    assert crop_of("gusarev", 256, 96) == 96
-    assert crop_of("mca-net", 256, 128) == 128
+    assert choose_crop("resnet-bs", 250, None) == 250
+    assert choose_crop("gusarev", 256, 96) == 96
+    assert choose_crop("mca-net", 256, 128) == 128
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_sides_a_network_takes():
 )
 def test_sides_a_network_does_not_take(name, size, crop, message):
     with pytest.raises(SettingsError, match=message):
-        crop_of(name, size, crop)
+        choose_crop(name, size, crop)
 
 
 def test_a_dry_run_and_an_unknown_name(tmp_path):
     assert dry_run_comparator("gusarev", OPTIONS, SIZE, SIZE).parameters == parameters(Gusarev())
     with pytest.raises(SettingsError, match="'vae': choose one of resnet-bs, gusarev, mca-net"):
-        command("vae", tmp_path)
+        comparator("vae", tmp_path)

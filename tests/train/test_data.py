@@ -17,29 +17,29 @@ from train.data import (
     Augmentation,
     Batches,
     Pair,
-    dataset_settings,
     degrade,
     load_dataset,
     load_pair,
     match_tone,
+    read_dataset_settings,
     tone_curve,
     warp,
     xray_digest,
 )
-from train.phantoms import phantom, write_pairs
+from train.phantoms import draw_phantom, write_pairs
 
 PLAIN = Augmentation(geometry=0.0, foreign=0.0, swap_bones=0.0, blur_noise=0.0)
 
 
 @pytest.fixture(scope="module")
 def pair():
-    made = phantom(3, 128)
+    made = draw_phantom(3, 128)
     return Pair("p", made.cxr, made.soft_tissue, made.soft_tissue)
 
 
 @pytest.fixture(scope="module")
 def pool():
-    made = [phantom(seed, 64) for seed in range(3)]
+    made = [draw_phantom(seed, 64) for seed in range(3)]
     return np.rint(np.stack([[p.cxr, p.soft_tissue] for p in made]) * 255).astype(np.uint8)
 
 
@@ -224,7 +224,7 @@ def test_a_data_set_is_read_at_its_full_range(tmp_path):
     assert loaded.soft_tissue.max() == pytest.approx(8000 / 65535, abs=1e-6)
     np.testing.assert_array_equal(loaded.tone_matched, match_tone(loaded.cxr, loaded.soft_tissue))
     assert load_dataset(tmp_path, "val") == []
-    assert dataset_settings(tmp_path) == (64, 2.0)
+    assert read_dataset_settings(tmp_path) == (64, 2.0)
     (smaller,), (larger,) = (load_dataset(tmp_path, "train", size) for size in (32, 96))
     np.testing.assert_allclose(smaller.cxr, loaded.cxr.reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-6)
     assert larger.soft_tissue.shape == (96, 96)
@@ -276,7 +276,7 @@ def test_no_data_set_or_a_damaged_one_is_said_so(tmp_path):
         load_dataset(tmp_path, "train")
     for content in ("{", "[]", '{"pairs": []}', '{"settings": {"size": 64, "clahe": 0}, "pairs": [{"name": "a"}]}'):
         (tmp_path / "dataset.json").write_text(content)
-        for read in (lambda: load_dataset(tmp_path, "train"), lambda: dataset_settings(tmp_path)):
+        for read in (lambda: load_dataset(tmp_path, "train"), lambda: read_dataset_settings(tmp_path)):
             with pytest.raises(SettingsError, match="not the record of a data set"):
                 read()
     written(tmp_path / "set")
@@ -345,7 +345,7 @@ def test_phantoms_are_bent_and_toned_anew_as_often_as_asked_else_only_mirrored(p
 
 
 def test_a_pair_in_a_frame_is_read_without_it(tmp_path):
-    drawn = phantom(5, 128)
+    drawn = draw_phantom(5, 128)
     for name, padded in (("plain", 0), ("framed", 16)):
         for role, grey in (("cxr", 1.0), ("soft_tissue", 0.0)):
             picture = np.pad(getattr(drawn, role), padded, constant_values=grey)

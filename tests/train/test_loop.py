@@ -13,7 +13,7 @@ from torch import nn
 from bsdiff_rt.errors import SettingsError
 from train import loop
 from train.checkpoint import load_checkpoint
-from train.loop import Run, Trainee, TrainOptions, ahead, crops_of, mixed_precision, pieces
+from train.loop import Run, Trainee, TrainOptions, ahead, choose_bf16, fix_crop, pieces
 
 
 def make_trainee(**options):
@@ -75,12 +75,12 @@ def test_learning_rate_warms_up_and_decays_to_a_hundredth():
 
 
 def test_crops_of_one_side_all_through_the_run():
-    options = TrainOptions(steps=100, crops=crops_of(96, 256), images=2)
+    options = TrainOptions(steps=100, crops=fix_crop(96, 256), images=2)
     assert {options.crop(step, 256) for step in (0, 50, 99)} == {(14, 96)}
     with pytest.raises(SettingsError, match="--crop 272 is more than --size 256; choose at most that"):
-        crops_of(272, 256)
+        fix_crop(272, 256)
     with pytest.raises(SettingsError, match="--crop 100: give a multiple of 16 px"):
-        crops_of(100, 256)
+        fix_crop(100, 256)
 
 
 def test_crops_follow_the_parts_of_the_run_at_equal_cost():
@@ -149,9 +149,9 @@ def test_statistics_of_batch_norms_are_part_of_the_average():
 
 
 def test_mixed_precision_is_what_was_asked_for():
-    assert mixed_precision(True)
-    assert not mixed_precision(False)
-    assert mixed_precision(None) in (True, False)
+    assert choose_bf16(True)
+    assert not choose_bf16(False)
+    assert choose_bf16(None) in (True, False)
 
 
 class Interrupted(Exception):

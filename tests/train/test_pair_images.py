@@ -7,7 +7,7 @@ from synthetic import dataset, save, stored
 
 from bsdiff_rt.errors import InputRefused
 from train.pair_images import read_pair, same_image, swapped
-from train.phantoms import phantom
+from train.phantoms import draw_phantom
 
 
 def write(path, picture, bits=16):
@@ -18,7 +18,7 @@ def write(path, picture, bits=16):
 @pytest.fixture(scope="module")
 def drawn():
     """Phantoms, 256 px, by seed."""
-    return {seed: phantom(seed, 256) for seed in (0, 4, 5)}
+    return {seed: draw_phantom(seed, 256) for seed in (0, 4, 5)}
 
 
 def test_a_mixed_pair_shares_the_xrays_depth(drawn, tmp_path):

@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 
 from train.anatomy import MARGIN, Canvas, curve
-from train.phantoms import apply_curves, local_curves, phantom, write_pairs
+from train.phantoms import apply_curves, draw_phantom, local_curves, write_pairs
 
 SEEDS = range(12)
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [phantom(seed, 128) for seed in SEEDS]
+    return [draw_phantom(seed, 128) for seed in SEEDS]
 
 
 def test_images_are_float32_in_the_unit_range():
     for seed, size in ((0, 64), (1, 100), (2, 256)):
-        pair = phantom(seed, size)
+        pair = draw_phantom(seed, size)
         for image in (pair.cxr, pair.soft_tissue):
             assert image.shape == (size, size)
             assert image.dtype == np.float32
@@ -27,7 +27,7 @@ def test_images_are_float32_in_the_unit_range():
 
 
 def test_the_seed_alone_decides():
-    first, again, other = phantom(5, 96), phantom(5, 96), phantom(6, 96)
+    first, again, other = draw_phantom(5, 96), draw_phantom(5, 96), draw_phantom(6, 96)
     np.testing.assert_array_equal(first.cxr, again.cxr)
     np.testing.assert_array_equal(first.soft_tissue, again.soft_tissue)
     assert np.abs(first.cxr - other.cxr).mean() > 0.02
@@ -61,7 +61,7 @@ def test_air_is_dark_and_the_lungs_lie_between_air_and_spine(pairs):
 
 
 def test_many_builds_occur():
-    pairs = [phantom(seed, 64) for seed in range(24)]
+    pairs = [draw_phantom(seed, 64) for seed in range(24)]
     rms = [np.sqrt(((p.cxr - p.soft_tissue) ** 2).mean()) for p in pairs]
     assert min(rms) < 0.04
     assert max(rms) > 0.08
@@ -70,7 +70,7 @@ def test_many_builds_occur():
 
 def test_a_seed_is_one_patient_at_every_size():
     for seed in (1, 2):
-        small, large = phantom(seed, 256), phantom(seed, 1024)
+        small, large = draw_phantom(seed, 256), draw_phantom(seed, 1024)
         for few, many in ((small.cxr, large.cxr), (small.soft_tissue, large.soft_tissue)):
             shrunk = cv2.resize(many, few.shape, interpolation=cv2.INTER_AREA)
             assert np.corrcoef(shrunk.ravel(), few.ravel())[0, 1] > 0.98
@@ -106,7 +106,7 @@ def test_pairs_are_written_16_bit(tmp_path):
     names = write_pairs(tmp_path / "new", 2, first_seed=7, size=64)
     assert len(set(names)) == 2
     for seed, name in enumerate(names, 7):
-        pair = phantom(seed, 64)
+        pair = draw_phantom(seed, 64)
         for kind, image in (("cxr", pair.cxr), ("soft_tissue", pair.soft_tissue)):
             stored = cv2.imread(str(tmp_path / "new" / f"{name}_{kind}.png"), cv2.IMREAD_UNCHANGED)
             assert stored.dtype == np.uint16
@@ -115,4 +115,4 @@ def test_pairs_are_written_16_bit(tmp_path):
 
 def test_too_small_a_size_is_refused():
     with pytest.raises(ValueError, match="16 pixels; at least 64"):
-        phantom(0, 16)
+        draw_phantom(0, 16)

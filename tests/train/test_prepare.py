@@ -20,7 +20,7 @@ from train.__main__ import app
 from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
 from train.data import Augmentation, load_dataset, xray_digest
 from train.pairing import Match, Source
-from train.phantoms import phantom
+from train.phantoms import draw_phantom
 from train.prepare import PrepareOptions, divide, parse_split, patient_of, prepare, read_exclusions
 
 SIZE_PX = 64
@@ -40,7 +40,7 @@ def moved(picture, x, y):
 @pytest.fixture(scope="module")
 def drawn():
     """Phantoms whose edges correlate well, 256 px: X-ray and soft tissue by seed."""
-    return {seed: phantom(seed, 256) for seed in (0, 4, 5)}
+    return {seed: draw_phantom(seed, 256) for seed in (0, 4, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_training_on_a_data_set(made, tmp_path, monkeypatch):
     """The train part is trained on, the val part validated on, and the test part is not touched."""
     folder, _ = made
     given = []
-    monkeypatch.setattr("train.__main__.train_denoiser", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("train.commands.denoiser.train_denoiser", lambda *arguments: given.append(arguments))
     stage1 = ("denoiser", "-o", tmp_path, "--preset", "tiny", "--size", 32, "--phantoms", 0, "--steps", 1)
     assert run(*stage1, "--dataset", folder, "--augment", "paper").exit_code == 0
     ((_, _, _, batches, validation, _, _, _),) = given

@@ -101,7 +101,7 @@ def test_two_processes_are_one_run_of_twice_the_batch(tmp_path):
 def test_a_command_ends_what_it_shares_with_other_processes(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
-        assert CliRunner().invoke(app, ["phantoms", str(tmp_path), "--count", "1", "--size", "64"]).exit_code == 0
+        assert CliRunner().invoke(app, ["phantoms", str(tmp_path / "p"), "--count", "1", "--size", "64"]).exit_code == 0
         assert not distributed.is_initialized()
     finally:
         if distributed.is_initialized():

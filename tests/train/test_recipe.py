@@ -6,7 +6,8 @@ import pytest
 
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
-from train.__main__ import options_of
+from train.commands.options import SharedOptions
+from train.commands.setup import resolve_options
 from train.data import Augmentation
 from train.loop import TrainOptions
 from train.losses import LossWeights
@@ -41,17 +42,17 @@ def test_several_processes_share_an_epoch():
 
 def test_steps_given_for_a_recipe_of_epochs_keep_its_share_between_checkpoints():
     """Five checks without a better one must not come before the first drop of the learning rate."""
-    paper, given = RECIPES["paper"], {"learning_rate": None, "save_every": None}
-    assert options_of(paper, paper.denoiser, 84, steps=58_800, **given).save_every == 10 * 294
-    assert options_of(paper, paper.denoiser, 84, steps=7, **given).save_every == 1
-    assert options_of(paper, paper.denoiser, 84, steps=600, learning_rate=None, save_every=50).save_every == 50
-    often = options_of(paper, paper.denoiser, 84, steps=58_800, learning_rate=None, save_every=100)
-    assert (often.save_every, often.patience) == (
-        100,
-        147,
-    )  # 14,700 steps without a better one, as without --save-every
-    demo = RECIPES["demo"]
-    assert options_of(demo, demo.denoiser, 0, steps=600, **given).save_every == 250
+
+    def resolve(recipe, pairs=84, **shared):
+        return resolve_options(recipe, recipe.denoiser, pairs, SharedOptions(**shared), None)
+
+    paper = RECIPES["paper"]
+    assert resolve(paper, steps=58_800).save_every == 10 * 294
+    assert resolve(paper, steps=7).save_every == 1
+    assert resolve(paper, steps=600, save_every=50).save_every == 50
+    often = resolve(paper, steps=58_800, save_every=100)
+    assert (often.save_every, often.patience) == (100, 147)  # 14,700 steps in all, as without --save-every
+    assert resolve(RECIPES["demo"], pairs=0, steps=600).save_every == 250
 
 
 def test_the_demo_is_what_trained_the_bundled_model():

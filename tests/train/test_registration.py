@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bsdiff_rt.errors import InputFailed
-from train.phantoms import phantom
+from train.phantoms import draw_phantom
 from train.registration import (
     MIN_CORRELATION,
     MIN_MOVE_PX,
@@ -25,7 +25,7 @@ TOLERANCE_PX = 0.3  # at REGISTRATION_PX
 @pytest.fixture(scope="module")
 def pair():
     """A phantom whose ribs pull little (seed 5: 0.1 px), so that the error measured is the method's."""
-    made = phantom(5, WHOLE_PX)
+    made = draw_phantom(5, WHOLE_PX)
     return made.cxr, made.soft_tissue
 
 
@@ -95,7 +95,7 @@ def test_applying_what_was_found_lays_the_images_on_each_other(pair):
 def test_phantoms_that_lie_right_are_left_alone():
     """On grey values alone the ribs of phantom 1 pull by 0.97 px and those of 2 by 0.86; on edges by 0.14 and 0.23."""
     for seed in (1, 2, 5):
-        made = phantom(seed, 256)
+        made = draw_phantom(seed, 256)
         found = register(made.cxr, made.soft_tissue)
         assert found.displacement * REGISTRATION_PX < TOLERANCE_PX
         assert found.negligible
@@ -109,7 +109,7 @@ def test_what_is_negligible_is_measured_at_the_registration_size():
 
 
 def test_two_patients_and_a_mirrored_image_do_not_correlate(pair):
-    other = phantom(4, WHOLE_PX).soft_tissue
+    other = draw_phantom(4, WHOLE_PX).soft_tissue
     for wrong in (window(other), np.ascontiguousarray(window(pair[1])[:, ::-1])):
         assert register(window(pair[0]), wrong).correlation_after < MIN_CORRELATION
 

@@ -13,7 +13,7 @@ from bsdiff_rt.errors import SettingsError
 from train.checkpoint import load_checkpoint
 from train.data import Augmentation, Batches, Pair
 from train.denoiser import train_denoiser
-from train.enhancer import StageOne, stage_one_outputs, train_enhancer
+from train.enhancer import StageOne, make_stage_one_outputs, train_enhancer
 from train.loop import TrainOptions
 from train.losses import LossWeights
 from train.perceptual import VGG16
@@ -155,7 +155,7 @@ def test_stage_2_refuses_to_go_on_with_another_stage_1(stage, tmp_path):
 
 
 def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, batches, tmp_path, monkeypatch):
-    made = stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    made = make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert made.shape == (3, 2, SIZE, SIZE)
     np.testing.assert_allclose(made[1, 1], batches.batch(1, 1, SIZE, SIZE)[0, 1], atol=1e-3)  # float16
     assert np.abs(made[:, 0]).max() <= 1
@@ -164,12 +164,12 @@ def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, 
 
     asked = []
     monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: asked.append(1) or cxr)
-    np.testing.assert_array_equal(stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS), made)
+    np.testing.assert_array_equal(make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS), made)
     assert not asked
     half = np.lib.format.open_memmap(path, "r+")
     half[2, 0, :8] = np.nan  # in part on the disk when the machine lost its power
     half.flush()
-    again = stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    again = make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert len(asked) == 1
     np.testing.assert_array_equal(again[:2], made[:2])
     assert not np.isnan(again).any()
@@ -177,12 +177,12 @@ def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, 
 
 @pytest.mark.parametrize("length", [0, 5000])  # of 12,416 bytes
 def test_a_cache_that_was_cut_off_is_named(stage, batches, tmp_path, length):
-    stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+    make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     (path,) = tmp_path.glob("*.npy")
     cut = path.read_bytes()[:length]
     path.write_bytes(cut)
     with pytest.raises(SettingsError, match=rf"{path.name}: damaged \(.*\); remove it, and it is made anew"):
-        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+        make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert path.read_bytes() == cut
 
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_before_stage_1_runs(stage, batches, tmp_path, monke
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(SettingsError, match=r"stage 1's outputs take 0 MB, which cannot be written \(No space left"):
-        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+        make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,13 +203,13 @@ def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch
     with pytest.raises(
         SettingsError, match=r"denoiser\.pt: what it makes of sample 0 is not finite; train stage 1 anew"
     ):
-        stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
+        make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
 
 
 @pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation"])
 def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path, monkeypatch, change):
     monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr)
-    stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
+    make_stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
     if change == "weights":
         stage = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
     sampler = SamplerSettings("ddim", 3) if change == "sampler" else TWO_STEPS
@@ -221,5 +221,5 @@ def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path
         batches = Batches([], phantoms, 0.0, Augmentation(), 0)
     if change == "augmentation":
         batches = Batches([], batches.phantoms, 0.0, Augmentation(blur_noise=0.31), 0)
-    stage_one_outputs(tmp_path, stage, batches, 2 if change == "count" else 1, SIZE, sampler)
+    make_stage_one_outputs(tmp_path, stage, batches, 2 if change == "count" else 1, SIZE, sampler)
     assert len(list(tmp_path.glob("*.npy"))) == 2

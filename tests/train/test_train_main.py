@@ -18,10 +18,13 @@ from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
 from export.__main__ import app as exporter
-from train.__main__ import HELD_OUT_PHANTOM_SEED, app, batches_of, groups_of, real_pairs, split_pairs
+from train.__main__ import app
 from train.checkpoint import load_checkpoint
+from train.commands.options import SharedOptions
+from train.commands.setup import Samples, load_real_pairs, split_pairs
 from train.denoiser import bone_weights, denoiser_losses, draw_times, target
 from train.loop import Trainee, TrainOptions
+from train.phantom_pool import HELD_OUT_PHANTOM_SEED
 from train.recipe import RECIPES
 
 
@@ -123,7 +126,7 @@ def test_both_stages_learn_from_data_of_one_clahe(trained, tmp_path):
     run(app, "prepare", tmp_path / "p", tmp_path / "p", "-o", tmp_path / "d", "--size", 64, "--no-register")
     state = torch.load(trained / "denoiser.pt", weights_only=True)
     torch.save(state | {"clahe": 2.0}, tmp_path / "denoiser.pt")
-    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained on CLAHE 2, this data set has 0; give both stages"):
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained on CLAHE 2, but this data set has 0"):
         run(app, "enhancer", "-o", tmp_path, "--dataset", tmp_path / "d", "--phantoms", 2, "--samples", 3, "--steps", 2)
 
 
@@ -131,33 +134,37 @@ def test_a_data_set_smaller_than_the_network_is_refused(tmp_path):
     run(app, "phantoms", tmp_path / "p", "--count", 4, "--size", 64)
     prepared = ("--size", 64, "--split", "2:1:1", "--no-register", "--clahe", 2)
     assert run(app, "prepare", tmp_path / "p", tmp_path / "p", "-o", tmp_path / "d", *prepared).exit_code == 0
-    with pytest.raises(SettingsError, match=r"--size 128: .*d was prepared at 64 px; prepare it anew, at 128 or more"):
-        real_pairs(None, None, tmp_path / "d", 128)
-    train, _ = real_pairs(None, None, tmp_path / "d", 64)
-    made = batches_of(RECIPES["paper"], train, tmp_path / "d", tmp_path, 64, 0)
-    assert made.description()["clahe"] == 2.0
+    with pytest.raises(SettingsError, match=r"--size 128: .*d holds images of 64 px\. Prepare it again at 128 or more"):
+        load_real_pairs(None, None, tmp_path / "d", 128)
+    paper = Samples.load(SharedOptions(recipe="paper", dataset=tmp_path / "d"), 64)
+    assert paper.make_batches(tmp_path, 64, 0).description()["clahe"] == 2.0
+    demo = Samples.load(SharedOptions(phantoms=1, dataset=tmp_path / "d"), 64)
     with pytest.raises(SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not"):
-        batches_of(replace(RECIPES["demo"], phantoms=1), train, tmp_path / "d", tmp_path, 64, 0)
+        demo.make_batches(tmp_path, 64, 0)
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [(48, "--size 48: phantoms are drawn from 64 px on"), (250, "--size 250: give a multiple")]
+    ("size", "message"), [(48, "--size 48: phantoms need at least 64 px"), (250, "--size 250: give a multiple")]
 )
 def test_a_size_nothing_can_be_drawn_at_is_refused_at_once(tmp_path, monkeypatch, size, message):
-    monkeypatch.setattr("train.__main__.phantom_pool", lambda *_: pytest.fail("phantoms were drawn"))
+    monkeypatch.setattr("train.commands.setup.load_phantom_pool", lambda *_: pytest.fail("phantoms were drawn"))
     with pytest.raises(SettingsError, match=message):
         run(app, "denoiser", "-o", tmp_path, *TINY, "--size", size)
 
 
-def test_what_is_judged_where_nothing_is_held_out(caplog):
-    assert groups_of([], 4, 64, 0).keys() == {"phantoms"}
+def test_groups_to_validate_on_where_no_pair_is_held_out(caplog):
+    def choose(phantoms, size, patience):
+        recipe = replace(RECIPES["demo"], phantoms=phantoms)
+        return Samples(recipe, [], [], None).choose_groups(size, patience)
+
+    assert choose(4, 64, 0).keys() == {"phantoms"}
     assert not caplog.records
-    assert groups_of([], 0, 64, 0).keys() == {"phantoms"}
-    assert "no pair is held out: progress is judged on drawn phantoms" in caplog.text
-    with pytest.raises(SettingsError, match="no pair is held out to say when to stop: give --hold-out"):
-        groups_of([], 0, 64, 5)
-    with pytest.raises(SettingsError, match="--size 48: phantoms are drawn from 64 px on; give --hold-out"):
-        groups_of([], 0, 48, 0)
+    assert choose(0, 64, 0).keys() == {"phantoms"}
+    assert "no pair is held out: checkpoints are validated on drawn phantoms" in caplog.text
+    with pytest.raises(SettingsError, match=r"early stopping has nothing to watch\. Give --hold-out"):
+        choose(0, 64, 5)
+    with pytest.raises(SettingsError, match=r"--size 48: phantoms need at least 64 px\. Give --hold-out"):
+        choose(0, 48, 0)
 
 
 def test_targets_of_the_three_objectives():
@@ -232,7 +239,7 @@ def test_a_dry_run_writes_nothing_and_leaves_what_is_there(trained, tmp_path):
     stage1 = ("--preset", "tiny", "--size", 64, "--phantoms", 500, "--dry-run")
     result = run(app, "denoiser", "-o", tmp_path / "new", *stage1, "--steps", 3600)
     assert "3,600 steps on " in result.output
-    assert "s per step" in result.output
+    assert " per step, " in result.output
     assert not (tmp_path / "new").exists()
     before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
     assert "parameters, 1,500 steps" in run(app, "enhancer", "-o", trained, "--dry-run").output
@@ -256,7 +263,7 @@ def test_what_cannot_be_trained_is_said_before_hours_of_work(trained, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": None}, "denoiser.pt: not stage 1's checkpoint; `python -m train denoiser` writes it"),
+        ({"preset": None}, "denoiser.pt: not a checkpoint of stage 1. Write one with `python -m train denoiser`"),
         ({"averaged": {}}, "denoiser.pt: does not fit preset tiny of this version; train it anew"),
         ({"schedule": {"kind": "linear"}}, "denoiser.pt: does not fit preset tiny of this version"),
     ],

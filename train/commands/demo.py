@@ -1,0 +1,26 @@
+"""`python -m train demo`: train both stages of the demo model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from train.commands.denoiser import denoiser
+from train.commands.enhancer import enhancer
+from train.commands.options import SharedOptions
+
+
+def demo_command(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for all files. The same command resumes an interrupted run.")
+    ],
+    pairs: Annotated[
+        Path | None, typer.Option(help="Folder of real pairs. Without it, only phantoms are used.")
+    ] = None,
+) -> None:
+    """Train both stages with the recipe of the bundled demo model (docs/model-card.md). Takes hours on two cores."""
+    shared = SharedOptions(pairs=pairs)
+    denoiser(output, shared=shared)
+    enhancer(output, shared=shared)
