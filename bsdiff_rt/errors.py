@@ -55,7 +55,7 @@ class BsdiffError(Exception):
 
 
 class SettingsError(BsdiffError):
-    """An argument or a setting that cannot be used, or a combination of settings that contradict each other.
+    """An argument or a setting that cannot be used, alone or with the others.
 
     Args:
         message: what is wrong with which value, and what to do. It names no command line option.
@@ -71,25 +71,25 @@ class SettingsError(BsdiffError):
 
 
 class InputRefused(BsdiffError):
-    """A readable file that this program does not process: not a radiograph, wrong modality, too small, empty."""
+    """A readable file that is not processed, for example one of another modality."""
 
     exit_code = 3
 
 
 class InputFailed(BsdiffError):
-    """A file that should have worked and did not: truncated, unreadable, or a result that is not an image."""
+    """A file that should have worked but is damaged, or a result that is no image."""
 
     exit_code = 3
 
 
 class BundleError(BsdiffError):
-    """A model bundle that is incomplete, altered or of another format."""
+    """A bundle that is incomplete, altered or of another format."""
 
     exit_code = 4
 
 
 class EngineError(BsdiffError):
-    """A built engine or a runner's backend that does not fit this machine, this bundle or these settings."""
+    """An engine or a runner that does not fit this machine, bundle or settings."""
 
     exit_code = 4
 
