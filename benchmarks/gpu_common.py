@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from bsdiff_rt.bench.candidates import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
 from bsdiff_rt.bench.measure import Plan
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
-from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, Preprocessing
+from bsdiff_rt.config import EngineOptions, Precision, Preprocessing
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import batch_limit, load_runner, resolve_device
+from bsdiff_rt.runners.registry import RUNNERS, find_batch_limit, load_runner
 
 FEW_STEPS = 4
 TF32 = "eager tf32"
@@ -91,14 +92,14 @@ class Part:
 class EngineKind:
     """An engine to build; `one` for batch 1 alone, else for every batch that is measured and that the runner takes."""
 
-    runner: EngineRunnerName
+    runner: str
     precision: Precision
     one: bool = False
 
     def options(self, part: Part, bundle: Bundle) -> EngineOptions:
         """What a build is asked for."""
         largest = 1 if self.one else max(part.options.batches)
-        limit = batch_limit(self.runner, bundle.manifest)
+        limit = find_batch_limit(self.runner, bundle.manifest)
         return EngineOptions(self.runner, self.precision, (1, min(largest, limit or largest)))
 
 
@@ -168,18 +169,14 @@ def plan_of(part: Part, steps: int = FEW_STEPS) -> Plan:
 
 
 def backend(runner: str, bundle: Bundle) -> tuple[Callable[..., Any], Callable[..., Runner]]:
-    """Build function and runner class."""
-    if runner == "aoti":
-        from bsdiff_rt.runners import aoti
-
-        return aoti.build, aoti.AotiRunner
-    if find_spec("tensorrt") is None:
-        raise Skipped("the package tensorrt is not installed")
-    if "denoiser.onnx" not in bundle.manifest.files:
-        raise Skipped("needs graphs: `python -m export random paper -o DIR`, then --bundle DIR")
-    from bsdiff_rt.runners import tensorrt
-
-    return tensorrt.build, tensorrt.TensorRTRunner
+    """Return the functions that build and load an engine."""
+    entry = RUNNERS[runner]
+    if runner == "tensorrt":
+        if find_spec("tensorrt") is None:
+            raise Skipped("the package tensorrt is not installed")
+        if "denoiser.onnx" not in bundle.manifest.files:
+            raise Skipped("needs graphs: `python -m export random paper -o DIR`, then --bundle DIR")
+    return entry.build, entry.load_engine
 
 
 def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]]:

@@ -37,7 +37,7 @@ from bsdiff_rt.bench.measure import Plan, Trial, measure, psnr_db
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
-from bsdiff_rt.runners.timing import seconds_of
+from bsdiff_rt.runners.timing import time_call
 
 ROOT = Path(__file__).parents[1]
 TELLING_S = 10.0  # that pytest is given to tell what failed, should time run out
@@ -201,7 +201,7 @@ def full(part: Part) -> None:
                 if not part.enough_time(needed, name):
                     continue
                 with Trial(candidate, plan, 1, threads) as trial:
-                    seconds_of(trial.step, part.device)
+                    time_call(trial.step, part.device)
                     calls = trial.image_calls()
                     if what in calls:
                         _full_image(part, name, calls[what], pictures)
@@ -211,9 +211,9 @@ def _full_image(part: Part, name: str, call: Callable[[], torch.Tensor], picture
     def keep() -> None:
         pictures[name] = call()
 
-    first = seconds = seconds_of(keep, part.device)
+    first = seconds = time_call(keep, part.device)
     if first < TWICE_S and part.enough_time(1.2 * first, f"{name}, again"):
-        seconds = seconds_of(keep, part.device)
+        seconds = time_call(keep, part.device)
     picture, captured = pictures[name], pictures.get(name.removesuffix(", uncaptured"))
     same = bool(torch.equal(picture, captured)) if captured is not None and captured is not picture else None
     row = {"name": name, "seconds": seconds, "seconds_first": first, "equals_captured": same, "psnr_vs_eager": None}
@@ -239,10 +239,10 @@ def profile(part: Part) -> None:
     with ThreadPoolExecutor(1) as threads:
         for candidate in found:
             trial = Trial(candidate, plan, 1, threads)
-            seconds_of(trial.step, part.device)
+            time_call(trial.step, part.device)
             with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
                 for _ in range(3):
-                    seconds_of(trial.step, part.device)
+                    time_call(trial.step, part.device)
             rows = _kernels(profiler, cuda)
             part.save(kernels=part.found["kernels"] | {candidate.name: rows})
             top = ", ".join(f"{row['share']:.0%} {row['name'][:60]}" for row in rows[:3])

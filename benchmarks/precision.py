@@ -1,6 +1,6 @@
 """What rounding to fp16 and bf16 does to a whole picture, without a GPU: `python -m benchmarks.precision IMAGE...`
 
-The denoiser as an engine for a GPU has it (which layers stay fp32, the form of attention: runners/aoti.py), computed by
+The denoiser as an engine for a GPU has it (runners/aoti_builder.py: layers that stay fp32, form of attention), by
 torch on the CPU operation by operation, each result rounded, over every step of a sampler and with the noise of the
 fp32 run beside it. It tells a model that a precision suits from one that it does not; what a compiler makes of it is
 for the parity gate to say, on the device itself.
@@ -28,9 +28,8 @@ from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_comma
 from bsdiff_rt.formats.raster import read_raster
 from bsdiff_rt.imaging.metrics import mse, psnr
 from bsdiff_rt.imaging.network_input import to_network
-from bsdiff_rt.runners.aoti import DTYPES, choose_attention, lower_precision
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.runners.aoti_builder import DTYPES, choose_attention, lower_precision
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
 from bsdiff_rt.sampling.batching import suppress
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import sampler_table

@@ -39,7 +39,7 @@ from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import resize
 from bsdiff_rt.imaging.one_image import Prepared, finish, prepare
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 

@@ -197,11 +197,11 @@ def build_engine(
     from bsdiff_rt.config import EngineOptions
     from bsdiff_rt.engines import build as engine
     from bsdiff_rt.engines.manifest import read_engine
-    from bsdiff_rt.runners.registry import resolve_device
+    from bsdiff_rt.runners.devices import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
     on_cpu = where.type == "cpu"
-    low, high = asked or engine.default_batch(model, runner, where)
+    low, high = asked or engine.find_default_batch(model, runner, where)
     if precision == "auto":
         precision = "fp32" if on_cpu else "fp16"
     with BuildProgress(quiet) as phases:

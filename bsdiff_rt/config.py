@@ -14,10 +14,7 @@ Objective = Literal["eps", "v", "x0"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
 DetailName = Literal["full", "model"]
 FormatName = Literal["auto", "png", "dicom", "dicom-sc", "dicom-j2k"]
-RunnerName = Literal["eager", "onnxruntime", "aoti", "tensorrt"]
-EngineRunnerName = Literal["aoti", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16"]
-RUNNERS: tuple[RunnerName, ...] = ("eager", "onnxruntime", "aoti", "tensorrt")
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmpp-2m", "release")
 
 
@@ -107,7 +104,7 @@ class EngineOptions:
     `batch` is the smallest and largest batch the engine takes; equal for an engine of one batch size.
     """
 
-    runner: EngineRunnerName
+    runner: str
     precision: Precision
     batch: tuple[int, int]
 

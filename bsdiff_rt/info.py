@@ -1,72 +1,100 @@
-"""What this installation can do: the command `info`."""
+"""Report what this installation can do: the command `info`."""
 
 from __future__ import annotations
 
 from bsdiff_rt import __version__
-from bsdiff_rt.bundle import open_bundle, shipped_bundles
-from bsdiff_rt.config import RUNNERS, step_count
-from bsdiff_rt.engines.manifest import check_files, check_machine, read_engine
-from bsdiff_rt.engines.select import ENGINE_RUNNERS, cache_folder, engines_in_cache
+from bsdiff_rt.bundle import Manifest, open_bundle, shipped_bundles
+from bsdiff_rt.config import step_count
+from bsdiff_rt.engines.cache import list_engines, locate_cache
+from bsdiff_rt.engines.manifest import Engine, check_files, check_machine, read_engine
 from bsdiff_rt.errors import BundleError, EngineError
 from bsdiff_rt.folder.report import package_versions
-from bsdiff_rt.runners.registry import resolve_device, unavailable
+from bsdiff_rt.runners.devices import count_threads, resolve_device
+from bsdiff_rt.runners.registry import RUNNERS
 
 
 def describe() -> dict[str, dict[str, str]]:
-    """Sections of name: value lines, ready to print or to dump as JSON."""
+    """Return sections of names with values, ready to be printed or written as JSON."""
+    device = resolve_device("auto")
+    return {
+        "versions": {"bsdiff-rt": __version__} | package_versions(),
+        "devices": describe_devices(),
+        f"runners on {device}": describe_runners(),
+        "bundles": describe_bundles(),
+        "engines": describe_engines(),
+    }
+
+
+def describe_devices() -> dict[str, str]:
+    """Return every device with its size."""
     import torch
 
-    versions = {"bsdiff-rt": __version__} | package_versions()
-    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    found = {"cpu": f"{count_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def describe_runners() -> dict[str, str]:
+    """Return every runner, and whether it can be used on the default device or the reason why not."""
     device = resolve_device("auto")
-    runners: dict[str, str] = {}
-    for runner in RUNNERS:
-        why = unavailable(runner, device)
-        needs = ", with an engine built for it" if runner in ENGINE_RUNNERS else ""
-        runners[runner] = f"not usable: {why}" if why else f"usable{needs}"
-    bundles = {}
+    found = {}
+    for name, entry in RUNNERS.items():
+        problem = entry.find_problem(device)
+        usable = "usable, with an engine built for it" if entry.builder else "usable"
+        found[name] = f"not usable: {problem}" if problem else usable
+    return found
+
+
+def describe_bundles() -> dict[str, str]:
+    """Return every bundle of the package: its model, its licence and its training data."""
+    found = {}
     for name in shipped_bundles():
         try:
             bundle = open_bundle(name)
         except BundleError as error:
-            bundles[name] = f"refused: {error}"
+            found[name] = f"refused: {error}"
             continue
         manifest = bundle.manifest
-        bundles[name] = (
-            f"{manifest.preprocessing.size} px, {manifest.schedule.objective}, default {manifest.sampler.name} "
-            f"{step_count(manifest.sampler.steps)}, sha256 {bundle.sha256[:16]}, {manifest.notice}"
+        sampler = f"{manifest.sampler.name} {step_count(manifest.sampler.steps)}"
+        found[name] = (
+            f"{manifest.preprocessing.size} px, predicts {manifest.schedule.objective}, sampler {sampler}, "
+            f"licence {manifest.licence}, training data: {describe_training_data(manifest)}, "
+            f"sha256 {bundle.sha256[:16]}. {manifest.notice}"
         )
-    return {
-        "versions": versions,
-        "devices": devices,
-        f"runners on {device}": runners,
-        "bundles": bundles,
-        "engines": engines(),
-    }
+    return found
 
 
-def engines() -> dict[str, str]:
-    """Every engine in the cache, newest first: what it is, and whether it can be used here or the reason why not."""
+def describe_training_data(manifest: Manifest) -> str:
+    """Return what a bundle says of its training data."""
+    data = manifest.training.get("data")
+    return data if isinstance(data, str) and data else "unstated"
+
+
+def describe_engines() -> dict[str, str]:
+    """Return every engine in the cache, newest first, and whether it can be used here or the reason why not."""
     import torch
 
-    found = {"cache": str(cache_folder())}
-    for folder in engines_in_cache():
+    found = {"cache": str(locate_cache())}
+    for folder in list_engines():
         try:
             engine = read_engine(folder)
-            # An engine for a processor can be used beside any GPU; of several GPUs of one kind any will do.
+            # An engine for a processor can be used beside any GPU. Of several equal GPUs any will do.
             on_cpu = engine.manifest.multiprocessors == 0
             check_machine(engine, torch.device("cpu") if on_cpu else resolve_device("auto"))
             check_files(engine)
         except EngineError as error:
             found[folder.name] = f"not usable: {error}"
             continue
-        manifest, parity = engine.manifest, engine.manifest.parity
-        found[folder.name] = (
-            f"usable: {manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
-            f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, on {manifest.device}, "
-            f"{parity.psnr_db:.1f} dB against {parity.reference}, {manifest.speed}, built {manifest.built}"
-        )
+        found[folder.name] = f"usable: {_describe_engine(engine)}"
     return found
+
+
+def _describe_engine(engine: Engine) -> str:
+    manifest, parity = engine.manifest, engine.manifest.parity
+    return (
+        f"{manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
+        f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, on {manifest.device}, "
+        f"{parity.psnr_db:.1f} dB against {parity.reference}, {manifest.speed}, built {manifest.built}"
+    )

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bsdiff_rt import __version__, formats
 from bsdiff_rt.bundle import Bundle, Manifest, open_bundle
-from bsdiff_rt.config import FormatName, ModelSettings, Precision, RunnerName, step_count
-from bsdiff_rt.engines.select import Choice, load_first
+from bsdiff_rt.config import FormatName, ModelSettings, Precision, step_count
+from bsdiff_rt.engines.select import Choice, RunnerRequest, load_first
 from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.files import digest_json
 from bsdiff_rt.formats.base import Derivation
@@ -30,7 +30,7 @@ from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels,
 from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes, prepare
 from bsdiff_rt.imaging.view import whole
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.sampling.batching import Suppressor, Taken, auto_batch
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
@@ -305,12 +305,10 @@ def make_table(settings: ModelSettings, manifest: Manifest) -> Table:
     return sampler_table(manifest.schedule, settings.sampler, settings.steps)
 
 
-def request_runner(bundle: Bundle, settings: ModelSettings) -> tuple[Any, ...]:
-    """Return what `engines.select.choose` and `load_first` are asked: an engine's folder may stand for the runner."""
-    known = settings.runner == "auto" or settings.runner in RunnerName.__args__  # type: ignore[attr-defined]
-    engine = None if known else Path(settings.runner)
-    runner = settings.runner if known else "auto"
-    return bundle, runner, resolve_device(settings.device), settings.precision, engine, settings.batch
+def request_runner(bundle: Bundle, settings: ModelSettings) -> RunnerRequest:
+    """Return which runner the settings request for a bundle."""
+    device = resolve_device(settings.device)
+    return RunnerRequest(bundle, settings.runner, device, settings.precision, settings.batch)
 
 
 def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Runner]:
@@ -319,7 +317,7 @@ def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Ru
     Raises:
         EngineError: it cannot be used here.
     """
-    return load_first(*request_runner(bundle, settings))
+    return load_first(request_runner(bundle, settings))
 
 
 def resolve_batch(asked: int | None, runner: Runner) -> int:

@@ -17,13 +17,12 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import ToyRunner, randomise
-from stand_in import StandIn, build, change, timed
+from stand_in import StandIn, build, change, install_stand_in, timed
 from stand_in import write_bundle as stand_in_bundle
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
-from bsdiff_rt.engines.manifest import Backend
 from bsdiff_rt.folder import pipeline
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -100,30 +99,19 @@ def small(tmp_path: Path) -> Bundle:
     return stand_in_bundle(tmp_path / "small")
 
 
-def stand_in_backend(patch: pytest.MonkeyPatch) -> StandIn:
-    """Engines are built and loaded by a stand-in."""
-    from bsdiff_rt.engines import build as engine
-    from bsdiff_rt.engines import manifest as identity
-
-    made = StandIn()
-    for module in (identity, engine):
-        patch.setattr(module, "backend", lambda _: Backend(made.build, made.load, lambda: made.versions))
-    return made
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """What builds and loads engines in this test."""
-    return stand_in_backend(monkeypatch)
+    return install_stand_in(monkeypatch)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where engines are kept, not made yet."""
-    from bsdiff_rt.engines.select import cache_folder
+    from bsdiff_rt.engines.cache import locate_cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
-    return cache_folder()
+    return locate_cache()
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +119,7 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of what `small` is, to be copied."""
     bundle = stand_in_bundle(tmp_path_factory.mktemp("bundle") / "small")
     with pytest.MonkeyPatch.context() as patch:
-        stand_in_backend(patch)
+        install_stand_in(patch)
         return build(bundle, tmp_path_factory.mktemp("engine") / "engine")
 
 
@@ -169,7 +157,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return seconds.pop(0) if seconds else 1.0
 
     for module in ("bench.measure", "runners.timing"):
-        monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", fake)
+        monkeypatch.setattr(f"bsdiff_rt.{module}.time_call", fake)
     return seconds
 
 

@@ -1,6 +1,6 @@
-"""A stand-in for a runner with engines: it "builds" by copying weights and runs them eagerly, in milliseconds.
+"""A stand-in for a runner with engines. It "builds" by copying weights and runs them eagerly, in milliseconds.
 
-It is loaded where not all packages are: what builds engines is imported where it is used.
+It is also loaded where not all packages are installed, so what builds engines is imported where it is used.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import randomise
 from safetensors.torch import save_file
@@ -23,8 +25,8 @@ from bsdiff_rt.engines.manifest import MANIFEST
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
+from bsdiff_rt.runners.registry import RUNNERS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIZE = 16
@@ -56,7 +58,7 @@ def write_bundle(folder: Path, seed: int = 1) -> Bundle:
 
 
 class StandIn:
-    """What runners/aoti.py offers, in milliseconds; a test may change each part."""
+    """Takes the place of the modules of runner `aoti`. A test may change each part."""
 
     def __init__(self) -> None:
         self.during: Callable[[Path], None] = lambda folder: None
@@ -74,7 +76,10 @@ class StandIn:
             self.during(folder)
         return {"option": 1}
 
-    def load(self, folder, *, device, precision, batch_range, image_size) -> EagerRunner:
+    def list_versions(self) -> dict[str, str]:
+        return self.versions
+
+    def load_engine(self, folder, *, device, precision, batch_range, image_size) -> EagerRunner:
         stand_in = self
         self.loaded.append(folder)
 
@@ -92,6 +97,14 @@ class StandIn:
         runner = Runner(*load_networks(self.bundle), image_size, device)
         runner.precision, runner.batch_range = precision, batch_range
         return runner
+
+
+def install_stand_in(patch: pytest.MonkeyPatch) -> StandIn:
+    """Let a stand-in build and load the engines of runner `aoti`."""
+    stand_in, module = StandIn(), "stand_in_runner"
+    patch.setitem(sys.modules, module, stand_in)
+    patch.setitem(RUNNERS, "aoti", dataclasses.replace(RUNNERS["aoti"], module=module, builder=module))
+    return stand_in
 
 
 def build(bundle: Bundle, output: Path | None = None, options: EngineOptions = FP32) -> Path:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bsdiff_rt import __version__, bundle, info
-from bsdiff_rt.config import RUNNERS
+from bsdiff_rt.engines.cache import locate_cache
 from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, EngineManifest, Speed
 from bsdiff_rt.engines.parity import PSNR, Check, Parity
-from bsdiff_rt.engines.select import cache_folder
+from bsdiff_rt.runners.registry import RUNNERS
 
 
 def test_sections(monkeypatch):
@@ -36,7 +36,7 @@ def test_sections(monkeypatch):
 def test_a_runner_whose_package_is_missing(monkeypatch):
     monkeypatch.setattr("bsdiff_rt.runners.registry.find_spec", lambda _: None)
     runners = next(content for title, content in info.describe().items() if title.startswith("runners"))
-    assert runners["onnxruntime"] == "not usable: the package onnxruntime is not installed"
+    assert runners["onnxruntime"].startswith("not usable: the package onnxruntime is not installed (pip install")
 
 
 @pytest.fixture
@@ -48,7 +48,10 @@ def shipped(tiny_bundle, tmp_path, monkeypatch):
 def test_bundles(shipped):
     (line,) = info.describe()["bundles"].values()
     sha256 = bundle.open_bundle(shipped).sha256
-    assert line == f"64 px, x0, default ddim 3 steps, sha256 {sha256[:16]}, Not for diagnostic use."
+    assert line == (
+        f"64 px, predicts x0, sampler ddim 3 steps, licence MIT, training data: none, sha256 {sha256[:16]}. "
+        "Not for diagnostic use."
+    )
 
 
 def test_a_damaged_bundle_is_said_and_stops_nothing(shipped):
@@ -98,7 +101,7 @@ def engine(cache, name: str, age: int, **changes) -> Path:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("bsdiff_rt.engines.manifest.identify", lambda _: IDENTITY | {"multiprocessors": 0})
-    return cache_folder()
+    return locate_cache()
 
 
 def test_no_engines(cache):
@@ -138,5 +141,5 @@ def test_an_engine_for_a_gpu_is_compared_with_the_gpu(cache, monkeypatch):
         "bsdiff_rt.engines.manifest.identify", lambda device: seen.append(device) or {"device": "NVIDIA H100"}
     )
     monkeypatch.setattr(info, "resolve_device", lambda _: torch.device("cuda", 0))
-    assert "device: built for AMD EPYC, this is NVIDIA H100" in info.engines()["gpu"]
+    assert "device: built for AMD EPYC, this is NVIDIA H100" in info.describe_engines()["gpu"]
     assert seen == [torch.device("cuda", 0)]

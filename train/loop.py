@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import distributed, nn
 
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.runners.registry import computes_bf16, resolve_device
+from bsdiff_rt.runners.devices import computes_bf16, resolve_device
 from train.checkpoint import last_checkpoint, load_checkpoint, tensors_of, unjudged_path, write_checkpoint
 from train.log import Log
 

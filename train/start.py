@@ -14,7 +14,7 @@ from bsdiff_rt.config import Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.blocks import ResBlock
 from bsdiff_rt.networks.unet import Denoiser, DownBlock, UpBlock
-from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.runners.eager import load_networks
 
 
 def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> Bundle:

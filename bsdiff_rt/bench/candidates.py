@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from bsdiff_rt.bundle import Bundle, open_bundle, shipped_bundles
-from bsdiff_rt.config import PRESETS, RUNNERS, DenoiserConfig, EnhancerConfig, SamplerSettings, Schedule
+from bsdiff_rt.config import PRESETS, DenoiserConfig, EnhancerConfig, SamplerSettings, Schedule
 from bsdiff_rt.errors import BsdiffError, EngineError, SettingsError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
+from bsdiff_rt.runners.registry import RUNNERS, list_engine_runners
 from bsdiff_rt.sampling.sampler import Draw
 from bsdiff_rt.sampling.schedule import Table
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 BASELINE = "eager"
 PAPER_SIZE_PX = 256
-ENGINE_RUNNERS = ("aoti", "tensorrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -203,7 +202,7 @@ def load_candidates(model: Model, wanted: Wanted, device: torch.device) -> tuple
         BundleError: weights that do not fit.
     """
     outcomes: list[Candidate | Missing] = [baseline(model, device)]
-    for runner in wanted.runners or RUNNERS:
+    for runner in wanted.runners or tuple(reversed(RUNNERS)):
         outcomes += _try_runner(model, runner, wanted, device)
     for folder in wanted.engines:
         outcomes.append(_try(f"engine {folder.name}", model, ("auto", "auto"), device, asked=True, folder=folder))
@@ -218,7 +217,7 @@ def _try_runner(model: Model, runner: str, wanted: Wanted, device: torch.device)
     asked = bool(wanted.runners)
     if runner == BASELINE and not asked:
         return []  # it is there
-    if runner not in ENGINE_RUNNERS:
+    if runner not in list_engine_runners():
         precisions = [p for p in wanted.precisions or ("fp32",) if (runner, p) != (BASELINE, "fp32")]
         return [_try(runner, model, (runner, precision), device, asked=asked) for precision in precisions]
     if wanted.precisions:
@@ -256,7 +255,7 @@ def _load(model: Model, runner: str, precision: str, device: torch.device, folde
         )
     from bsdiff_rt.engines.select import load  # here: the eager networks can be measured without what engines need
 
-    return load(model.bundle, runner, device, precision, folder)
+    return load(model.bundle, runner if folder is None else str(folder), device, precision)
 
 
 def loaded(name: str, load: Callable[[], Runner], device: torch.device) -> Candidate:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from bsdiff_rt.bench.measure import Plan, Row, default_steps, measure
 from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.report import environment
-from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.runners.devices import describe_processor, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_info('model name') or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{describe_processor()[0]}, {torch.get_num_threads()} threads"
 
 
 def conditions(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bsdiff_rt.config import DenoiserConfig, EnhancerConfig
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.timing import seconds_of
+from bsdiff_rt.runners.timing import time_call
 
 # A matrix product of n x n; each device is swept upwards until one product takes longer than its share of the time.
 MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -107,9 +107,9 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> f
     for n in MATRIX_SIZES:
         a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty(n, n, device=device, dtype=dtype))
-        seconds_of(product, device)  # warms up
+        time_call(product, device)  # warms up
         for _ in range(5):
-            best = max(best, 2.0 * n**3 / seconds_of(product, device))
+            best = max(best, 2.0 * n**3 / time_call(product, device))
             if time.perf_counter() > deadline:
                 return best
     return best
@@ -119,5 +119,5 @@ def copy_bandwidth(device: torch.device) -> float:
     """The best rate at which this device was seen to copy within its memory, in bytes/s, read plus written."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = [seconds_of(lambda: target.copy_(source), device) for _ in range(6)]
+    times = [time_call(lambda: target.copy_(source), device) for _ in range(6)]
     return 2.0 * source.numel() / min(times[1:])

@@ -25,7 +25,7 @@ from torch import Tensor
 from bsdiff_rt.bench.candidates import BASELINE, Candidate, Missing, Model, memory_mark, memory_since, missing
 from bsdiff_rt.bench.flops import denoiser_work
 from bsdiff_rt.errors import EngineError, forget_frames
-from bsdiff_rt.runners.timing import interleaved, median_ratio, seconds_of
+from bsdiff_rt.runners.timing import median_ratio, time_call, time_in_turn
 from bsdiff_rt.sampling.batching import NOISE_THREADS, NoiseAhead
 from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise
@@ -179,8 +179,8 @@ def _measure_batch(
     logger.info("batch %d: %d rounds of steps, %d of images", batch, plan.repeats, plan.image_repeats)
     calls: dict[tuple[str, str], Callable[[], object]] = {(name, "step"): trial.step for name, trial in trials.items()}
     images = {(name, what): call for name, trial in trials.items() for what, call in trial.whole_calls().items()}
-    times, broken = interleaved(calls, plan.repeats, plan.device)
-    image_times, broken_images = interleaved(images, plan.image_repeats, plan.device, warm_up=0)  # see `rehearse`
+    times, broken = time_in_turn(calls, plan.repeats, plan.device)
+    image_times, broken_images = time_in_turn(images, plan.image_repeats, plan.device, warm_up=0)  # see `rehearse`
     failed |= {name: error for (name, _), error in (broken | broken_images).items()}
     measured = {name: trial for name, trial in trials.items() if name not in failed}
     rows = [_row(trial, plan, times | image_times, measured.get(BASELINE)) for trial in measured.values()]
@@ -243,7 +243,7 @@ class Trial:
         device = self._plan.device
         mark = memory_mark(device)
         started = time.perf_counter()
-        seconds_of(self.step, device)
+        time_call(self.step, device)
         first, *others = self.image_calls().values()
         pictures = [first()]
         taken = memory_since(device, mark)  # of what `infer` does: the uncaptured loop holds buffers of its own

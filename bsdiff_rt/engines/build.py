@@ -1,10 +1,9 @@
-"""Building an engine: compiled, past the parity gate, timed, published with one rename. Its identity is identity.py."""
+"""Build an engine: compile it, compare it with eager, time it, and publish it with one rename."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import tempfile
 import time
 from functools import partial
@@ -15,214 +14,272 @@ import torch
 
 from bsdiff_rt import __version__
 from bsdiff_rt.bundle import Bundle
-from bsdiff_rt.config import EngineOptions, EngineRunnerName
-from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, EngineManifest, Speed, backend, identify
+from bsdiff_rt.config import EngineOptions, Precision
+from bsdiff_rt.engines.cache import locate_cache, name_engine
+from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, EngineManifest, Speed, identify
 from bsdiff_rt.engines.parity import Parity, compare
-from bsdiff_rt.engines.select import ENGINELESS, cache_folder
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
 from bsdiff_rt.runners.base import Progress, Runner
-from bsdiff_rt.runners.registry import FULL_BATCH, batch_limit, load_runner, unavailable
-from bsdiff_rt.runners.timing import interleaved, seconds_of
+from bsdiff_rt.runners.devices import FULL_BATCH
+from bsdiff_rt.runners.registry import (
+    RUNNERS,
+    find_batch_limit,
+    find_entry,
+    list_bundle_runners,
+    list_engine_runners,
+    load_runner,
+)
+from bsdiff_rt.runners.timing import time_call, time_in_turn
 
 logger = logging.getLogger(__name__)
 
-REJECTED = ".rejected.json"  # beside the place the engine would have had
-TIMED_S = 10.0  # seconds of calls that a finished engine is timed for, about
+AUTO = "auto"
+REJECTED = ".rejected.json"  # appended to the name that the engine would have had
+TIMED_S = 10.0  # about so many seconds a finished engine is timed
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 
 
-def default_batch(bundle: Bundle, runner: EngineRunnerName, device: torch.device) -> tuple[int, int]:
-    """Smallest and largest batch of an engine that none was asked for.
+def resolve_options(
+    bundle: Bundle,
+    device: torch.device,
+    runner: str = AUTO,
+    precision: Precision | str = AUTO,
+    batch: tuple[int, int] | None = None,
+) -> EngineOptions:
+    """Return the options of an engine, with defaults where "auto" or None is given.
 
-    On a CPU 1, since a range costs speed there. On a GPU 1 to `FULL_BATCH`, or to the largest power of two that the
-    runner's limit allows (`runners.batch_limit`).
+    Args:
+        bundle: the model.
+        device: what to build for.
+        runner: "auto" takes the fastest runner that can be built for here.
+        precision: "auto" takes fp32 on a CPU and fp16 on a GPU.
+        batch: smallest and largest batch; None takes `find_default_batch`.
+
+    Raises:
+        SettingsError: the runner is unknown, or it needs no engine.
+        EngineError: no runner with engines can be used here.
+    """
+    if runner == AUTO:
+        runner = _find_builder(device)
+    elif find_entry(runner).builder is None:
+        known = ", ".join(list_engine_runners())
+        raise SettingsError(f"{runner} needs no engine. Use one of {known}.", setting="runner")
+    if precision == AUTO:
+        precision = "fp32" if device.type == "cpu" else "fp16"
+    return EngineOptions(runner, precision, batch or find_default_batch(bundle, runner, device))  # type: ignore[arg-type]
+
+
+def _find_builder(device: torch.device) -> str:
+    """Return the fastest runner with engines that can be used on a device."""
+    problems = []
+    for name in list_engine_runners():
+        problem = RUNNERS[name].find_problem(device)
+        if problem is None:
+            return name
+        problems.append(f"{name}: {problem}")
+    raise EngineError(f"no engine can be built for {device}: {'; '.join(problems)}")
+
+
+def find_default_batch(bundle: Bundle, runner: str, device: torch.device) -> tuple[int, int]:
+    """Return smallest and largest batch of an engine for which none was requested.
+
+    On a CPU both are 1, because a range costs speed there. On a GPU 1 to `FULL_BATCH`, or to the largest power of two
+    within the runner's limit.
     """
     if device.type == "cpu":
         return 1, 1
-    limit = min(batch_limit(runner, bundle.manifest) or FULL_BATCH, FULL_BATCH)
+    limit = min(find_batch_limit(runner, bundle.manifest) or FULL_BATCH, FULL_BATCH)
     return 1, 1 << (limit.bit_length() - 1)
 
 
 def build_engine(
     bundle: Bundle, options: EngineOptions, device: torch.device, output: Path | None, progress: Progress
 ) -> Path:
-    """Build an engine, compare it with eager in fp32, and publish it with one rename if they agree.
+    """Build an engine, compare it with eager in fp32, and publish it if both agree.
 
-    An interrupted or failed build leaves nothing, a rejected one its report (`REJECTED`).
+    An interrupted or failed build leaves nothing behind. A rejected engine leaves its report (`REJECTED`).
 
     Args:
-        bundle: an opened bundle.
-        options: runner, precision, batch range.
+        bundle: the model.
+        options: runner, precision and batch range.
         device: what to build for.
-        output: the engine's folder, new or an engine's to be replaced; default: a place in the cache.
-        progress: told each phase.
+        output: the engine's folder: a new one, or an engine to replace. None takes a folder in the cache.
+        progress: called with each phase.
 
     Returns:
         The engine's folder.
 
     Raises:
-        EngineError: it cannot be built here, or it was rejected.
-        SettingsError: `output` is or holds something that is no engine, or cannot be written.
+        EngineError: the engine cannot be built here, or it was rejected.
+        SettingsError: `output` cannot be written, or holds something that is not an engine.
     """
-    if reason := unavailable(options.runner, device):
-        raise EngineError(f"--runner {options.runner} cannot be used on {device}: {reason}")
-    limit = batch_limit(options.runner, bundle.manifest)
+    if problem := find_entry(options.runner).find_problem(device):
+        raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}")
+    limit = find_batch_limit(options.runner, bundle.manifest)
     if limit is not None and options.batch[1] > limit:
         logger.warning(
-            "a batch of %d makes tensors of 2^31 elements or more, which TensorRT may refuse; --batch 1:%d stays below",
+            "A batch of %d makes tensors of 2^31 elements or more, which %s may refuse. Batches up to %d are safe.",
             options.batch[1],
+            options.runner,
             limit,
         )
-    target = output or cache_folder() / folder_name(bundle, options, device)
+    target = output or locate_cache() / name_engine(bundle, options, device)
     _check_place(target)
     try:
-        for parent in reversed(target.parents):  # `parents=True` would not give those in between this mode
+        for parent in reversed(target.parents):  # `parents=True` would not give this mode to those in between
             parent.mkdir(mode=0o700, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-")
     except OSError as error:
-        raise _not_writable(target, error) from error
+        raise _describe_write_error(target, error) from error
     with temporary as work:
-        made = Path(work) / "engine"
-        made.mkdir(mode=0o700)
+        folder = Path(work) / "engine"
+        folder.mkdir(mode=0o700)
         report = target.with_name(target.name + REJECTED)
-        manifest = _build(bundle, options, device, made, report, progress)
-        (made / MANIFEST).write_text(manifest.to_json())
-        for file in made.iterdir():
+        manifest = _build_and_check(bundle, options, device, folder, report, progress)
+        (folder / MANIFEST).write_text(manifest.to_json())
+        for file in folder.iterdir():
             file.chmod(0o600)
         try:
-            put_in_place(made, target, Path(work) / "previous")
+            put_in_place(folder, target, Path(work) / "previous")
         except OSError as error:
-            raise _not_writable(target, error) from error
+            raise _describe_write_error(target, error) from error
         report.unlink(missing_ok=True)
     return target
 
 
-def folder_name(bundle: Bundle, options: EngineOptions, device: torch.device) -> str:
-    """An engine's place in the cache: the same for the same request, so that a rebuilt engine replaces the old one."""
-    low, high = options.batch
-    parts = (
-        bundle.manifest.name,
-        bundle.sha256[:8],
-        options.runner,
-        options.precision,
-        f"b{low}" if low == high else f"b{low}-{high}",
-        identify(device)["device"],
-    )
-    return "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", part).strip("_.") for part in parts)
-
-
-def _build(
+def _build_and_check(
     bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, report: Path, progress: Progress
 ) -> EngineManifest:
-    """Build into `folder`, run the gate and time what passes it.
+    """Build an engine into `folder`, compare it with eager, and time it if both agree.
 
     Raises:
-        EngineError: it cannot be built, it does not run, or it was rejected, which `report` then says why.
+        EngineError: it cannot be built, it does not run, or it was rejected. Only then `report` is written.
     """
-    module = backend(options.runner)
+    entry, size = RUNNERS[options.runner], bundle.manifest.preprocessing.size
     started = time.monotonic()
-    build_options = module.build(bundle, options, device, folder, progress)
-    seconds = time.monotonic() - started
-    size, (low, high) = bundle.manifest.preprocessing.size, options.batch
-    made: dict[str, Any] = {
+    build_options = entry.build(bundle, options, device, folder, progress)
+    fields = _list_identity(bundle, options, device, folder) | {
+        "build_options": build_options,
+        "build_seconds": round(time.monotonic() - started, 1),
+    }
+    reference = load_runner(bundle, "eager", device)
+    engine = entry.load_engine(
+        folder, device=device, precision=options.precision, batch_range=options.batch, image_size=size
+    )
+    with engine:
+        try:
+            with reference:
+                parity = compare(reference, engine, bundle.manifest, progress)
+            if parity.failed:
+                raise _reject(bundle, options, parity, fields, report)
+            speed = _time(bundle, engine, progress)
+        except RuntimeError as error:
+            raise EngineError(
+                f"the {options.runner} engine in {options.precision} was built and does not run ({one_line(error)}). "
+                "It was not kept."
+            ) from error
+    return EngineManifest(**fields, parity=parity, speed=speed)
+
+
+def _list_identity(bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Return the fields of the engine's manifest that say what it is and what it was built for."""
+    return {
         "format": FORMAT,
         "bundle": bundle.identity,
         "runner": options.runner,
-        "image_size": size,
+        "image_size": bundle.manifest.preprocessing.size,
         **identify(device),
-        "versions": module.versions(),
+        "versions": RUNNERS[options.runner].list_versions(),
         "precision": options.precision,
-        "batch_min": low,
-        "batch_max": high,
-        "build_options": build_options,
-        "build_seconds": round(seconds, 1),
+        "batch_min": options.batch[0],
+        "batch_max": options.batch[1],
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "bsdiff_rt": __version__,
         "files": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     }
-    reference = load_runner(bundle, "eager", device)
-    loaded = module.load(folder, device=device, precision=options.precision, batch_range=options.batch, image_size=size)
-    with loaded:
-        try:
-            with reference:
-                parity = compare(reference, loaded, bundle.manifest, progress)
-            if parity.failed:
-                raise _rejected(bundle, options, parity, made, report)
-            speed = _time(bundle, loaded, progress)
-        except RuntimeError as error:
-            raise EngineError(
-                f"the {options.runner} engine in {options.precision} was built and does not run ({one_line(error)}); "
-                "it was not kept"
-            ) from error
-    return EngineManifest(**made, parity=parity, speed=speed)
 
 
-def _rejected(
-    bundle: Bundle, options: EngineOptions, parity: Parity, made: dict[str, Any], report: Path
+def _reject(
+    bundle: Bundle, options: EngineOptions, parity: Parity, fields: dict[str, Any], report: Path
 ) -> EngineError:
-    """The error of an engine that failed the gate, whose report is written."""
-    write_atomically(report, (json.dumps(made | {"parity": parity.to_dict()}, indent=1) + "\n").encode())
-    # Measured with a trained network, 1000 steps: 38 dB in bf16, 67 in fp16 (docs/experiments.md).
+    """Write the report of an engine that differs from eager, and return the error."""
+    write_atomically(report, (json.dumps(fields | {"parity": parity.to_dict()}, indent=1) + "\n").encode())
+    # Predicting eps takes more digits than bf16 has (docs/experiments.md).
     eps = options.precision == "bf16" and bundle.manifest.schedule.objective == "eps"
-    hint = "; predicting eps takes more digits than bf16 has: --precision fp16 on a GPU, fp32 on a CPU"
+    hint = " This model predicts eps, which needs more digits than bf16 has: use fp16 on a GPU, fp32 on a CPU."
     return EngineError(
         f"the {options.runner} engine in {options.precision} does not agree with eager: {parity.failed[0]} "
-        f"({len(parity.failed)} of {len(parity.checks)} checks failed); it was not written, see {report}"
+        f"({len(parity.failed)} of {len(parity.checks)} checks failed). It was not written; see {report}."
         f"{hint if eps else ''}"
     )
 
 
 def _time(bundle: Bundle, engine: Runner, progress: Progress) -> Speed:
-    """A denoiser call of the engine, in turn with the same of what runs here without an engine; the fastest of each.
+    """Time a denoiser call of an engine, in turn with one of the fastest runner without an engine.
 
-    What does not load or run says nothing against the engine: it is left out with a warning, and the next one taken.
+    A runner that does not load or run here is left out with a warning, and the next one is taken.
 
     Raises:
-        EngineError: nothing else runs.
+        EngineError: no runner without an engine runs here.
     """
-    progress("timing it beside what runs without an engine", None)
+    progress("timing it beside the fastest runner without an engine", None)
+    for name in list_bundle_runners():
+        if RUNNERS[name].find_problem(engine.device):
+            continue
+        try:
+            other = load_runner(bundle, name, engine.device)
+        except (EngineError, RuntimeError, MemoryError) as error:
+            logger.warning("Not timed beside %s: it does not load (%s).", name, one_line(error))
+            continue
+        with other:
+            speed = _time_beside(engine, other)
+        if speed is not None:
+            return speed
+    raise EngineError("no runner without an engine runs here, so the engine's speed cannot be compared")
+
+
+def _time_beside(engine: Runner, other: Runner) -> Speed | None:
+    """Time a denoiser call of an engine and of another runner in turn. None, with a warning, if the other fails.
+
+    Raises:
+        Exception: what the engine raised.
+    """
     device, batch = engine.device, engine.batch_range[0]
     image = torch.zeros(batch, 1, engine.image_size, engine.image_size, device=device)
     t, out = torch.zeros(batch, device=device), torch.empty_like(image)
-    for name in ENGINELESS:
-        if unavailable(name, device):
-            continue
-        try:
-            other = load_runner(bundle, name, device)
-        except (EngineError, RuntimeError, MemoryError) as error:
-            logger.warning("not timed beside %s: it does not load (%s)", name, one_line(error))
-            continue
-        with other:
-            calls = {runner: partial(runner.denoise, image, image, t, out) for runner in (engine, other)}
-            _, failed = interleaved(calls, 0, device)  # warms up
-            if not failed:
-                took = sum(seconds_of(call, device) for call in calls.values())
-                rounds = min(max(round(TIMED_S / took), LEAST_ROUNDS), MOST_ROUNDS)
-                times, failed = interleaved(calls, rounds, device, warm_up=0)
-        if not failed:
-            ours, theirs = (min(times[runner]) for runner in (engine, other))
-            return Speed(batch, round(ours * 1e3, 3), name, round(theirs * 1e3, 3), round(theirs / ours, 3))
-        if broken := failed.get(engine):
-            raise broken
-        logger.warning("not timed beside %s: it does not run (%s)", name, one_line(failed[other]))
-    raise EngineError("nothing else runs here that the engine could be timed beside")
+    calls = {runner: partial(runner.denoise, image, image, t, out) for runner in (engine, other)}
+    _, failed = time_in_turn(calls, 0, device)  # warms up
+    if not failed:
+        seconds = sum(time_call(call, device) for call in calls.values())
+        rounds = min(max(round(TIMED_S / seconds), LEAST_ROUNDS), MOST_ROUNDS)
+        times, failed = time_in_turn(calls, rounds, device, warm_up=0)
+    if not failed:
+        ours, theirs = (min(times[runner]) for runner in (engine, other))
+        return Speed(batch, round(ours * 1e3, 3), other.name, round(theirs * 1e3, 3), round(theirs / ours, 3))
+    if error := failed.get(engine):
+        raise error
+    logger.warning("Not timed beside %s: it does not run (%s).", other.name, one_line(failed[other]))
+    return None
 
 
 def _check_place(target: Path) -> None:
-    """Refuse, before anything is built, a folder that the finished engine cannot take the place of.
+    """Raise SettingsError, before anything is built, if the engine cannot be put at `target`.
 
-    Raises:
-        SettingsError: it is or holds something that is no engine, is where this runs, or a disk is mounted there.
+    `target` must not hold anything but an engine, be the current folder, or be a mount point.
     """
     if target.is_file() or (target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise SettingsError(f"{target}: not empty and not an engine; choose another folder")
+        raise SettingsError(f"{target} is not empty and not an engine. Choose another folder.", setting="output")
     if target.resolve() == Path.cwd():
-        raise SettingsError(f"{target}: the folder this runs in cannot be replaced; choose another --output")
+        raise SettingsError(
+            f"{target} is the current folder, which cannot be replaced. Choose another.", setting="output"
+        )
     if target.is_mount():
-        raise SettingsError(f"{target}: a mounted disk cannot be replaced; choose a folder on it")
+        raise SettingsError(
+            f"{target} is a mounted disk, which cannot be replaced. Use a folder on it.", setting="output"
+        )
 
 
-def _not_writable(target: Path, error: OSError) -> SettingsError:
+def _describe_write_error(target: Path, error: OSError) -> SettingsError:
     reason = error.strerror or type(error).__name__
-    return SettingsError(f"{target}: cannot be written ({reason}); choose another --output")
+    return SettingsError(f"{target} cannot be written ({reason}). Choose another folder.", setting="output")

@@ -2,11 +2,11 @@
 
 An engine is a folder:
 
-    engine.json     `EngineManifest` below, with the SHA-256 of every other file
-    denoiser.*, enhancer.*   what the runner's module wrote (runners/aoti.py, runners/tensorrt.py)
+    engine.json              `EngineManifest` below, with the SHA-256 of every other file
+    denoiser.*, enhancer.*   written by the runner's builder
 
-Engines are native code, and whoever can write to their folder can run code as whoever uses it. The hashes catch damage,
-not an attacker; against those a folder that others own or may write to is refused.
+Engines are native code: whoever can write to their folder can run code as the user of the engine. The hashes catch
+damage, not an attacker. Therefore a folder that others own or may write to is refused.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import hashlib
 import json
 import os
 import platform
-import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,13 @@ from typing import Any
 import torch
 
 from bsdiff_rt.bundle import Bundle, typed
-from bsdiff_rt.config import EngineOptions, EngineRunnerName, Precision, RunnerName
+from bsdiff_rt.config import Precision
 from bsdiff_rt.engines.parity import Parity
 from bsdiff_rt.errors import BundleError, EngineError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.runners.base import Progress, Runner
-from bsdiff_rt.runners.registry import unavailable
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.devices import describe_processor
+from bsdiff_rt.runners.registry import RUNNERS, list_engine_runners
 
 FORMAT = 2
 MANIFEST = "engine.json"
@@ -40,21 +39,21 @@ MANIFEST = "engine.json"
 
 @dataclass(frozen=True)
 class Speed:
-    """How long a denoiser call took when the engine was built, in turn with what runs without an engine.
+    """Duration of a denoiser call when the engine was built, and of the fastest runner without an engine.
 
-    The fastest call of each counts: other work on the machine makes some slower.
+    Both were timed in turn. The fastest call of each counts, because other work on the machine slows some calls.
 
     Attributes:
         batch: images in each call, the engine's smallest batch.
-        step_ms: the engine's.
-        instead: the runner it was timed beside, in fp32.
-        instead_ms: that runner's.
-        ratio: instead_ms over step_ms; above 1 the engine is the faster one.
+        step_ms: of the engine.
+        instead: name of the runner without an engine, in fp32.
+        instead_ms: of that runner.
+        ratio: instead_ms over step_ms. Above 1 the engine is faster.
     """
 
     batch: int
     step_ms: float
-    instead: RunnerName
+    instead: str
     instead_ms: float
     ratio: float
 
@@ -65,33 +64,33 @@ class Speed:
 
 @dataclass(frozen=True)
 class EngineManifest:
-    """What an engine says of itself. Loading checks every field down to `versions`, and the files.
+    """The identity of an engine. Loading checks every field down to `versions`, and the files.
 
     Attributes:
         format: version of this layout and of how engines are built.
         bundle: name and sha256 of the bundle it was built from.
-        runner: what runs it.
+        runner: name of the runner that runs it.
         image_size: side of the square images, in px.
         platform: operating system and architecture.
         device: name of the GPU, or of the processor.
-        compute_capability: of the GPU; of a processor its vector instructions and a digest of all its features.
+        compute_capability: of the GPU; for a processor its vector instructions and a digest of all its features.
         multiprocessors: of the GPU; 0 for a processor.
         driver: CUDA version of the driver; "none" for a processor.
-        versions: of the libraries it is tied to.
+        versions: of the libraries that it is tied to.
         precision: of the denoiser's weights and activations.
-        batch_min, batch_max: the batches it takes.
-        build_options: what else the runner's module chose.
-        build_seconds: of the build, without the gate.
-        built: when, UTC, ISO 8601.
+        batch_min, batch_max: smallest and largest batch.
+        build_options: further options that the builder chose.
+        build_seconds: of the build, without the parity check.
+        built: time of the build, UTC, ISO 8601.
         bsdiff_rt: version that built it.
-        parity: what the gate found.
-        speed: what it gains here; `auto` passes over an engine that gains nothing.
+        parity: result of the parity check.
+        speed: its speed here. Runner `auto` skips an engine that is slower than a runner without one.
         files: SHA-256 (hex) of every other file.
     """
 
     format: int
     bundle: dict[str, str]
-    runner: EngineRunnerName
+    runner: str
     image_size: int
     platform: str
     device: str
@@ -111,15 +110,15 @@ class EngineManifest:
     files: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of engine.json."""
+        """Return the text of engine.json."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> EngineManifest:
-        """Parse engine.json strictly: every field present, none unknown, every type right.
+        """Parse engine.json strictly: no field is missing, none is unknown, every type is right.
 
         Raises:
-            EngineError: naming the field.
+            EngineError: names the field that is wrong.
         """
         try:
             content = json.loads(text)
@@ -128,9 +127,13 @@ class EngineManifest:
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise EngineError(f"{MANIFEST}: format: built as {content.get('format')!r}, this version reads {FORMAT}")
         try:
-            return typed(cls, content, MANIFEST)
+            manifest = typed(cls, content, MANIFEST)
         except BundleError as error:
             raise EngineError(str(error)) from error
+        if manifest.runner not in list_engine_runners():
+            known = ", ".join(list_engine_runners())
+            raise EngineError(f"{MANIFEST}: runner should be one of {known}, is {manifest.runner!r}")
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Engine:
     """An engine whose identity and files were checked.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: its parsed manifest.
         sha256: hash of the manifest, which covers all files; 64 hex digits.
     """
@@ -148,13 +151,13 @@ class Engine:
     sha256: str
 
     def load(self, device: torch.device) -> Runner:
-        """The runner, loaded.
+        """Load the engine.
 
         Raises:
-            EngineError: the back end cannot load it.
+            EngineError: the backend cannot load it.
         """
         manifest = self.manifest
-        return backend(manifest.runner).load(
+        return RUNNERS[manifest.runner].load_engine(
             self.folder,
             device=device,
             precision=manifest.precision,
@@ -163,45 +166,15 @@ class Engine:
         )
 
 
-@dataclass(frozen=True)
-class Backend:
-    """What the module of a runner with engines offers.
-
-    Attributes:
-        build: (bundle, options, device, folder, progress) -> build options; writes its files into the folder.
-        load: the runner's class.
-        versions: of the libraries an engine is tied to.
-    """
-
-    build: Callable[[Bundle, EngineOptions, torch.device, Path, Progress], dict[str, Any]]
-    load: Callable[..., Runner]
-    versions: Callable[[], dict[str, str]]
-
-
-def backend(name: EngineRunnerName) -> Backend:
-    """The module of a runner with engines; only here are they imported.
-
-    Raises:
-        EngineError: a library it needs cannot be imported.
-    """
-    if name == "aoti":
-        from bsdiff_rt.runners import aoti
-
-        return Backend(aoti.build, aoti.AotiRunner, aoti.versions)
-    from bsdiff_rt.runners import tensorrt
-
-    return Backend(tensorrt.build, tensorrt.TensorRTRunner, tensorrt.versions)
-
-
 def identify(device: torch.device) -> dict[str, Any]:
-    """The machine's part of an engine's identity: field of the manifest to what it is here."""
+    """Return the machine's part of an engine's identity: the value here of each field of the manifest."""
     fields: dict[str, Any] = {"platform": f"{platform.system()} {platform.machine()}"}
     if device.type == "cpu":
-        name, features = _processor()
+        name, features = describe_processor()
         capability = f"{torch.backends.cpu.get_cpu_capability()} {features}"
         return fields | {"device": name, "compute_capability": capability, "multiprocessors": 0, "driver": "none"}
     properties = torch.cuda.get_device_properties(device)
-    driver = _driver()
+    driver = _find_driver()
     return fields | {
         "device": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -210,34 +183,19 @@ def identify(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _driver() -> int:
-    """Newest CUDA version the driver serves, 12080 for 12.8, from the driver itself: torch has no public way to ask."""
+def _find_driver() -> int:
+    """Return the newest CUDA version of the driver, such as 12080 for 12.8. torch has no public way to ask for it."""
     version = ctypes.c_int()
     ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
-
-
-def _processor() -> tuple[str, str]:
-    """Name, and eight digits for its features: code compiled for this processor may use any of them.
-
-    The name alone is not enough: virtual machines show the same one for different processors.
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        text = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    features = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    digest = hashlib.sha256(" ".join(sorted(features[1].split())).encode()).hexdigest()[:8] if features else "unknown"
-    return (name[1] if name else platform.processor() or platform.machine()), digest
 
 
 def open_engine(folder: Path, bundle: Bundle, device: torch.device) -> Engine:
     """Check an engine against bundle, machine and its own hashes. Nothing of it is loaded.
 
     Raises:
-        EngineError: no engine, one that others may write to, a damaged one, or one built for something else; names the
-            field or file, what the engine was built for and what is here.
+        EngineError: the folder is not an engine, others may write to it, a file is damaged, or it was built for
+            something else. The message names the file, or the field with its value in the engine and here.
     """
     engine = read_engine(folder)
     manifest = engine.manifest
@@ -251,14 +209,14 @@ def open_engine(folder: Path, bundle: Bundle, device: torch.device) -> Engine:
 
 
 def read_engine(folder: Path) -> Engine:
-    """Read an engine's manifest, and check nothing but that it is one and that nobody else may write it.
+    """Read an engine's manifest. Only its format is checked, and that nobody else may write to the engine.
 
     Raises:
-        EngineError: not an engine, or not safe.
+        EngineError: the folder is not an engine, or others may write to it.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise EngineError(f"{folder}: no {MANIFEST} in it; `bsdiff-rt build-engine` makes an engine")
+        raise EngineError(f"{folder}: not an engine (no {MANIFEST} in it). Build one with bsdiff-rt build-engine.")
     for part in (folder, *folder.iterdir()):
         _check_owner(part)
     text = path.read_bytes()
@@ -270,39 +228,40 @@ def read_engine(folder: Path) -> Engine:
 
 
 def check_machine(engine: Engine, device: torch.device) -> None:
-    """Raises EngineError unless this machine is the one the engine was built for, in every field."""
+    """Raise EngineError unless this machine equals the one that the engine was built for, in every field."""
     manifest = engine.manifest
     for field, here in identify(device).items():
         _require(engine.folder, field, getattr(manifest, field), here)
-    if reason := unavailable(manifest.runner, device):
-        raise EngineError(f"{engine.folder}: runner {manifest.runner}: {reason}")
-    here = backend(manifest.runner).versions()
+    entry = RUNNERS[manifest.runner]
+    if problem := entry.find_problem(device):
+        raise EngineError(f"{engine.folder}: runner {manifest.runner}: {problem}")
+    here = entry.list_versions()
     for library in sorted(set(here) | set(manifest.versions)):
         _require(engine.folder, f"version of {library}", manifest.versions.get(library), here.get(library))
 
 
 def check_files(engine: Engine) -> None:
-    """Raises EngineError unless every file is there and has the hash it was built with, and there is no other."""
+    """Raise EngineError unless the folder holds exactly the files of the manifest, each with its hash."""
     unlisted = {path.name for path in engine.folder.iterdir()} - {MANIFEST, *engine.manifest.files}
     if unlisted:
-        raise EngineError(f"{engine.folder / min(unlisted)}: not in {MANIFEST}; remove it, or build the engine again")
+        raise EngineError(f"{engine.folder / min(unlisted)}: not in {MANIFEST}. Remove it, or build the engine again.")
     for file, expected in engine.manifest.files.items():
         path = engine.folder / file
         if Path(file).name != file:
             raise EngineError(f"{engine.folder / MANIFEST}: files names {file!r}, which is not a plain file name")
         if not path.is_file():
-            raise EngineError(f"{path}: missing; build the engine again")
+            raise EngineError(f"{path}: missing. Build the engine again.")
         actual = file_sha256(path)
         if actual != expected:
             raise EngineError(
-                f"{path}: SHA-256: built as {expected[:16]}…, this is {actual[:16]}…; "
-                "the file was altered or damaged, build the engine again"
+                f"{path}: SHA-256: built as {expected[:16]}…, this is {actual[:16]}…. "
+                "The file was altered or damaged. Build the engine again."
             )
 
 
 def _require(folder: Path, field: str, built: object, here: object) -> None:
     if built != here:
-        raise EngineError(f"{folder}: {field}: built for {built}, this is {here}; build the engine again here")
+        raise EngineError(f"{folder}: {field}: built for {built}, this is {here}. Build the engine again here.")
 
 
 def _check_owner(path: Path) -> None:
@@ -310,9 +269,9 @@ def _check_owner(path: Path) -> None:
         return
     status = path.stat()
     if status.st_uid not in (os.getuid(), 0):
-        raise EngineError(f"{path}: belongs to another user, who could put any code into it; build the engine yourself")
+        raise EngineError(f"{path}: belongs to another user, who could put any code into it. Build it yourself.")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise EngineError(
-            f"{path}: others may write to it (mode {stat.S_IMODE(status.st_mode):o}), so it could be any code; if it "
-            "is what you built, `chmod -R go-w` its folder"
+            f"{path}: others may write to it (mode {stat.S_IMODE(status.st_mode):o}), so it could be any code. "
+            "If you built it, run `chmod -R go-w` on its folder."
         )

@@ -1,28 +1,50 @@
-"""What runs a bundle: the engines there are, which of them fit, and which runner is used."""
+"""Which runner runs a bundle: the one that was requested, or the fastest that can be used here."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 
 from bsdiff_rt.bundle import BUNDLES, Bundle
-from bsdiff_rt.config import EngineRunnerName, Precision, RunnerName
+from bsdiff_rt.config import Precision
+from bsdiff_rt.engines.cache import list_engines
 from bsdiff_rt.engines.manifest import MANIFEST, Engine, open_engine, read_engine
 from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.registry import load_runner, resolve_precision, unavailable
+from bsdiff_rt.runners.registry import RUNNERS, load_runner, resolve_precision
 
 logger = logging.getLogger(__name__)
 
-ENGINE_RUNNERS: tuple[EngineRunnerName, ...] = ("tensorrt", "aoti")
-ENGINELESS: tuple[RunnerName, ...] = ("onnxruntime", "eager")
-FASTEST_FIRST: tuple[RunnerName, ...] = (*ENGINE_RUNNERS, *ENGINELESS)
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class RunnerRequest:
+    """Which runner is requested for which bundle. What is requested by name is used, or it is an error.
+
+    Attributes:
+        bundle: the model.
+        runner: "auto", a runner's name, or the folder of a built engine. A folder with a runner's name is written with
+            its path, such as `./eager`.
+        device: where to run.
+        precision: fp32, bf16 or fp16; "auto" takes what the runner or the newest engine has.
+        batch: images that the runner must take at once; None for any number.
+    """
+
+    bundle: Bundle
+    runner: str
+    device: torch.device
+    precision: str = AUTO
+    batch: int | None = None
+
+    @property
+    def engine_folder(self) -> Path | None:
+        """The engine's folder, if `runner` names one."""
+        return None if self.runner == AUTO or self.runner in RUNNERS else Path(self.runner)
 
 
 @dataclass(frozen=True)
@@ -32,211 +54,186 @@ class Choice:
     Attributes:
         runner: its name.
         precision: what it computes in.
-        why: in words, for the log: also why not each faster one.
-        engine: the engine it runs, if it runs one.
+        why: the reason in words, for the log. It also says why each faster runner is not used.
+        engine: the engine that it runs, if any.
     """
 
-    runner: RunnerName
+    runner: str
     precision: Precision
     why: str
     engine: Engine | None = None
 
 
-def cache_folder() -> Path:
-    """Where engines are kept and looked for: below the user's cache directory. `build_engine` makes it, mode 0700."""
-    return platformdirs.user_cache_path("bsdiff-rt", appauthor=False) / "engines"
-
-
-def engines_in_cache() -> list[Path]:
-    """Folders of the engines in the cache, usable or not, newest first."""
-    found: dict[Path, float] = {}
-    for path in cache_folder().glob(f"[!.]*/{MANIFEST}"):
-        with suppress(OSError):  # it has just been removed, or replaced by a build
-            found[path.parent] = path.stat().st_mtime
-    return sorted(found, key=found.__getitem__, reverse=True)
-
-
-def find_engine(
-    bundle: Bundle,
-    device: torch.device,
-    precision: str,
-    runner: EngineRunnerName,
-    batch: int | None = None,
-    at_least: float = 0.0,
-) -> Engine:
-    """The newest engine in the cache that fits.
+def find_engine(request: RunnerRequest, runner: str, at_least: float = 0.0) -> Engine:
+    """Return the newest engine in the cache that fits a request.
 
     Args:
-        bundle: what it must have been built from.
-        device: what it must have been built for.
-        precision: fp32, bf16 or fp16; "auto" takes any.
-        runner: what it must be for.
-        batch: images that it must take at once; None: any.
-        at_least: how many times as fast as what runs without an engine it must have been when it was built.
+        request: its bundle, device, precision and batch must fit.
+        runner: the runner of the engine.
+        at_least: the least ratio of its speed to that of the fastest runner without an engine, as measured when it was
+            built.
 
     Raises:
-        EngineError: none fits; says why not, and the command that builds one.
+        EngineError: no engine fits. The message has the reason for each engine, and the command that builds one.
     """
     reasons: list[str] = []
     faster = ""
-    for folder in engines_in_cache():
+    for folder in list_engines():
         try:
             manifest = read_engine(folder).manifest
-            if manifest.runner != runner or manifest.bundle.get("sha256") != bundle.sha256:
+            if manifest.runner != runner or manifest.bundle.get("sha256") != request.bundle.sha256:
                 continue
-            if precision not in ("auto", manifest.precision):
-                reasons.append(f"{folder.name} is in {manifest.precision}, not {precision}")
+            if request.precision not in (AUTO, manifest.precision):
+                reasons.append(f"{folder.name} is in {manifest.precision}, not {request.precision}")
                 continue
-            if batch is not None and batch > manifest.batch_max:
-                reasons.append(f"{folder.name} takes at most {manifest.batch_max} at once, not {batch}")
+            if request.batch is not None and request.batch > manifest.batch_max:
+                reasons.append(f"{folder.name} takes at most {manifest.batch_max} images at once, not {request.batch}")
                 continue
-            engine = open_engine(folder, bundle, device)
+            engine = open_engine(folder, request.bundle, request.device)
             if manifest.speed.ratio < at_least:
                 faster = " faster"
-                reasons.append(
-                    f"{folder.name} took {manifest.speed} when it was built; --runner {runner} uses it all the same"
-                )
+                reasons.append(f"{folder.name} took {manifest.speed} when it was built; runner {runner} still uses it")
                 continue
             return engine
         except EngineError as error:
             logger.debug("not used: %s", error)
             reasons.append(str(error))
-    wanted = "" if precision == "auto" else f" --precision {precision}"
-    name = bundle.folder.name if bundle.folder.parent == BUNDLES else str(bundle.folder)
-    size = "" if batch in (None, 1) else f" --batch 1:{batch}"
-    place = "" if device.type == "cpu" or device.index in (None, 0) else f" --device {device}"
+    wanted = "" if request.precision == AUTO else f" in {request.precision}"
     raise EngineError(
-        f"no{faster} engine built for this bundle and device{' in ' + precision if wanted else ''}"
-        f"{' (' + '; '.join(reasons) + ')' if reasons else ''}: "
-        f"bsdiff-rt build-engine {name} --runner {runner}{wanted}{size}{place}"
+        f"no{faster} engine for this bundle and device{wanted}{' (' + '; '.join(reasons) + ')' if reasons else ''}. "
+        f"Build one: {_describe_build(request, runner)}"
     )
 
 
-def choose(
-    bundle: Bundle,
-    runner: str,
-    device: torch.device,
-    precision: str = "auto",
-    engine: Path | None = None,
-    batch: int | None = None,
-    not_loaded: Mapping[RunnerName, str] | None = None,
-) -> Choice:
-    """What `--runner`, `--precision` and `--engine` mean here. What was asked for by name is used, or the run stops.
+def _describe_build(request: RunnerRequest, runner: str) -> str:
+    """Return the command that builds an engine for a request."""
+    bundle, device = request.bundle, request.device
+    words = ["bsdiff-rt build-engine", bundle.folder.name if bundle.folder.parent == BUNDLES else str(bundle.folder)]
+    words.append(f"--runner {runner}")
+    if request.precision != AUTO:
+        words.append(f"--precision {request.precision}")
+    if request.batch not in (None, 1):
+        words.append(f"--batch 1:{request.batch}")
+    if device.type != "cpu" and device.index not in (None, 0):
+        words.append(f"--device {device}")
+    return " ".join(words)
+
+
+def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) -> Choice:
+    """Choose the runner for a request. Nothing is loaded.
+
+    "auto" takes the first runner of the registry that can be used. An engine that was slower than a runner without an
+    engine, when it was built, is used only if nothing else can be.
 
     Args:
-        bundle: the model.
-        runner: a runner's name, or "auto": tensorrt, aoti, onnxruntime, eager, the first that is there and fits; an
-            engine that was slower than what runs without one when it was built comes last.
-        device: where to run.
-        precision: fp32, bf16 or fp16, or "auto": what the runner or the newest engine has.
-        engine: an engine's folder; default: those in the cache.
-        batch: images that an engine from the cache must take at once; None: any.
-        not_loaded: runners that "auto" passes over, and why.
+        request: what is requested.
+        not_loaded: runners that "auto" skips, each with the reason.
 
     Raises:
-        EngineError: what was asked for cannot be used here, or no runner is left that has the precision.
-        SettingsError: the engine is of another runner or precision than asked for.
+        EngineError: the requested runner cannot be used here, or no runner has the precision.
+        SettingsError: the runner is unknown, or the engine is of another precision.
     """
-    if engine is not None:
-        opened = open_engine(engine, bundle, device)
-        for option, asked, has in (
-            ("--runner", runner, opened.manifest.runner),
-            ("--precision", precision, opened.manifest.precision),
-        ):
-            if asked not in ("auto", has):
-                raise SettingsError(f"{option} {asked}: the engine {engine} is {has}; leave one of the two out")
-        return Choice(opened.manifest.runner, opened.manifest.precision, f"--engine {engine}", opened)
-    if runner != "auto":
+    if request.engine_folder is not None:
+        return _choose_engine(request, request.engine_folder)
+    if request.runner != AUTO:
         try:
-            return _candidate(bundle, runner, device, precision, batch, "asked for")  # type: ignore[arg-type]  # checked names
+            return _choose_by_name(request, request.runner, "requested")
         except EngineError as error:
-            raise EngineError(f"--runner {runner} cannot be used on {device}: {error}") from error
+            raise EngineError(f"runner {request.runner} cannot be used on {request.device}: {error}") from error
     for at_least in (1.0, 0.0):
         reasons: list[str] = []
-        for name in FASTEST_FIRST:
+        for name in RUNNERS:
             try:
                 if reason := (not_loaded or {}).get(name):
                     raise EngineError(reason)
-                why = "; ".join(reasons) or "fastest available"
-                return _candidate(bundle, name, device, precision, batch, why, at_least)
+                return _choose_by_name(request, name, "; ".join(reasons) or "fastest available", at_least)
             except EngineError as error:
                 reasons.append(f"not {name}: {error}")
-    raise EngineError(f"--precision {precision}: no runner has it here: {'; '.join(reasons)}")
+    raise EngineError(f"no runner can be used in precision {request.precision} here: {'; '.join(reasons)}")
 
 
-def _candidate(
-    bundle: Bundle,
-    runner: RunnerName,
-    device: torch.device,
-    precision: str,
-    batch: int | None,
-    why: str,
-    at_least: float = 0.0,
-) -> Choice:
-    """One runner by name.
+def _choose_by_name(request: RunnerRequest, name: str, why: str, at_least: float = 0.0) -> Choice:
+    """Return the choice of one runner.
 
     Raises:
         EngineError: it cannot be used here.
     """
-    if reason := unavailable(runner, device):
-        raise EngineError(reason)
-    if runner == "aoti" or runner == "tensorrt":
-        found = find_engine(bundle, device, precision, runner, batch, at_least)
-        return Choice(runner, found.manifest.precision, why, found)
-    return Choice(runner, resolve_precision(runner, precision, device), why)
+    entry = RUNNERS[name]
+    if problem := entry.find_problem(request.device):
+        raise EngineError(problem)
+    if entry.builder is not None:
+        engine = find_engine(request, name, at_least)
+        return Choice(name, engine.manifest.precision, why, engine)
+    return Choice(name, resolve_precision(name, request.precision, request.device), why)
 
 
-def load_first(
-    bundle: Bundle,
-    runner: str,
-    device: torch.device,
-    precision: str = "auto",
-    engine: Path | None = None,
-    batch: int | None = None,
-) -> tuple[Choice, Runner]:
-    """`choose` a runner and load it; where "auto" chose one that does not load, say so and take the next.
+def _choose_engine(request: RunnerRequest, folder: Path) -> Choice:
+    """Return the choice of one engine.
 
     Raises:
-        EngineError: what was asked for does not load, or nothing does.
-        BundleError: weights that do not fit the bundle's networks.
-        SettingsError: as `choose`.
+        SettingsError: the folder is not an engine, or the engine is of another precision.
+        EngineError: the engine does not fit this bundle or machine.
     """
-    not_loaded: dict[RunnerName, str] = {}
+    if not (folder / MANIFEST).is_file():
+        raise SettingsError(
+            f"{request.runner!r} is neither a runner ({', '.join((AUTO, *RUNNERS))}) nor the folder of an engine "
+            f"(no {MANIFEST} in it). Build an engine with bsdiff-rt build-engine.",
+            setting="runner",
+        )
+    engine = open_engine(folder, request.bundle, request.device)
+    precision = engine.manifest.precision
+    if request.precision not in (AUTO, precision):
+        raise SettingsError(
+            f"{request.precision} was requested, but the engine {folder} is in {precision}. Use auto or {precision}.",
+            setting="precision",
+        )
+    return Choice(engine.manifest.runner, precision, f"engine {folder} requested", engine)
+
+
+def load_first(request: RunnerRequest) -> tuple[Choice, Runner]:
+    """Choose a runner and load it. If "auto" chose one that does not load, warn and try the next.
+
+    Raises:
+        EngineError: the requested runner does not load, or none does.
+        BundleError: the weights do not fit the bundle's model.
+        SettingsError: the runner is unknown, or the engine is of another precision.
+    """
+    not_loaded: dict[str, str] = {}
     while True:
-        choice = choose(bundle, runner, device, precision, engine, batch, not_loaded)
+        choice = choose(request, not_loaded)
         try:
-            return choice, _load(bundle, choice, device)
+            return choice, _load(request, choice)
         except EngineError as error:
-            if runner != "auto" or engine is not None:
+            if request.runner != AUTO:
                 raise
-            logger.warning("runner %s passed over: it does not load (%s)", choice.runner, error)
+            logger.warning("Runner %s does not load (%s). Trying the next.", choice.runner, error)
             not_loaded[choice.runner] = f"it does not load ({error})"
 
 
-def load(
-    bundle: Bundle, runner: str, device: torch.device, precision: str = "auto", engine: Path | None = None
-) -> Runner:
-    """The runner of `load_first`."""
-    return load_first(bundle, runner, device, precision, engine)[1]
+def load(bundle: Bundle, runner: str, device: torch.device, precision: str = AUTO) -> Runner:
+    """Return a loaded runner for a bundle; see `RunnerRequest` and `load_first`."""
+    return load_first(RunnerRequest(bundle, runner, device, precision))[1]
 
 
-def _load(bundle: Bundle, choice: Choice, device: torch.device) -> Runner:
-    """Load what was chosen, and log which and why.
+def _load(request: RunnerRequest, choice: Choice) -> Runner:
+    """Load what was chosen, and log which runner it is and why.
 
     Raises:
-        EngineError: the back end cannot load it, or the device has not the memory.
-        BundleError: weights that do not fit the bundle's networks.
+        EngineError: the backend cannot load it, or the device lacks the memory.
+        BundleError: the weights do not fit the bundle's model.
     """
+    device = request.device
     where = f", engine {choice.engine.folder}" if choice.engine else ""
-    logger.info("runner %s in %s on %s%s (%s)", choice.runner, choice.precision, device, where, choice.why)
+    logger.info("runner %s in %s on %s%s", choice.runner, choice.precision, device, where)
+    logger.debug("reason for runner %s: %s", choice.runner, choice.why)
     try:
         if choice.engine:
             return choice.engine.load(device)
-        return load_runner(bundle, choice.runner, device, choice.precision)
+        return load_runner(request.bundle, choice.runner, device, choice.precision)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise EngineError(
-            f"{device} has not the memory to load runner {choice.runner} ({one_line(error)}); free some, or choose "
-            "another --device"
+            f"{device} has too little memory to load runner {choice.runner} ({one_line(error)}). "
+            "Free some, or use another device."
         ) from error

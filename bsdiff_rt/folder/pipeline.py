@@ -35,7 +35,7 @@ from bsdiff_rt.model import (
     resolve_settings,
 )
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.sampling.batching import Taken
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Inference:
         self.device = resolve_device(settings.device) if runner is None else runner.device
         self._runner = runner
         # The choice may change when the runner is loaded: what does not load is passed over.
-        self.report = self._begin_report(choose(*request_runner(self.bundle, settings)) if runner is None else None)
+        self.report = self._begin_report(choose(request_runner(self.bundle, settings)) if runner is None else None)
 
     def _begin_report(self, choice: Choice | None) -> Report:
         """Return an empty report that names everything that decides the pixels."""

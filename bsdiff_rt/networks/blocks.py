@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        # A compiler may know a faster form (runners/aoti.py).
+        # A compiler may know a faster form (runners/aoti_builder.py).
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The contract every backend keeps: load on construction, fill buffers it is given, release on close."""
+"""The contract of every runner: load on construction, fill the caller's buffers, release on close."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
 
-# Told what a long task is doing: the phase in words, and the share done in [0, 1], None where it is not known.
+# Called with each phase of a long task: its name, and the share done in [0, 1], or None where that is unknown.
 Progress = Callable[[str, float | None], None]
 
 
 class Runner(ABC):
-    """Both networks of one bundle, ready to run on one device; a context manager.
+    """Both networks of one bundle, ready to run on one device. A context manager.
 
-    A runner is loaded when it is constructed and holds what it needs until `close`. Its two methods fill buffers their
-    caller owns, on the caller's current stream, and return before the device has finished: they neither synchronise nor
-    allocate what they return, so a CUDA graph can record them (after warm-up). Outside, everything is float32;
-    `precision` is what the weights and activations use inside. One runner serves one thread at a time.
+    A runner is loaded when it is constructed, and holds what it needs until `close`. Its two methods fill buffers of
+    the caller, on the caller's current stream. They return before the device has finished. They neither synchronise
+    nor allocate their results, so a CUDA graph can record them after warm-up. All buffers are float32; `precision` is
+    used inside. One thread at a time may use a runner.
 
     Attributes:
-        name: the runner's name on the command line.
-        device: where its buffers live; a CUDA device always with its index.
+        name: the runner's name in settings and reports.
+        device: where its buffers lie. A CUDA device always has its index.
         precision: of weights and activations inside.
-        batch_range: smallest and largest batch, largest None for no limit; equal for a static engine.
+        batch_range: smallest and largest batch. The largest is None for no limit.
         image_size: side of the square images, in px.
     """
 
@@ -46,52 +46,53 @@ class Runner(ABC):
 
     @abstractmethod
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 1: one denoiser call, its prediction (eps, v or x0: `Schedule.objective`) written into `out`.
+        """Run stage 1: write one prediction of the denoiser (eps, v or x0: `Schedule.objective`) into `out`.
 
         Args:
-            x_t: [B, 1, H, W] float32, the noisy soft tissue at timestep t; unbounded.
+            x_t: [B, 1, H, W] float32, the noisy soft tissue at timestep t, unbounded.
             cxr: [B, 1, H, W] float32, in [-1, 1].
-            t: [B] float32, whole numbers from 0 to T - 1. Float, because the first thing a denoiser does with them is
-                multiply by frequencies, and graph formats and engines take float inputs without a conversion.
-            out: [B, 1, H, W] float32, overwritten; none of the inputs.
+            t: [B] float32, whole numbers from 0 to T - 1. They are float because the denoiser first multiplies them by
+                frequencies, and because graphs and engines then need no conversion.
+            out: [B, 1, H, W] float32, overwritten. Must not be one of the inputs.
 
         Raises:
-            EngineError: a batch outside `batch_range`, another image size, dtype, device or memory layout (`check`).
-            RuntimeError: the backend failed on this batch: out of memory, say.
+            EngineError: a buffer has another batch, image size, dtype, device or memory layout (`check`).
+            RuntimeError: the backend failed on this batch, for example for lack of memory.
         """
 
     @abstractmethod
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 2: the sharpened soft tissue, written into `out`.
+        """Run stage 2: write the sharpened soft tissue into `out`.
 
         Args:
-            x: [B, 1, H, W] float32, in [-1, 1]: what the sampler returned.
-            out: [B, 1, H, W] float32, overwritten; nominally in [-1, 1] but not clamped; not `x`.
+            x: [B, 1, H, W] float32, in [-1, 1]: the sampler's result.
+            out: [B, 1, H, W] float32, overwritten. About [-1, 1], not clamped. Must not be `x`.
 
         Raises:
-            EngineError: as for `denoise`.
+            EngineError: a buffer has another batch, image size, dtype, device or memory layout (`check`).
+            RuntimeError: the backend failed on this batch, for example for lack of memory.
         """
 
     def close(self) -> None:  # noqa: B027 - most runners hold nothing that garbage collection does not release
-        """Release what the runner holds; it cannot be used afterwards. May be called twice."""
+        """Release what the runner holds. It cannot be used afterwards. A second call does nothing."""
 
     def check(self, *images: torch.Tensor, t: torch.Tensor | None = None) -> None:
-        """Refuse buffers this runner cannot use; looks at metadata only, so it costs microseconds and no sync.
+        """Refuse buffers that this runner cannot use. Only metadata is checked, so the device is not synchronised.
 
         Args:
-            images: all the [B, 1, H, W] buffers of one call.
+            images: all [B, 1, H, W] buffers of one call.
             t: its timesteps, [B], if it has any.
 
         Raises:
-            EngineError: naming what is wrong, the value and what would be right.
+            EngineError: names what is wrong, its value and what would be right.
         """
         batch = images[0].shape[0]
         smallest, largest = self.batch_range
         if batch < smallest or (largest is not None and batch > largest):
             accepted = f"{smallest} or more" if largest is None else f"{smallest} to {largest}"
             raise EngineError(
-                f"batch of {batch} given to the {self.name} runner, which takes {accepted}; "
-                f"change the batch size or build an engine for it"
+                f"batch of {batch} given to the {self.name} runner, which takes {accepted}. "
+                f"Change the batch size, or build an engine for it."
             )
         for image in images:
             self._check_buffer("buffer", image, (batch, 1, self.image_size, self.image_size))

@@ -1,21 +1,34 @@
-"""Runner `eager`: both networks in torch, fp32, as written. The baseline every other runner is compared with."""
+"""Runner `eager`: both networks in torch, in fp32, as written. Every other runner is compared with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from bsdiff_rt.bundle import Bundle
+from bsdiff_rt.config import Precision
+from bsdiff_rt.errors import BundleError, one_line
+from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
+
+C = TypeVar("C")
+N = TypeVar("N", bound=nn.Module)
 
 
 class EagerRunner(Runner):
-    """Both networks as torch modules.
+    """Run both networks as torch modules.
 
     Args:
         denoiser: (x_t, cxr, t) -> [B, 1, H, W].
         enhancer: x -> [B, 1, H, W].
         image_size: side of the square images, in px.
-        device: where to run; the networks are moved there.
+        device: where to run. The networks are moved there.
     """
 
     name = "eager"
@@ -27,12 +40,49 @@ class EagerRunner(Runner):
 
     @torch.no_grad()
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 1; see `Runner.denoise`."""
+        """Run stage 1 (`Runner.denoise`)."""
         self.check(x_t, cxr, out, t=t)
         out.copy_(self._denoiser(x_t, cxr, t))
 
     @torch.no_grad()
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 2; see `Runner.enhance`."""
+        """Run stage 2 (`Runner.enhance`)."""
         self.check(x, out)
         out.copy_(self._enhancer(x))
+
+
+def load_bundle(bundle: Bundle, device: torch.device, precision: Precision) -> EagerRunner:
+    """Load a bundle.
+
+    Args:
+        bundle: the model.
+        device: where to run.
+        precision: fp32, the only one of this runner.
+
+    Raises:
+        BundleError: the weights do not fit the bundle's model.
+    """
+    denoiser, enhancer = load_networks(bundle)
+    return EagerRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, device)
+
+
+def load_networks(bundle: Bundle) -> tuple[Denoiser, Enhancer]:
+    """Return both networks of a bundle with their weights: fp32, on the CPU, in evaluation mode.
+
+    Raises:
+        BundleError: the weights do not fit the network shapes in the manifest.
+    """
+    manifest = bundle.manifest
+    return (
+        _load_network(Denoiser, manifest.denoiser, bundle.file("denoiser.safetensors")),
+        _load_network(Enhancer, manifest.enhancer, bundle.file("enhancer.safetensors")),
+    )
+
+
+def _load_network(network_type: Callable[[C], N], config: C, weights: Path) -> N:
+    try:
+        network = network_type(config)
+        network.load_state_dict(load_file(weights))
+    except Exception as error:  # torch layers and safetensors raise anything for numbers that fit no network
+        raise BundleError(f"{weights}: weights do not fit the manifest's network: {one_line(error)}") from error
+    return network.eval()

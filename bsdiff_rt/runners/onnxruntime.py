@@ -1,8 +1,7 @@
-"""Runner `onnxruntime`: the bundle's ONNX graphs, fp32 on the CPU, fp32 or fp16 on CUDA. The default without a GPU."""
+"""Runner `onnxruntime`: the bundle's ONNX graphs in ONNX Runtime. fp32 on the CPU, fp32 or fp16 on CUDA."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,40 +11,43 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError, one_line
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.devices import count_threads
 from bsdiff_rt.runners.onnx_attention import fuse_attention
 from bsdiff_rt.runners.onnx_precision import reduce_precision
+from bsdiff_rt.runners.registry import find_batch_limit
 from bsdiff_rt.runners.streams import in_order
 
-_ERRORS_ONLY = 3  # severity; a GPU build on a machine without GPU warns at every session otherwise
+_ERRORS_ONLY = 3  # severity; otherwise a GPU build on a machine without GPU warns at every session
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is not a file
-# Its threads would spin for some 30 ms after each call, on the processors that read and write files, and that whatever
-# is timed next runs on.
+# Otherwise its threads spin for some 30 ms after each call, on the processors that read and write files. They would
+# also disturb whatever is timed next.
 _STOP_SPINNING = "session.force_spinning_stop"
 _CPU = torch.device("cpu")
 
 
 class OnnxRuntimeRunner(Runner):
-    """Both graphs as ONNX Runtime sessions on the execution provider of one device.
+    """Run both graphs as ONNX Runtime sessions on one device.
 
-    The caller's buffers are bound by address, so nothing is copied in or out. On CUDA the sessions work on the stream
-    that is current at construction, or one of their own where that is the default stream; a call on another stream is
-    put in order with it. Nothing is synchronised. On the CPU attention is fused (`onnx_attention`). In fp16 the
-    enhancer, which runs once per image, stays fp32.
+    The caller's buffers are bound by address, so nothing is copied in or out, and nothing is synchronised. On CUDA the
+    sessions work on the stream that is current at construction, or on one of their own if that is the default stream.
+    A call on another stream is ordered with it. On the CPU attention is fused (`onnx_attention`). In fp16 the enhancer,
+    which runs once per image, stays fp32.
 
     Args:
         denoiser: path of denoiser.onnx: x_t, cxr, t -> out.
         enhancer: path of enhancer.onnx: x -> out.
         image_size: side of the square images, in px.
-        threads: threads per operator on the CPU; default: the processors this process may use.
+        threads: threads per operator on the CPU; None takes `devices.count_threads()`.
         device: the CPU or a CUDA device.
         precision: fp32, or fp16 on CUDA.
-        batch_max: the largest batch it takes; None: any.
+        batch_max: the largest batch that it takes; None for any.
 
     Raises:
-        EngineError: ONNX Runtime cannot load a graph, cannot use the device, or has not the precision there.
+        EngineError: ONNX Runtime cannot load a graph, cannot use the device, or lacks the precision there.
     """
 
     name = "onnxruntime"
@@ -65,7 +67,7 @@ class OnnxRuntimeRunner(Runner):
         available = ("fp32",) if device.type == "cpu" else ("fp32", "fp16")  # it has no bf16 convolution
         if precision not in available:
             raise EngineError(
-                f"--precision {precision}: runner onnxruntime computes in {' or '.join(available)} on {device.type}"
+                f"runner onnxruntime computes in {' or '.join(available)} on {device.type}, not in {precision}"
             )
         self._stream = None if device.type == "cpu" else _stream(self.device)
         provider = _provider(self.device, self._stream, tf32=precision == "fp16")
@@ -80,12 +82,12 @@ class OnnxRuntimeRunner(Runner):
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 1; see `Runner.denoise`."""
+        """Run stage 1 (`Runner.denoise`)."""
         self.check(x_t, cxr, out, t=t)
         self._run(self._denoiser, {"x_t": x_t, "cxr": cxr, "t": t}, out)
 
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 2; see `Runner.enhance`."""
+        """Run stage 2 (`Runner.enhance`)."""
         self.check(x, out)
         self._run(self._enhancer, {"x": x}, out)
 
@@ -99,14 +101,48 @@ class OnnxRuntimeRunner(Runner):
             session.run_with_iobinding(binding, self._options)
 
 
+def load_bundle(bundle: Bundle, device: torch.device, precision: Precision) -> OnnxRuntimeRunner:
+    """Load a bundle.
+
+    Args:
+        bundle: the model.
+        device: the CPU or a CUDA device.
+        precision: fp32, or fp16 on CUDA.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load a graph, cannot use the device, or lacks the precision there.
+    """
+    return OnnxRuntimeRunner(
+        bundle.file("denoiser.onnx"),
+        bundle.file("enhancer.onnx"),
+        bundle.manifest.preprocessing.size,
+        device=device,
+        precision=precision,
+        batch_max=None if device.type == "cpu" else find_batch_limit("onnxruntime", bundle.manifest),
+    )
+
+
+def find_problem(device: torch.device) -> str | None:
+    """Return why the installed ONNX Runtime cannot use a device; None if it can."""
+    if device.type == "cpu":
+        return None
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "the installed onnxruntime has no CUDA provider. Install onnxruntime-gpu instead"
+    # It brings no CUDA libraries: it finds those that torch has loaded.
+    theirs, ours = (str(version).split(".")[0] for version in (ort.cuda_version, torch.version.cuda))
+    if theirs != ours:
+        return f"the installed onnxruntime is built for CUDA {theirs}, torch for CUDA {ours}. Install a matching one"
+    return None
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The current stream of a CUDA device, or a new one where that is the default stream, which has no handle."""
+    """Return the current stream of a CUDA device, or a new one if that is the default stream, which has no handle."""
     current = torch.cuda.current_stream(device)
     return current if current.cuda_stream else torch.cuda.Stream(device)
 
 
 def _provider(device: torch.device, stream: torch.cuda.Stream | None, tf32: bool) -> tuple[str, dict[str, Any]]:
-    """Name and options of the execution provider for a device."""
+    """Return name and options of the execution provider for a device."""
     if stream is None:
         return "CPUExecutionProvider", {}
     options = {
@@ -118,15 +154,10 @@ def _provider(device: torch.device, stream: torch.cuda.Stream | None, tf32: bool
     return "CUDAExecutionProvider", options
 
 
-def _processors() -> int:
-    """How many processors this process may use; macOS and Windows do not say, there it is all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _session(graph: Path, threads: int | None, provider: tuple[str, dict[str, Any]]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = threads or _processors()
+    options.intra_op_num_threads = threads or count_threads()
     try:
         source: Path | bytes = graph
         if provider[0] == "CPUExecutionProvider":
@@ -136,10 +167,10 @@ def _session(graph: Path, threads: int | None, provider: tuple[str, dict[str, An
         session = ort.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions share no base class but Exception
         raise EngineError(f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}") from error
-    # Where a provider's libraries are missing, it only logs and takes the CPU.
+    # If a provider's libraries are missing, ONNX Runtime only logs it and takes the CPU.
     if session.get_providers()[0] != provider[0]:
         raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot use {provider[0]}, only {', '.join(session.get_providers())}; "
-            "its CUDA and cuDNN libraries are missing or of another version; install them or use another --runner"
+            f"ONNX Runtime {ort.__version__} cannot use {provider[0]}, only {', '.join(session.get_providers())}: "
+            "its CUDA and cuDNN libraries are missing or of another version. Install them or use another runner."
         )
     return session

@@ -1,158 +1,237 @@
-"""Devices, what can run on them, and loading the runners that need no built engine (engine.py chooses among all)."""
+"""The registry of runners. A new runner is one module and one entry in `RUNNERS`.
+
+The module of a runner without engines defines
+
+    load_bundle(bundle, device, precision) -> Runner
+    find_problem(device) -> str | None          optional: why the installed package cannot be used on this device
+
+The module of a runner with engines defines
+
+    load_engine(folder, *, device, precision, batch_range, image_size) -> Runner
+    list_versions() -> dict[str, str]           the libraries that an engine is tied to
+
+and its builder module
+
+    build(bundle, options, device, folder, progress) -> dict[str, Any]
+
+Modules are imported where a runner is used: their packages are optional, and some take seconds to load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
 from bsdiff_rt.bundle import Bundle, Manifest
-from bsdiff_rt.config import Precision, RunnerName
-from bsdiff_rt.errors import BundleError, EngineError, SettingsError, one_line
-from bsdiff_rt.networks.autoencoder import Enhancer
-from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.config import EngineOptions, Precision
+from bsdiff_rt.errors import EngineError, SettingsError, one_line
+from bsdiff_rt.runners.base import Progress, Runner
 
-C = TypeVar("C")
-N = TypeVar("N", bound=nn.Module)
-
-FULL_BATCH = 8  # about so many images fill a GPU's arithmetic
+ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+LARGEST_TENSOR = 2**31 - 1  # elements
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
+@dataclass(frozen=True)
+class RunnerEntry:
+    """What is known of a runner before its packages are imported.
+
+    Attributes:
+        name: the runner's name in settings and reports.
+        module: the module that loads it; what it defines is in this module's docstring.
+        cpu: the precisions it has on a CPU, its default first; () if it does not run there.
+        cuda: the same on CUDA devices.
+        builder: the module that builds its engines; None if it loads a bundle directly.
+        package: the optional package it needs; "" for none.
+        install: the command that installs the package.
+        largest_tensor: the most elements a tensor may have on a GPU; None for any number.
+    """
+
+    name: str
+    module: str
+    cpu: tuple[Precision, ...] = ("fp32",)
+    cuda: tuple[Precision, ...] = ("fp32",)
+    builder: str | None = None
+    package: str = ""
+    install: str = ""
+    largest_tensor: int | None = None
+
+    def list_precisions(self, device: torch.device) -> tuple[Precision, ...]:
+        """Return the precisions on a device, the default first."""
+        return self.cuda if device.type == "cuda" else self.cpu
+
+    def load_bundle(self, bundle: Bundle, device: torch.device, precision: Precision) -> Runner:
+        """Load a bundle. Only for runners without engines."""
+        runner: Runner = import_module(self.module).load_bundle(bundle, device, precision)
+        return runner
+
+    def load_engine(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        precision: Precision,
+        batch_range: tuple[int, int],
+        image_size: int,
+    ) -> Runner:
+        """Load an engine whose identity and files were checked. Only for runners with engines.
+
+        Raises:
+            EngineError: the backend cannot load it.
+        """
+        runner: Runner = import_module(self.module).load_engine(
+            folder, device=device, precision=precision, batch_range=batch_range, image_size=image_size
+        )
+        return runner
+
+    def list_versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that an engine is tied to.
+
+        Raises:
+            EngineError: a library cannot be imported.
+        """
+        versions: dict[str, str] = import_module(self.module).list_versions()
+        return versions
+
+    def build(
+        self, bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Build an engine into an existing, empty folder, and return the build options for its manifest.
+
+        Raises:
+            EngineError: the engine cannot be built here.
+        """
+        if self.builder is None:
+            raise EngineError(f"runner {self.name} needs no engine")
+        used: dict[str, Any] = import_module(self.builder).build(bundle, options, device, folder, progress)
+        return used
+
+    def find_problem(self, device: torch.device) -> str | None:
+        """Return why this runner cannot be used on a device, with or without an engine; None if it can."""
+        if not self.list_precisions(device):
+            return f"it runs on {'NVIDIA GPUs' if self.cuda else 'CPUs'}, not on {device}"
+        if self.package and find_spec(self.package) is None:
+            return f"the package {self.package} is not installed ({self.install})"
+        if not self.package or self.builder is not None:  # an engine's package is imported where there is an engine
+            return None
+        try:
+            import_module(self.package)
+            check = getattr(import_module(self.module), "find_problem", None)
+        except (ImportError, OSError) as error:  # one of its libraries is missing, for example
+            return f"the installed {self.package} cannot be loaded ({one_line(error)})"
+        problem: str | None = check(device) if check else None
+        return problem
+
+
+# Fastest first: `auto` takes the first one that can be used.
+RUNNERS: dict[str, RunnerEntry] = {
+    entry.name: entry
+    for entry in (
+        RunnerEntry(
+            "tensorrt",
+            "bsdiff_rt.runners.tensorrt",
+            cpu=(),
+            cuda=ALL_PRECISIONS,
+            builder="bsdiff_rt.runners.tensorrt_builder",
+            package="tensorrt",
+            install="pip install 'bsdiff-rt[tensorrt]'",
+            largest_tensor=LARGEST_TENSOR,  # NvInfer.h, ITensor; documents differ on whether the newest versions insist
+        ),
+        RunnerEntry(
+            "aoti",
+            "bsdiff_rt.runners.aoti",
+            cpu=("fp32", "bf16"),
+            cuda=ALL_PRECISIONS,
+            builder="bsdiff_rt.runners.aoti_builder",
+        ),
+        RunnerEntry(
+            "onnxruntime",
+            "bsdiff_rt.runners.onnxruntime",
+            cuda=("fp32", "fp16"),
+            package="onnxruntime",
+            install="pip install 'bsdiff-rt[cpu]', or 'bsdiff-rt[cuda]' for NVIDIA GPUs",
+            largest_tensor=LARGEST_TENSOR,  # its CUDA kernels count elements in 32 bits in places
+        ),
+        RunnerEntry("eager", "bsdiff_rt.runners.eager"),
+    )
+}
+
+
+def find_entry(name: str) -> RunnerEntry:
+    """Return the registry's entry of a runner.
 
     Raises:
-        SettingsError: not a device name, or a device this machine does not have.
+        SettingsError: there is no such runner.
     """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
-        raise SettingsError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise SettingsError(f"--device {name}: this machine has {count} CUDA devices; use --device cpu")
-    return device
+    if name not in RUNNERS:
+        raise SettingsError(f"{name!r} is not a runner. Use one of {', '.join(RUNNERS)}.", setting="runner")
+    return RUNNERS[name]
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16; a processor without emulates it, many times slower than fp32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def list_engine_runners() -> tuple[str, ...]:
+    """Return the names of the runners that need an engine, fastest first."""
+    return tuple(name for name, entry in RUNNERS.items() if entry.builder is not None)
 
 
-def batch_limit(runner: RunnerName, manifest: Manifest) -> int | None:
-    """How many images a runner of these networks can safely take at once on a GPU; None: any number.
+def list_bundle_runners() -> tuple[str, ...]:
+    """Return the names of the runners that need no engine, fastest first."""
+    return tuple(name for name, entry in RUNNERS.items() if entry.builder is None)
 
-    Attention's scores are one for each pair of tokens: 8 images of the paper's networks have 2^31. A tensor of
-    TensorRT's has to have less (NvInfer.h, ITensor; whether the newest versions still insist is reported both ways),
-    and ONNX Runtime's CUDA kernels count elements in 32 bits in places. The other two never hold all scores.
+
+def find_batch_limit(name: str, manifest: Manifest) -> int | None:
+    """Return how many images a runner can safely take at once on a GPU; None for any number.
+
+    Attention has one score for each pair of tokens, and some backends hold all scores of a batch in one tensor.
+
+    Args:
+        name: the runner.
+        manifest: describes the model.
     """
-    if runner not in ("tensorrt", "onnxruntime"):
+    most = RUNNERS[name].largest_tensor
+    if most is None:
         return None
     levels = [
         level
         for network in (manifest.denoiser, manifest.enhancer)
-        for level, present in enumerate((*network.attention[:-1], True))  # the lowest has one in any case
+        for level, present in enumerate((*network.attention[:-1], True))  # the lowest level always has attention
         if present
     ]
     tokens = (manifest.preprocessing.size >> min(levels)) ** 2
-    return max(1, (2**31 - 1) // tokens**2)
+    return max(1, most // tokens**2)
 
 
-def unavailable(name: RunnerName, device: torch.device) -> str | None:
-    """Why a runner cannot be used on `device`, whatever engines are built; None when it can."""
-    if name == "onnxruntime":
-        if find_spec("onnxruntime") is None:
-            return "the package onnxruntime is not installed"
-        try:
-            import onnxruntime
-        except (ImportError, OSError) as error:  # a library of it is missing, say
-            return f"the onnxruntime installed cannot be loaded ({one_line(error)})"
-        if device.type == "cuda":
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                return "the onnxruntime installed has no CUDA provider; install onnxruntime-gpu in its place"
-            # It has no CUDA libraries of its own: it finds those that torch has loaded.
-            theirs, ours = (str(version).split(".")[0] for version in (onnxruntime.cuda_version, torch.version.cuda))
-            if theirs != ours:
-                return f"the onnxruntime installed is built for CUDA {theirs}, torch for {ours}; install a matching one"
-    if name == "tensorrt":
-        if device.type != "cuda":
-            return f"it runs on NVIDIA GPUs, not on {device}"
-        if find_spec("tensorrt") is None:
-            return "the package tensorrt is not installed (pip install 'bsdiff-rt[tensorrt]')"
-    return None
+def resolve_precision(name: str, precision: str, device: torch.device) -> Precision:
+    """Return the precision in which a runner without engines computes on a device.
 
-
-def resolve_precision(runner: RunnerName, precision: str, device: torch.device) -> Precision:
-    """The precision a runner without engines will compute in; fp32 unless another is asked for.
+    Args:
+        name: the runner.
+        precision: "auto" (the runner's default), "fp32", "bf16" or "fp16".
+        device: where it runs.
 
     Raises:
-        EngineError: one asked for by name that this runner does not have.
+        EngineError: the runner does not have this precision there.
     """
-    if precision in ("auto", "fp32"):
-        return "fp32"
-    if precision == "fp16" and runner == "onnxruntime" and device.type == "cuda":
-        return "fp16"
-    raise EngineError(f"it computes in fp32 on {device}, not in {precision}; use --precision auto")
+    known = RUNNERS[name].list_precisions(device)
+    for each in known:
+        if precision in ("auto", each):
+            return each
+    raise EngineError(f"it computes in {' or '.join(known)} on {device}, not in {precision}")
 
 
-def load_runner(bundle: Bundle, name: RunnerName, device: torch.device, precision: Precision = "fp32") -> Runner:
-    """Load `bundle` into a runner that needs no engine: eager or onnxruntime. For the others there is engine.py.
+def load_runner(bundle: Bundle, name: str, device: torch.device, precision: Precision = "fp32") -> Runner:
+    """Load a bundle into a runner that needs no engine.
 
     Raises:
-        EngineError: the runner cannot be used here, or not in this precision.
-        BundleError: weights that do not fit the bundle's networks.
+        EngineError: the runner cannot be used on this device or in this precision, or it needs an engine.
+        BundleError: the weights do not fit the bundle's model.
     """
-    if reason := unavailable(name, device):
-        raise EngineError(f"--runner {name} cannot be used on {device}: {reason}; use --runner auto or eager")
-    if name == "onnxruntime":
-        from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner  # optional: another runner may be the one
-
-        return OnnxRuntimeRunner(
-            bundle.file("denoiser.onnx"),
-            bundle.file("enhancer.onnx"),
-            bundle.manifest.preprocessing.size,
-            device=device,
-            precision=precision,
-            batch_max=None if device.type == "cpu" else batch_limit(name, bundle.manifest),
-        )
-    if name != "eager":
-        raise EngineError(f"runner {name} needs a built engine; bsdiff-rt build-engine makes one")
-    resolve_precision(name, precision, device)
-    denoiser, enhancer = load_networks(bundle)
-    return EagerRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, device)
-
-
-def load_networks(bundle: Bundle) -> tuple[Denoiser, Enhancer]:
-    """Both networks of a bundle with their weights, fp32, on the CPU, in evaluation mode.
-
-    Raises:
-        BundleError: weights that do not fit the manifest's network shapes.
-    """
-    manifest = bundle.manifest
-    return (
-        _load(Denoiser, manifest.denoiser, bundle.file("denoiser.safetensors")),
-        _load(Enhancer, manifest.enhancer, bundle.file("enhancer.safetensors")),
-    )
-
-
-def _load(network_type: Callable[[C], N], config: C, weights: Path) -> N:
-    try:
-        network = network_type(config)
-        network.load_state_dict(load_file(weights))
-    except Exception as error:  # torch layers and safetensors raise anything for numbers that fit no network
-        raise BundleError(f"{weights}: weights do not fit the manifest's network: {one_line(error)}") from error
-    return network.eval()
+    entry = find_entry(name)
+    if problem := entry.find_problem(device):
+        raise EngineError(f"runner {name} cannot be used on {device}: {problem}. Use runner auto or eager.")
+    if entry.builder is not None:
+        raise EngineError(f"runner {name} needs an engine. Build one with bsdiff-rt build-engine.")
+    return entry.load_bundle(bundle, device, resolve_precision(name, precision, device))

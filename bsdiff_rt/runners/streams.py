@@ -1,4 +1,4 @@
-"""CUDA work on another stream than the caller's, in order with it."""
+"""CUDA work on another stream, in order with the caller's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def in_order(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
-    """What `stream` is given inside comes after the current stream's work so far, and before what it is given next.
+    """Order the work that this block gives to `stream` with the current stream of `device`.
 
-    Nothing waits on the host, and nothing happens at all where `stream` is the current stream of `device`.
+    It starts after the work that the current stream has now, and ends before the work that comes next. The host does
+    not wait. If `stream` is the current stream, nothing happens.
     """
     current = torch.cuda.current_stream(device)
     if stream == current:

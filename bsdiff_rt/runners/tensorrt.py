@@ -1,4 +1,4 @@
-"""Runner `tensorrt`: engines built by tensorrt_builder.py, run on the caller's buffers and stream."""
+"""Runner `tensorrt`: the engines of tensorrt_builder.py, on the caller's buffers and stream."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.streams import in_order
-from bsdiff_rt.runners.tensorrt_builder import INPUTS, LOGGER, build, made, trt, versions
+from bsdiff_rt.runners.tensorrt_builder import INPUTS, LOGGER, list_versions, make, trt
 
-__all__ = ["TensorRTRunner", "build", "versions"]
+__all__ = ["TensorRTRunner", "list_versions", "load_engine"]
 
-ALIGNMENT_BYTES = 256  # of every address given to a context
+ALIGNMENT_BYTES = 256  # of every address that a context takes
 
 
 class TensorRTRunner(Runner):
-    """Both engines of a folder. Their contexts share one piece of working memory, for they never run at once.
+    """Run both engines of a folder. Their contexts share one working memory, because they never run at the same time.
 
-    On the default stream, where TensorRT would synchronise, it runs on a stream of its own in order with it.
+    On the default stream TensorRT would synchronise. There it runs on a stream of its own, ordered with the caller's.
 
     Args:
-        folder: with denoiser.plan and enhancer.plan, built by this process's user for this GPU and TensorRT (an engine
-            is native code: engine.py checks where it comes from before it is given here).
+        folder: holds denoiser.plan and enhancer.plan, built for this GPU and TensorRT. They are native code: the
+            caller has verified them (engines/manifest.py).
         device, precision, batch_range, image_size: what the engines were built for.
 
     Raises:
-        EngineError: an engine cannot be loaded or is not one of this bundle's networks.
+        EngineError: an engine cannot be loaded, or it is not one of this bundle's networks.
     """
 
     name = "tensorrt"
@@ -45,24 +45,24 @@ class TensorRTRunner(Runner):
         super().__init__(device=device, precision=precision, batch_range=batch_range, image_size=image_size)
         with torch.cuda.device(self.device):
             self._own_stream = torch.cuda.Stream(self.device)
-            self._runtime = made("runtime", lambda: trt.Runtime(LOGGER))  # must outlive its engines
-            engines = {name: _load(self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
+            self._runtime = make("runtime", lambda: trt.Runtime(LOGGER))  # must outlive its engines
+            engines = {name: _load_plan(self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
             scratch_bytes = max(engine.device_memory_size_v2 for engine in engines.values())
             scratch = torch.empty(max(scratch_bytes, 1), dtype=torch.uint8, device=self.device)
             self._networks = {name: _Network(name, engine, scratch) for name, engine in engines.items()}
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 1; see `Runner.denoise`."""
+        """Run stage 1 (`Runner.denoise`)."""
         self.check(x_t, cxr, out, t=t)
         self._run("denoiser", {"x_t": x_t, "cxr": cxr, "t": t, "out": out})
 
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 2; see `Runner.enhance`."""
+        """Run stage 2 (`Runner.enhance`)."""
         self.check(x, out)
         self._run("enhancer", {"x": x, "out": out})
 
     def close(self) -> None:
-        """Wait for the device, then release contexts, engines and runtime, in this order."""
+        """Wait for the device. Then release contexts, engines and runtime, in this order."""
         if self._networks:
             torch.cuda.synchronize(self.device)
             self._networks.clear()
@@ -75,48 +75,70 @@ class TensorRTRunner(Runner):
             self._networks[name].run(buffers, stream.cuda_stream)
 
 
-def _load(runtime: trt.Runtime, path: Path, name: str) -> trt.ICudaEngine:
-    """The engine in a file, once its inputs and output are those of network `name`, in float32."""
-    LOGGER.said()
+load_engine = TensorRTRunner
+
+
+def _load_plan(runtime: trt.Runtime, path: Path, name: str) -> trt.ICudaEngine:
+    """Load the engine in a file, and check that its inputs and output are those of network `name`, in float32.
+
+    Raises:
+        EngineError: the file cannot be read or loaded, or it is another network's engine.
+    """
+    LOGGER.take_errors()
     try:
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({type(error).__name__}); build the engine again") from error
+        raise EngineError(f"{path}: cannot be read ({type(error).__name__}). Build the engine again.") from error
     if engine is None:
-        raise EngineError(f"{path}: TensorRT {trt.__version__} cannot load it; build the engine again{LOGGER.said()}")
+        raise EngineError(
+            f"{path}: TensorRT {trt.__version__} cannot load it{LOGGER.take_errors()}. Build the engine again."
+        )
     tensors = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     if set(tensors) != {*INPUTS[name], "out"} or any(
         engine.get_tensor_dtype(it) != trt.DataType.FLOAT for it in tensors
     ):
-        raise EngineError(f"{path}: an engine of {', '.join(sorted(tensors))}, not the {name}'s; build it again")
+        raise EngineError(
+            f"{path}: its tensors are {', '.join(sorted(tensors))}, not the {name}'s. Build the engine again."
+        )
     return engine
 
 
 class _Network:
     """One engine and its execution contexts.
 
-    A CUDA graph keeps the shapes and addresses of the context it recorded, and is undefined once they change. So a
-    context that was recorded serves only that batch and those addresses from then on, and the next one is made when
-    something else is asked for. Contexts are small: the working memory is shared.
+    A CUDA graph keeps the shapes and addresses of the context that it recorded, and becomes undefined when they change.
+    So a recorded context serves only its batch and addresses from then on. Other buffers get a new context. Contexts
+    are small, because they share the working memory.
     """
 
     def __init__(self, name: str, engine: trt.ICudaEngine, scratch: torch.Tensor) -> None:
         self._name, self._engine, self._scratch = name, engine, scratch
         self._recorded: dict[tuple[int, ...], trt.IExecutionContext] = {}
         self._context: trt.IExecutionContext | None = self._make_context()
-        self._batch = 0  # that `_context` is set to, 0 for none
-        self._key: tuple[int, ...] = ()  # batch and addresses that it is set to, () for none
+        self._batch = 0  # the batch that `_context` is set to; 0 for none
+        self._key: tuple[int, ...] = ()  # the batch and addresses that it is set to; () for none
 
     def run(self, buffers: dict[str, torch.Tensor], stream: int) -> None:
-        """Enqueue the network on buffers by name, the inputs first, on a stream that is not the default one."""
+        """Enqueue the network.
+
+        Args:
+            buffers: by name, the inputs first.
+            stream: handle of a stream that is not the default one.
+
+        Raises:
+            RuntimeError: TensorRT cannot run.
+        """
         batch = next(iter(buffers.values())).shape[0]
         key = (batch, *(buffer.data_ptr() for buffer in buffers.values()))
-        context = self._recorded.get(key) or self._prepared(buffers, key)
+        context = self._recorded.get(key) or self._prepare_context(buffers, key)
         if not context.execute_async_v3(stream):
-            raise RuntimeError(f"TensorRT cannot run the {self._name} at batch {batch}{LOGGER.said()}")
+            raise RuntimeError(f"TensorRT cannot run the {self._name} at batch {batch}{LOGGER.take_errors()}")
 
-    def _prepared(self, buffers: dict[str, torch.Tensor], key: tuple[int, ...]) -> trt.IExecutionContext:
-        """A context set to these buffers that no graph has recorded; kept for them alone if a graph records it now."""
+    def _prepare_context(self, buffers: dict[str, torch.Tensor], key: tuple[int, ...]) -> trt.IExecutionContext:
+        """Return a context set to these buffers, which no graph has recorded.
+
+        If a graph is recording now, the context is kept for these buffers alone.
+        """
         recording = torch.cuda.is_current_stream_capturing()
         if recording and key != self._key:
             raise EngineError(f"the {self._name} must run once on the same buffers before a CUDA graph records it")
@@ -131,36 +153,38 @@ class _Network:
         return context
 
     def _set(self, context: trt.IExecutionContext, buffers: dict[str, torch.Tensor], batch: int) -> None:
-        """Give a context its shapes, where the batch changes, and its addresses."""
+        """Set the addresses of a context, and its shapes if the batch changed."""
         if batch != self._batch:
             self._batch = 0
             for name in INPUTS[self._name]:
                 if not context.set_input_shape(name, tuple(buffers[name].shape)):
-                    raise EngineError(f"the {self._name}'s engine does not take batch {batch}{LOGGER.said()}")
+                    raise EngineError(f"the {self._name}'s engine does not take batch {batch}{LOGGER.take_errors()}")
             try:
                 missing = context.infer_shapes()
             except RuntimeError as error:
                 raise EngineError(
-                    f"the {self._name}'s engine cannot work out its shapes at batch {batch}{LOGGER.said()}"
+                    f"the {self._name}'s engine cannot work out its shapes at batch {batch}{LOGGER.take_errors()}"
                 ) from error
             if missing:
-                raise EngineError(f"the {self._name}'s engine leaves {', '.join(missing)} undefined{LOGGER.said()}")
+                raise EngineError(
+                    f"the {self._name}'s engine leaves {', '.join(missing)} undefined{LOGGER.take_errors()}"
+                )
             self._batch = batch
         for name, buffer in buffers.items():
             address = buffer.data_ptr()
             if address % ALIGNMENT_BYTES:
                 raise EngineError(
-                    f"{name} at address {address:#x}, which is no multiple of {ALIGNMENT_BYTES}; "
-                    "give the tensorrt runner a buffer of its own, not a slice of another"
+                    f"{name}: its address {address:#x} is not a multiple of {ALIGNMENT_BYTES}. "
+                    "Give the tensorrt runner a whole buffer, not a slice of another."
                 )
             if not context.set_tensor_address(name, address):
-                raise EngineError(f"the {self._name}'s engine does not take the buffer {name}{LOGGER.said()}")
+                raise EngineError(f"the {self._name}'s engine does not take the buffer {name}{LOGGER.take_errors()}")
 
     def _make_context(self) -> trt.IExecutionContext:
-        LOGGER.said()
+        LOGGER.take_errors()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = made("execution context", lambda: self._engine.create_execution_context(strategy))
+        context = make("execution context", lambda: self._engine.create_execution_context(strategy))
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
-        if refused := LOGGER.said():  # it returns nothing
-            raise EngineError(f"TensorRT {trt.__version__} does not take its working memory{refused}")
+        if errors := LOGGER.take_errors():  # the call itself returns nothing
+            raise EngineError(f"TensorRT {trt.__version__} does not take its working memory{errors}")
         return context

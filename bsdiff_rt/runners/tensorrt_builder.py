@@ -1,9 +1,13 @@
-"""Engines for runner `tensorrt`: built by TensorRT for the GPU at hand from the bundle's ONNX graphs.
+"""Engines for runner `tensorrt`: built by TensorRT from the bundle's ONNX graphs, for the GPU of this machine.
 
-The only module that imports tensorrt, an optional package; it is imported where that runner is wanted. It uses what
-TensorRT has from 10.9 to 11: strongly typed networks (precision is in the graph, see onnx_precision.py), flags by name
-(their numbers changed with 11), the `_v2` and `_v3` methods. Most calls answer False or None and log a reason instead
-of raising, so every answer is looked at, and the reason comes from the logger.
+Only this module imports tensorrt, which is an optional package. The code uses what TensorRT has from 10.9 to 11:
+
+- strongly typed networks: the precision is in the graph (onnx_precision.py);
+- flags by name, because their numbers changed with 11;
+- the `_v2` and `_v3` methods.
+
+Most calls return False or None and log a reason instead of raising. So every result is checked, and the reason is taken
+from the logger.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ try:
     import tensorrt as trt
 except (ImportError, OSError) as error:  # the package, or one of the libraries it loads
     raise EngineError(
-        f"TensorRT cannot be imported ({one_line(error)}); install it with pip install 'bsdiff-rt[tensorrt]'"
+        f"TensorRT cannot be imported ({one_line(error)}). Install it: pip install 'bsdiff-rt[tensorrt]'"
     ) from error
 
-__all__ = ["INPUTS", "LOGGER", "build", "made", "trt", "versions"]
+__all__ = ["INPUTS", "LOGGER", "build", "list_versions", "make", "trt"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +46,13 @@ T = TypeVar("T")
 
 INPUTS = {"denoiser": ("x_t", "cxr", "t"), "enhancer": ("x",)}
 OPTIMIZATION_LEVEL = 3  # TensorRT's default; 4 and 5 try more kernels for longer
-# From this version on, Casts to float32 around attention choose float32 sums in the fused fp16 kernel; before, they
-# keep TensorRT from using a fused kernel. The bf16 kernel sums in float32 anyway.
+# From this version on, Casts to float32 around attention select float32 sums in the fused fp16 kernel. Before, they
+# prevent a fused kernel. The bf16 kernel sums in float32 anyway.
 FP32_ATTENTION_FROM = (11, 3)
 
 
 class _Logger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
-    """TensorRT's messages in our log. One per process: TensorRT keeps the first it is given and ignores others."""
+    """Write TensorRT's messages to our log. One per process: TensorRT keeps the first logger and ignores others."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -60,14 +64,14 @@ class _Logger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
         }
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """Called by TensorRT, from any of its threads."""
+        """Log a message. TensorRT calls this from any of its threads."""
         level = self._levels.get(severity, logging.DEBUG)
         logger.log(level, "TensorRT: %s", msg)
         if level == logging.ERROR:
             self._errors.append(" ".join(msg.split())[:200])
 
-    def said(self) -> str:
-        """The last errors, as the end of a sentence, and forgets them; empty if there were none."""
+    def take_errors(self) -> str:
+        """Return the last errors as the end of a sentence, and clear them. "" if there were none."""
         errors, self._errors = self._errors, deque(maxlen=3)
         return f"; TensorRT says: {'; '.join(errors)}" if errors else ""
 
@@ -75,35 +79,35 @@ class _Logger(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
 LOGGER = _Logger()
 
 
-def versions() -> dict[str, str]:
-    """What an engine is tied to: versions of TensorRT, torch and CUDA."""
+def list_versions() -> dict[str, str]:
+    """Return the versions of the libraries that an engine is tied to."""
     return {"tensorrt": trt.__version__, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
 
 
 def build(
     bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Write denoiser.plan and enhancer.plan into `folder`. Takes minutes; an interruption ends it within seconds.
+    """Build denoiser.plan and enhancer.plan. This takes minutes; an interruption ends it within seconds.
 
-    The denoiser is built in `options.precision`. The enhancer, which runs once per image, stays fp32, with TF32
-    products unless fp32 was asked for.
+    The denoiser is built in `options.precision`. The enhancer, which runs once per image, stays fp32. It uses TF32
+    products unless the precision is fp32.
 
     Args:
-        bundle: its graphs are built.
-        options: precision and batch range; kernels are chosen for the largest batch.
+        bundle: the model.
+        options: precision and batch range. Kernels are chosen for the largest batch.
         device: the CUDA device to build for.
-        folder: exists.
-        progress: told what is being done; called from several threads, never from two at once. What it raises ends
+        folder: where to write; it exists.
+        progress: called with each phase, from several threads, never from two at once. An exception that it raises ends
             the build and is raised here.
 
     Returns:
-        The build options, for the manifest.
+        The options used, for the engine's manifest.
 
     Raises:
-        EngineError: no CUDA device, or TensorRT cannot read a graph or build an engine.
+        EngineError: the device is not a CUDA device, or TensorRT cannot read a graph or build an engine.
     """
     if device.type != "cuda":
-        raise EngineError(f"TensorRT builds engines for CUDA devices, not for {device}; use --device cuda")
+        raise EngineError(f"TensorRT builds engines for CUDA devices, not for {device}. Use device cuda.")
     tf32 = options.precision != "fp32"
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     attention_fp32 = options.precision == "fp16" and version >= FP32_ATTENTION_FROM
@@ -127,18 +131,18 @@ def build(
 
 
 def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device, monitor: _Monitor) -> trt.IHostMemory:
-    """The serialised engine of one graph, a buffer."""
-    LOGGER.said()
-    builder = made("builder", lambda: trt.Builder(LOGGER))
-    # In 11 every network is strongly typed and the flag is accepted without effect.
+    """Build the engine of one graph and return it serialised."""
+    LOGGER.take_errors()
+    builder = make("builder", lambda: trt.Builder(LOGGER))
+    # In 11 every network is strongly typed, and the flag has no effect.
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = made("network", lambda: builder.create_network(typed))
-    parser = made("parser", lambda: trt.OnnxParser(network, LOGGER))
+    network = make("network", lambda: builder.create_network(typed))
+    parser = make("parser", lambda: trt.OnnxParser(network, LOGGER))
     if not parser.parse_from_file(str(graph)):
         errors: list[trt.ParserError] = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors[:3])
-        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot read it: {reasons}{LOGGER.said()}")
-    config = made("builder configuration", builder.create_builder_config)
+        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot read it: {reasons}{LOGGER.take_errors()}")
+    config = make("builder configuration", builder.create_builder_config)
     config.builder_optimization_level = OPTIMIZATION_LEVEL
     config.max_aux_streams = 0  # one stream: less memory, and a CUDA graph records it as it is
     config.progress_monitor = monitor
@@ -146,7 +150,7 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
-    profile = made("optimization profile", builder.create_optimization_profile)
+    profile = make("optimization profile", builder.create_optimization_profile)
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         smallest, largest = ((size, *tuple(tensor.shape)[1:]) for size in batch)
@@ -156,14 +160,14 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
             raise _refused(graph, batch) from error
     if config.add_optimization_profile(profile) < 0:
         raise _refused(graph, batch)
-    path = timing_cache(device)
+    path = locate_timing_cache(device)
     cache = _open_timing_cache(config, path)
 
     def work() -> trt.IHostMemory | None:
         with torch.cuda.device(device):  # the current device belongs to the thread
             return builder.build_serialized_network(network, config)
 
-    # In a thread of its own, so that an interruption reaches this one; TensorRT sees it at its next step.
+    # In a thread of its own, so that an interruption reaches this one. TensorRT stops at its next step.
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         try:
@@ -174,46 +178,54 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
     if monitor.error is not None:
         raise monitor.error
     if plan is None:
-        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot build an engine{LOGGER.said()}")
+        raise EngineError(f"{graph.name}: TensorRT {trt.__version__} cannot build an engine{LOGGER.take_errors()}")
     _save_timing_cache(cache, path)
     return plan
 
 
 def _refused(graph: Path, batch: tuple[int, int]) -> EngineError:
-    return EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.said()}")
+    return EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.take_errors()}")
 
 
-def made(what: str, make: Callable[[], T]) -> T:
-    """What `make` returns; TensorRT's constructors raise TypeError, its methods return None where they fail."""
+def make(what: str, create: Callable[[], T]) -> T:
+    """Return what `create` returns. Where TensorRT fails, its constructors raise TypeError and its methods return None.
+
+    Raises:
+        EngineError: TensorRT fails.
+    """
     try:
-        made = make()
+        made = create()
     except (TypeError, RuntimeError) as error:
-        raise EngineError(f"TensorRT {trt.__version__} gives no {what}: {one_line(error)}{LOGGER.said()}") from error
+        raise EngineError(
+            f"TensorRT {trt.__version__} gives no {what}: {one_line(error)}{LOGGER.take_errors()}"
+        ) from error
     if made is None:
-        raise EngineError(f"TensorRT {trt.__version__} gives no {what}{LOGGER.said()}")
+        raise EngineError(f"TensorRT {trt.__version__} gives no {what}{LOGGER.take_errors()}")
     return made
 
 
-def timing_cache(device: torch.device) -> Path:
-    """File of measured kernel timings for this TensorRT and GPU; later builds on it take seconds instead of minutes."""
+def locate_timing_cache(device: torch.device) -> Path:
+    """Return the file of kernel timings for this TensorRT and GPU. With it, later builds take seconds, not minutes."""
     gpu = "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device))
     folder = platformdirs.user_cache_path("bsdiff-rt", appauthor=False) / "timing"
     return folder / f"tensorrt-{trt.__version__}-{gpu}.cache"
 
 
 def _open_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """The timing cache at `path`, or an empty one, attached to `config`; it must live until the build has ended."""
+    """Attach the timing cache at `path`, or an empty one, to `config`. It must live until the build has ended."""
     stored = [path.read_bytes()] if path.is_file() else []
     for content in (*stored, b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-        logger.warning("TensorRT does not accept the timing cache %s%s", path if content else "(empty)", LOGGER.said())
+        logger.warning(
+            "TensorRT does not accept the timing cache %s%s", path if content else "(empty)", LOGGER.take_errors()
+        )
     raise EngineError(f"TensorRT {trt.__version__} accepts no timing cache, not even an empty one")
 
 
 def _save_timing_cache(cache: trt.ITimingCache, path: Path) -> None:
-    content = memoryview(made("timing cache to keep", cache.serialize))
+    content = memoryview(make("timing cache to keep", cache.serialize))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
@@ -221,9 +233,9 @@ def _save_timing_cache(cache: trt.ITimingCache, path: Path) -> None:
 
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
-    """TensorRT's progress, passed on; answers whether to go on.
+    """Pass TensorRT's progress on, and tell TensorRT whether to continue.
 
-    TensorRT would print and forget an exception that leaves one of the three methods, so it is kept in `error`.
+    TensorRT only prints an exception that leaves one of the three methods, so the exception is kept in `error`.
     """
 
     def __init__(self, what: str, progress: Progress) -> None:
@@ -239,17 +251,17 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no t
         self._cancelled = True
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """A phase of `num_steps` steps begins; phases nest, and names differ between versions."""
+        """Note the start of a phase of `num_steps` steps. Phases nest, and their names differ between versions."""
         self._steps[phase_name] = num_steps
         self._report(phase_name, 0)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """Step number `step` is done; False ends the build."""
+        """Note that step number `step` is done. Returning False ends the build."""
         self._report(phase_name, step + 1)
         return not self._cancelled
 
     def phase_finish(self, phase_name: str) -> None:
-        """A phase has ended, perhaps before its last step."""
+        """Note the end of a phase, perhaps before its last step."""
         self._steps.pop(phase_name, None)
 
     def _report(self, phase: str, done: int) -> None:

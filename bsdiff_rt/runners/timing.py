@@ -1,4 +1,4 @@
-"""How long calls take, one or several beside each other: for `bench`, and for an engine that was just built."""
+"""Wall-clock time of calls, alone or in turn. Used by `bench` and by `build-engine`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bsdiff_rt.errors import forget_frames
 K = TypeVar("K")
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one call with everything it orders on the device; nothing older is counted."""
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, with all work it starts on the device. Work started earlier is not counted."""
     synchronise(device)
     started = time.perf_counter()
     call()
@@ -29,15 +29,22 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(
+def time_in_turn(
     calls: Mapping[K, Callable[[], object]],
     rounds: int,
     device: torch.device,
     warm_up: int = 1,
 ) -> tuple[dict[K, list[float]], dict[K, Exception]]:
-    """Seconds of each call, taken in turn (A B C A B C ...), after `warm_up` rounds that are not counted.
+    """Time several calls in turn (A B C A B C ...).
 
-    A call that raises is left out from then on, and its error is returned in its place.
+    Args:
+        calls: what to time, by key.
+        rounds: how often each call is timed.
+        device: the device that the calls use.
+        warm_up: rounds before, which are not counted.
+
+    Returns:
+        Seconds of each call, one for each round; and the error of each call that raised. Such a call is not made again.
     """
     times: dict[K, list[float]] = {key: [] for key in calls}
     failed: dict[K, Exception] = {}
@@ -46,7 +53,7 @@ def interleaved(
             if key in failed:
                 continue
             try:
-                seconds = seconds_of(call, device)
+                seconds = time_call(call, device)
             except Exception as error:  # backends raise what they like; the others are still measured
                 forget_frames(error)
                 failed[key] = error
@@ -57,5 +64,5 @@ def interleaved(
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of values measured in the same round."""
+    """Return the median of the ratios of values that were measured in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))

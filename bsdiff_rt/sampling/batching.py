@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.errors import forget_frames, out_of_memory
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.registry import FULL_BATCH
+from bsdiff_rt.runners.devices import FULL_BATCH
 from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
 from bsdiff_rt.sampling.sampler import sample

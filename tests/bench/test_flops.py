@@ -65,7 +65,7 @@ def test_a_batch_shares_the_weights():
 def test_matmul_ceilings(monkeypatch):
     monkeypatch.setattr(flops, "MATRIX_SIZES", (16, 32))
     seconds = iter([1.0, 0.5, 2.0, 2.0, 2.0, 2.0, 1.0, 0.25, 4.0, 4.0, 4.0, 4.0])  # the first of each size warms up
-    monkeypatch.setattr(flops, "seconds_of", lambda call, device: next(seconds))
+    monkeypatch.setattr(flops, "time_call", lambda call, device: next(seconds))
     monkeypatch.setattr(flops, "PRECISIONS", {"fp32": torch.float32, "tf32": torch.float32})
     assert matmul_ceilings(CPU, budget_s=60.0) == {"fp32": 2 * 32**3 / 0.25}  # the best; tf32 is CUDA's alone
 
@@ -83,5 +83,5 @@ def test_a_precision_without_a_kernel_is_left_out(monkeypatch):
 def test_copy_bandwidth_counts_both_ways(monkeypatch):
     monkeypatch.setattr(flops, "COPY_BYTES", {"cpu": 1000})
     seconds = iter([0.001, 4.0, 2.0, 5.0, 4.0, 4.0])  # the first warms up
-    monkeypatch.setattr(flops, "seconds_of", lambda call, device: next(seconds))
+    monkeypatch.setattr(flops, "time_call", lambda call, device: next(seconds))
     assert copy_bandwidth(CPU) == 1000.0

@@ -18,7 +18,7 @@ from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, plan_of
 from bsdiff_rt.bench.candidates import Missing
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.runners.registry import load_networks
+from bsdiff_rt.runners.eager import load_networks
 
 ROOT = Path(__file__).parents[2]
 
@@ -312,7 +312,7 @@ def test_full_images_are_made_in_the_order_of_what_they_tell(part, monkeypatch):
     runners = [SimpleNamespace(name=name) for name in names]
     monkeypatch.setattr(gpu_parts, "candidates", lambda *_: (runners, []))
     monkeypatch.setattr(gpu_parts, "Trial", Quick)
-    monkeypatch.setattr(gpu_parts, "seconds_of", lambda call, _: call() or (20.0 if made[-1:] == ["eager"] else 1.0))
+    monkeypatch.setattr(gpu_parts, "time_call", lambda call, _: call() or (20.0 if made[-1:] == ["eager"] else 1.0))
     (part.options.output / "steps.json").write_text(
         json.dumps(
             {"rows": [{"name": n, "batch": 1, "step_ms": ms} for n, ms in zip(names, (9, 8, 2, 1), strict=True)]}

@@ -31,7 +31,7 @@ def rates(monkeypatch):
 def quick(monkeypatch):
     """Every call is done, and takes 1 s."""
     for module in ("bench.measure", "runners.timing"):
-        monkeypatch.setattr(f"bsdiff_rt.{module}.seconds_of", lambda call, device: (call(), 1.0)[1])
+        monkeypatch.setattr(f"bsdiff_rt.{module}.time_call", lambda call, device: (call(), 1.0)[1])
 
 
 def test_rows_follow_the_contract(tiny_bundle, tmp_path, rates):

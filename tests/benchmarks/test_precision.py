@@ -13,7 +13,7 @@ from helpers import png
 from benchmarks import precision
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.networks.blocks import SelfAttention
-from bsdiff_rt.runners.aoti import attention_as_products
+from bsdiff_rt.runners.aoti_builder import attention_as_products
 
 
 def run(monkeypatch, *arguments):
@@ -47,7 +47,7 @@ def test_a_row_for_each_image_and_precision(tiny_bundle, tmp_path, monkeypatch, 
 
 
 def test_what_is_rounded_is_what_an_engine_for_a_gpu_holds(tiny_bundle, monkeypatch):
-    monkeypatch.setattr("bsdiff_rt.runners.aoti.FUSED_WIDTH", 8)
+    monkeypatch.setattr("bsdiff_rt.runners.aoti_builder.FUSED_WIDTH", 8)
     runners = precision.candidates(open_bundle(tiny_bundle))
     assert list(runners) == ["fp32", "fp16", "bf16"]
     kinds = [runner._denoiser.down_blocks[0].downsampler.weight.dtype for runner in runners.values()]

@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,16 +20,17 @@ from stand_in import CPU, FP32, GPU, SIZE, WEIGHTS, build
 
 from bsdiff_rt.config import EngineOptions
 from bsdiff_rt.engines import build as engine
-from bsdiff_rt.engines import manifest as identity
-from bsdiff_rt.engines.build import REJECTED, build_engine
+from bsdiff_rt.engines import cache as engine_cache
+from bsdiff_rt.engines.build import REJECTED, build_engine, resolve_options
+from bsdiff_rt.engines.cache import list_engines, name_engine
 from bsdiff_rt.engines.manifest import MANIFEST, EngineManifest, Speed, open_engine, read_engine
 from bsdiff_rt.engines.parity import compare
-from bsdiff_rt.engines.select import choose, engines_in_cache, load
+from bsdiff_rt.engines.select import RunnerRequest, choose, load
 from bsdiff_rt.errors import EngineError, SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners import timing
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import load_networks, load_runner
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
+from bsdiff_rt.runners.registry import RUNNERS
 
 # --- building ---------------------------------------------------------------------------------------------------------
 
@@ -56,11 +59,11 @@ def test_built(small, stand_in, cache):
 
 
 def test_the_name_says_what_it_is_and_is_the_same_next_time(small, monkeypatch):
-    monkeypatch.setattr(identity, "_processor", lambda: ("AMD/EPYC (R) 9B14 ..", "01234567"))
+    monkeypatch.setattr(engine_cache, "identify", lambda _: {"device": "AMD/EPYC (R) 9B14 .."})
     expected = f"small_net-{small.sha256[:8]}-aoti-fp32-b1-4-AMD_EPYC_R_9B14"
-    assert engine.folder_name(small, FP32, CPU) == engine.folder_name(small, FP32, CPU) == expected
+    assert name_engine(small, FP32, CPU) == name_engine(small, FP32, CPU) == expected
     static = EngineOptions("tensorrt", "fp16", (4, 4))
-    assert engine.folder_name(small, static, CPU) == f"small_net-{small.sha256[:8]}-tensorrt-fp16-b4-AMD_EPYC_R_9B14"
+    assert name_engine(small, static, CPU) == f"small_net-{small.sha256[:8]}-tensorrt-fp16-b4-AMD_EPYC_R_9B14"
 
 
 def test_built_again_it_replaces_the_old_one(small, stand_in, cache):
@@ -85,9 +88,9 @@ def test_output_that_is_something_else(small, stand_in, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_bytes(b"mine")
     for name in ("file", "folder"):
-        with pytest.raises(SettingsError, match=f"{name}: not empty and not an engine; choose another folder"):
+        with pytest.raises(SettingsError, match=f"{name} is not empty and not an engine. Choose another folder"):
             build(small, tmp_path / name)
-    with pytest.raises(SettingsError, match=r"engine: cannot be written \(.+\); choose another --output"):
+    with pytest.raises(SettingsError, match=r"engine cannot be written \(.+\)\. Choose another folder"):
         build(small, tmp_path / "file" / "engine")
     assert (tmp_path / "file").read_bytes() == (tmp_path / "folder" / "mine").read_bytes() == b"mine"
     assert stand_in.bundle is None  # nothing was built first
@@ -96,11 +99,11 @@ def test_output_that_is_something_else(small, stand_in, tmp_path):
 def test_output_that_cannot_be_renamed_is_said_before_the_build(small, stand_in, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(SettingsError, match=r"^\.: the folder this runs in cannot be replaced; choose another"):
+    with pytest.raises(SettingsError, match=r"^\. is the current folder, which cannot be replaced"):
         build(small, Path())
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "disk")
-    with pytest.raises(SettingsError, match="disk: a mounted disk cannot be replaced; choose a folder on it"):
+    with pytest.raises(SettingsError, match="disk is a mounted disk, which cannot be replaced"):
         build(small, tmp_path / "disk")
     assert stand_in.bundle is None
     assert not os.listdir(tmp_path / "here")
@@ -117,9 +120,9 @@ def test_an_engine_that_cannot_be_published(small, stand_in, cache, monkeypatch)
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(SettingsError, match=r"fp32.*: cannot be written \(Permission denied\); choose"):
+    with pytest.raises(SettingsError, match=r"fp32.* cannot be written \(Permission denied\)\. Choose"):
         build(small)
-    assert engines_in_cache() == []
+    assert list_engines() == []
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("no"), EngineError("no"), SystemExit(1)])
@@ -167,7 +170,7 @@ def test_a_rejected_engine_leaves_only_its_report(small, stand_in, cache, distor
     with pytest.raises(EngineError, match="the aoti engine in fp32 does not agree with eager: denoiser, t = 0"):
         build_engine(small, FP32, CPU, None, lambda phase, _: phases.append(phase))
     assert phases[-1].startswith("comparing")  # it is not timed
-    name = engine.folder_name(small, FP32, CPU) + REJECTED
+    name = name_engine(small, FP32, CPU) + REJECTED
     assert tree(cache) == {name}
     report = json.loads((cache / name).read_text())
     first = report["parity"]["checks"][0]
@@ -175,7 +178,7 @@ def test_a_rejected_engine_leaves_only_its_report(small, stand_in, cache, distor
     assert first["value"] == (None if value is None else pytest.approx(value, rel=0.01))
     assert (report["bundle"]["sha256"], report["precision"]) == (small.sha256, "fp32")
     assert "speed" not in report  # nobody wants to know
-    assert engines_in_cache() == []
+    assert list_engines() == []
 
     stand_in.distort = lambda out: None
     folder = build(small)
@@ -185,7 +188,11 @@ def test_a_rejected_engine_leaves_only_its_report(small, stand_in, cache, distor
 @pytest.mark.parametrize(
     ("objective", "precision", "hint"),
     [
-        ("eps", "bf16", "; predicting eps takes more digits than bf16 has: --precision fp16 on a GPU, fp32 on a CPU"),
+        (
+            "eps",
+            "bf16",
+            " This model predicts eps, which needs more digits than bf16 has: use fp16 on a GPU, fp32 on a CPU.",
+        ),
         ("eps", "fp32", ""),
         ("x0", "bf16", ""),
     ],
@@ -194,14 +201,36 @@ def test_a_rejected_engine_is_told_what_may_help(small, stand_in, cache, monkeyp
     schedule = replace(small.manifest.schedule, objective=objective)
     bundle = replace(small, manifest=replace(small.manifest, schedule=schedule))
     stand_in.distort = lambda out: out.zero_()
-    with pytest.raises(EngineError, match=r"it was not written, see .*rejected\.json" + re.escape(hint) + "$"):
+    with pytest.raises(EngineError, match=r"It was not written; see .*rejected\.json\." + re.escape(hint)):
         build(bundle, options=EngineOptions("aoti", precision, (1, 1)))
 
 
 def test_a_runner_that_cannot_be_used_is_not_built(small, stand_in, cache):
-    with pytest.raises(EngineError, match="--runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
+    with pytest.raises(EngineError, match=r"^runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
         build(small, options=EngineOptions("tensorrt", "fp16", (1, 1)))
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "tensorrt", "expected"),
+    [
+        (CPU, True, EngineOptions("aoti", "fp32", (1, 1))),
+        (GPU, False, EngineOptions("aoti", "fp16", (1, 8))),
+        (GPU, True, EngineOptions("tensorrt", "fp16", (1, 8))),
+    ],
+)
+def test_default_options(small, monkeypatch, device, tensorrt, expected):
+    package = "json" if tensorrt else "no_such_package"
+    monkeypatch.setitem(RUNNERS, "tensorrt", replace(RUNNERS["tensorrt"], package=package))
+    assert resolve_options(small, device) == expected
+    assert resolve_options(small, device, "aoti", "bf16", (2, 3)) == EngineOptions("aoti", "bf16", (2, 3))
+
+
+def test_a_runner_without_engines_cannot_be_built(small):
+    with pytest.raises(SettingsError, match=r"^eager needs no engine\. Use one of tensorrt, aoti\.$"):
+        resolve_options(small, CPU, "eager")
+    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner"):
+        resolve_options(small, CPU, "abacus")
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -219,12 +248,12 @@ def takes(monkeypatch) -> dict[str, float]:
         return seconds[call.func.__self__.name] + busy
 
     for module in (engine, timing):
-        monkeypatch.setattr(module, "seconds_of", fake)
+        monkeypatch.setattr(module, "time_call", fake)
     return seconds
 
 
 def instead(monkeypatch, name: str, fails: Exception | None = None) -> None:
-    """A runner that loads in this test, by its name; eager inside."""
+    """Let a runner without engines load in this test; inside it is eager."""
 
     class Other(EagerRunner):
         def denoise(self, x_t, cxr, t, out):
@@ -234,12 +263,11 @@ def instead(monkeypatch, name: str, fails: Exception | None = None) -> None:
 
     Other.name = name
 
-    def loading(bundle, asked, device):
-        if asked != name:
-            return load_runner(bundle, asked, device)
+    def load_bundle(bundle, device, precision):
         return Other(*load_networks(bundle), bundle.manifest.preprocessing.size, device)
 
-    monkeypatch.setattr(engine, "load_runner", loading)
+    monkeypatch.setitem(sys.modules, "other_runner", SimpleNamespace(load_bundle=load_bundle))
+    monkeypatch.setitem(RUNNERS, name, replace(RUNNERS[name], module="other_runner"))
 
 
 def test_an_engine_is_timed_beside_what_auto_would_take_without_it(small, stand_in, cache, takes, monkeypatch):
@@ -247,11 +275,11 @@ def test_an_engine_is_timed_beside_what_auto_would_take_without_it(small, stand_
     build(small)  # another one in the cache is not what it is timed beside
     speed = read_engine(build(small, options=EngineOptions("aoti", "fp32", (2, 4)))).manifest.speed
     assert speed == Speed(batch=2, step_ms=200.0, instead="onnxruntime", instead_ms=300.0, ratio=1.5)
-    assert choose(small, "auto", CPU).runner == "aoti"
+    assert choose(RunnerRequest(small, "auto", CPU)).runner == "aoti"
     takes["aoti"] = 0.4
     build(small, options=EngineOptions("aoti", "fp32", (2, 4)))
     shutil.rmtree(cache / build(small).name)
-    chosen = choose(small, "auto", CPU)
+    chosen = choose(RunnerRequest(small, "auto", CPU))
     assert chosen.runner == "onnxruntime"
     assert "took 400 ms a step, 0.75 times as fast as onnxruntime (300 ms) when it was built" in chosen.why
 
@@ -260,25 +288,26 @@ def test_an_engine_is_timed_beside_what_auto_would_take_without_it(small, stand_
 def test_an_engine_is_timed_for_some_seconds(small, stand_in, cache, takes, monkeypatch, seconds, rounds):
     takes |= {"aoti": seconds, "eager": seconds}
     asked = []
-    real = engine.interleaved
+    real = engine.time_in_turn
 
     def spy(calls, count, device, warm_up=1):
         asked.append((count, warm_up))
         return real(calls, count, device, warm_up)
 
-    monkeypatch.setattr(engine, "interleaved", spy)
+    monkeypatch.setattr(engine, "time_in_turn", spy)
     build(small)
     assert asked == [(0, 1), (rounds, 0)]
 
 
 def test_what_does_not_load_beside_it_is_left_out(small, stand_in, cache, takes, caplog):
     assert read_engine(build(small)).manifest.speed.instead == "eager"  # the small bundle has no graphs
-    assert "not timed beside onnxruntime: it does not load (" in caplog.text
+    assert "Not timed beside onnxruntime: it does not load (" in caplog.text
 
 
 def test_where_nothing_runs_beside_it(small, stand_in, cache, monkeypatch):
-    monkeypatch.setattr(engine, "unavailable", lambda name, _: "" if name == "aoti" else "not here")
-    with pytest.raises(EngineError, match="nothing else runs here that the engine could be timed beside"):
+    monkeypatch.setattr(engine, "list_bundle_runners", lambda: ("onnxruntime",))
+    monkeypatch.setitem(RUNNERS, "onnxruntime", replace(RUNNERS["onnxruntime"], cpu=()))
+    with pytest.raises(EngineError, match="no runner without an engine runs here"):
         build(small)
     assert list(cache.iterdir()) == []
 
@@ -287,7 +316,7 @@ def test_what_does_not_run_beside_it_is_left_out(small, stand_in, cache, takes, 
     instead(monkeypatch, "onnxruntime", RuntimeError("no kernel image\nis available"))
     speed = read_engine(build(small)).manifest.speed
     assert (speed.instead, speed.ratio) == ("eager", 2.5)
-    assert "not timed beside onnxruntime: it does not run (RuntimeError: no kernel image is available)" in caplog.text
+    assert "Not timed beside onnxruntime: it does not run (RuntimeError: no kernel image is available)" in caplog.text
 
 
 def test_an_engine_that_fails_while_it_is_timed_is_not_published(small, stand_in, cache, monkeypatch):
@@ -301,7 +330,7 @@ def test_an_engine_that_fails_while_it_is_timed_is_not_published(small, stand_in
 
     monkeypatch.setattr(engine, "compare", compare_and_break)
     with pytest.raises(
-        EngineError, match=r"was built and does not run \(RuntimeError: an illegal memory access\); it was not"
+        EngineError, match=r"was built and does not run \(RuntimeError: an illegal memory access\)\. It was not"
     ):
         build(small)
     assert list(cache.iterdir()) == []
@@ -313,7 +342,7 @@ def test_an_engine_that_fails_while_it_is_timed_is_not_published(small, stand_in
 def test_command(cli, small, stand_in, cache):
     done = cli("build-engine", small.folder, "--batch", "2:3")
     assert done.code == 0, done.err
-    (folder,) = engines_in_cache()
+    (folder,) = list_engines()
     first, second = done.out.splitlines()
     assert first == str(folder)
     line = r"aoti fp32, batch 2:3, built in 0 s\. Against eager fp32 on cpu: single calls within (\S+) of the"
@@ -352,20 +381,20 @@ def test_the_batch_by_default(cli, small, stand_in, cache, monkeypatch):
         raise EngineError("seen")
 
     monkeypatch.setattr(engine, "build_engine", build)
-    monkeypatch.setattr("bsdiff_rt.runners.registry.resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("bsdiff_rt.runners.devices.resolve_device", lambda _: torch.device("cuda"))
     assert cli("build-engine", small.folder).code == 4
-    monkeypatch.setattr(engine, "batch_limit", lambda runner, _: 7 if runner == "tensorrt" else None)
+    monkeypatch.setattr(engine, "find_batch_limit", lambda runner, _: 7 if runner == "tensorrt" else None)
     assert cli("build-engine", small.folder, "--runner", "tensorrt").code == 4
     assert asked == [((1, 8), "fp16", "cuda"), ((1, 4), "fp16", "cuda")]
 
 
 def test_a_batch_that_the_runner_may_refuse_is_tried_with_a_warning(small, stand_in, cache, monkeypatch, caplog):
-    monkeypatch.setattr(engine, "batch_limit", lambda *_: 3)
+    monkeypatch.setattr(engine, "find_batch_limit", lambda *_: 3)
     build(small, options=EngineOptions("aoti", "fp32", (1, 3)))
     assert "2^31" not in caplog.text
     build(small)
     assert (
-        "a batch of 4 makes tensors of 2^31 elements or more, which TensorRT may refuse; --batch 1:3 stays below"
+        "A batch of 4 makes tensors of 2^31 elements or more, which aoti may refuse. Batches up to 3 are safe."
     ) in caplog.text
 
 
@@ -429,5 +458,5 @@ def test_an_engine_for_a_gpu_is_built_judged_and_recorded(small, tmp_path, optio
     """All of `build-engine` (the gate compares images whose step was recorded), and what `infer` does with it."""
     folder = build_engine(small, options, GPU, tmp_path / "engine", lambda *_: None)
     assert open_engine(folder, small, GPU).manifest.parity.failed == []
-    with load(small, "aoti", GPU, options.precision, folder) as runner:
+    with load(small, str(folder), GPU, options.precision) as runner:
         assert (runner.name, runner.batch_range) == ("aoti", options.batch)

@@ -82,7 +82,7 @@ def test_a_manifest_that_is_none(built, small, text, message):
     [
         ({"extra": 1}, "unknown field 'extra'"),
         ({"batch_max": "4"}, "batch_max should be of type int, is '4'"),
-        ({"runner": "eager"}, "runner should be one of aoti, tensorrt, is 'eager'"),
+        ({"runner": "eager"}, "runner should be one of tensorrt, aoti, is 'eager'"),
         ({"parity": {}}, "parity: field '.*' is missing"),
     ],
     ids=str,
@@ -101,7 +101,7 @@ def test_a_manifest_that_is_no_text(built, small):
 
 def test_no_engine(small, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(EngineError, match=r"no engine.json in it; `bsdiff-rt build-engine` makes an engine"):
+        with pytest.raises(EngineError, match=r"not an engine \(no engine.json in it\)\. Build one with"):
             open_engine(folder, small, CPU)
 
 
@@ -115,16 +115,16 @@ def test_a_damaged_file_is_named_and_never_loaded(built, small, stand_in, name, 
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content if damage == "flipped" else path.read_bytes()[:-1])
-    expected = "missing; build the engine" if damage == "missing" else "SHA-256: built as .*, this is .*; the file"
+    expected = "missing. Build the engine" if damage == "missing" else "SHA-256: built as .*, this is .*. The file"
     with pytest.raises(EngineError, match=f"{name}: {expected}"):
-        load(small, "auto", CPU, engine=built)
+        load(small, str(built), CPU)
     assert stand_in.loaded == []
 
 
 def test_a_file_without_a_hash_is_never_loaded(built, small, stand_in):
     change(built, files={WEIGHTS[0]: file_sha256(built / WEIGHTS[0])})
-    with pytest.raises(EngineError, match=f"{WEIGHTS[1]}: not in engine.json; remove it, or build the engine again"):
-        load(small, "auto", CPU, engine=built)
+    with pytest.raises(EngineError, match=f"{WEIGHTS[1]}: not in engine.json. Remove it, or build the engine again"):
+        load(small, str(built), CPU)
     assert stand_in.loaded == []
 
 
@@ -190,7 +190,7 @@ def test_an_engine_for_another_gpu(built, small, gpu):
     change(built, **identity.identify(GPU))
     assert open_engine(built, small, GPU)
     gpu.multi_processor_count = 114  # a slice, or the PCIe card
-    with pytest.raises(EngineError, match="multiprocessors: built for 132, this is 114; build the engine again here"):
+    with pytest.raises(EngineError, match=r"multiprocessors: built for 132, this is 114\. Build the engine again here"):
         open_engine(built, small, GPU)
     with pytest.raises(EngineError, match="device: built for NVIDIA H100, this is "):
         open_engine(built, small, CPU)

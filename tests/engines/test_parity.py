@@ -19,7 +19,7 @@ from bsdiff_rt.engines.parity import DIFFERENCE, PSNR, TAKEN, Parity, compare
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.aoti import DTYPES, lower_precision
+from bsdiff_rt.runners.aoti_builder import DTYPES, lower_precision
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table

@@ -1,4 +1,4 @@
-"""Which engine and runner `auto` takes, and that what is asked for by name is used or refused."""
+"""Which engine and runner `auto` takes. What is requested by name or folder is used or refused."""
 
 from __future__ import annotations
 
@@ -6,21 +6,40 @@ import logging
 import os
 import re
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import fates, pixels, png, report_of
-from stand_in import CPU, VERSIONS, WEIGHTS, change, timed, write_bundle
+from stand_in import CPU, WEIGHTS, change, timed, write_bundle
 
-from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.engines import manifest as identity
+from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.engines import select as choice
-from bsdiff_rt.engines.manifest import MANIFEST, Backend
-from bsdiff_rt.engines.select import choose, engines_in_cache, find_engine, load, load_first
+from bsdiff_rt.engines.cache import list_engines
+from bsdiff_rt.engines.manifest import MANIFEST, Engine
+from bsdiff_rt.engines.select import Choice, RunnerRequest, load_first
 from bsdiff_rt.errors import EngineError, SettingsError
 from bsdiff_rt.files import file_sha256
+from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.registry import RUNNERS
+
+
+def choose(bundle: Bundle, runner: str = "auto", precision: str = "auto", **others: Any) -> Choice:
+    batch, device = others.pop("batch", None), others.pop("device", CPU)
+    return choice.choose(RunnerRequest(bundle, runner, device, precision, batch), **others)
+
+
+def find(bundle: Bundle, precision: str = "auto", batch: int | None = None, device: torch.device = CPU) -> Engine:
+    return choice.find_engine(RunnerRequest(bundle, "auto", device, precision, batch), "aoti")
+
+
+def load(bundle: Bundle, runner: str | Path) -> Runner:
+    return choice.load(bundle, str(runner), CPU)
 
 
 def aged(folder: Path, seconds: int) -> Path:
@@ -38,30 +57,30 @@ def three(built, cache) -> list[Path]:
 
 
 def test_the_newest_that_fits_is_found(three, small):
-    assert engines_in_cache() == [three[1], three[0], three[2]]
-    assert find_engine(small, CPU, "auto", "aoti").folder == three[1]
-    assert find_engine(small, CPU, "fp32", "aoti").folder == three[0]
+    assert list_engines() == [three[1], three[0], three[2]]
+    assert find(small, "auto").folder == three[1]
+    assert find(small, "fp32").folder == three[0]
     change(three[0], device="another")
     aged(three[0], 2000)
-    assert find_engine(small, CPU, "fp32", "aoti").folder == three[2]
+    assert find(small, "fp32").folder == three[2]
 
 
 def test_auto_passes_over_an_engine_slower_than_what_runs_without_it(three, small):
     change(three[1], speed=timed(0.9))
     aged(three[1], 3000)
-    assert choose(small, "auto", CPU).engine.folder == three[0]  # the newest of those that were faster
+    assert choose(small, "auto").engine.folder == three[0]  # the newest of those that were faster
     for folder, age in ((three[0], 2000), (three[2], 1000)):
         change(folder, speed=timed(0.8))
         aged(folder, age)
-    chosen = choose(small, "auto", CPU)
+    chosen = choose(small, "auto")
     assert (chosen.runner, chosen.engine) == ("onnxruntime", None)
-    assert "; not aoti: no faster engine built for this bundle and device (" in chosen.why
+    assert "; not aoti: no faster engine for this bundle and device (" in chosen.why
     assert (
         f"{three[1].name} took 100 ms a step, 0.90 times as fast as onnxruntime (90 ms) when it was built; "
-        "--runner aoti uses it all the same; "
+        "runner aoti still uses it; "
     ) in chosen.why
     change(three[1], device="another")  # one that does not fit anyway is not said to be slow
-    assert f"{three[1].name} took" not in choose(small, "auto", CPU).why
+    assert f"{three[1].name} took" not in choose(small, "auto").why
 
 
 def test_a_slow_engine_is_taken_by_name_or_where_nothing_else_has_the_precision(three, small):
@@ -69,18 +88,18 @@ def test_a_slow_engine_is_taken_by_name_or_where_nothing_else_has_the_precision(
         change(folder, speed=timed(0.5))
         aged(folder, age)
     for runner, precision in (("aoti", "auto"), ("auto", "bf16")):
-        chosen = choose(small, runner, CPU, precision)
+        chosen = choose(small, runner, precision)
         assert chosen.engine.folder == three[1]
         assert "times as fast" not in chosen.why
-    assert choose(small, "auto", CPU, engine=three[2]).engine.folder == three[2]
-    assert choose(small, "auto", CPU, "fp32").runner == "onnxruntime"
-    assert choose(small, "auto", CPU, not_loaded={"onnxruntime": "it does not load"}).runner == "eager"
-    assert choose(small, "auto", CPU, not_loaded=dict.fromkeys(("onnxruntime", "eager"), "no")).runner == "aoti"
+    assert choose(small, str(three[2])).engine.folder == three[2]
+    assert choose(small, "auto", "fp32").runner == "onnxruntime"
+    assert choose(small, "auto", not_loaded={"onnxruntime": "it does not load"}).runner == "eager"
+    assert choose(small, "auto", not_loaded=dict.fromkeys(("onnxruntime", "eager"), "no")).runner == "aoti"
 
 
 def test_a_damaged_engine_is_passed_over(three, small):
     (three[1] / WEIGHTS[0]).write_bytes(b"")
-    assert find_engine(small, CPU, "auto", "aoti").folder == three[0]
+    assert find(small, "auto").folder == three[0]
 
 
 def test_an_engine_removed_while_it_is_looked_at_is_no_engine(three, monkeypatch):
@@ -92,137 +111,141 @@ def test_an_engine_removed_while_it_is_looked_at_is_no_engine(three, monkeypatch
         return real(path, **options)
 
     monkeypatch.setattr(Path, "stat", stat)
-    assert engines_in_cache() == [three[1], three[2]]
+    assert list_engines() == [three[1], three[2]]
 
 
 def test_auto_takes_an_engine_of_the_batch_asked_for_or_says_why_not(three, small):
     for folder, most, age in zip(three, (4, 1, 2), (2000, 3000, 1000), strict=True):
         change(folder, batch_min=1, batch_max=most)
         aged(folder, age)
-    assert choose(small, "auto", CPU, batch=1).engine.folder == three[1]
-    assert choose(small, "auto", CPU, batch=3).engine.folder == three[0]
-    chosen = choose(small, "auto", CPU, batch=8)
+    assert choose(small, "auto", batch=1).engine.folder == three[1]
+    assert choose(small, "auto", batch=3).engine.folder == three[0]
+    chosen = choose(small, "auto", batch=8)
     assert (chosen.runner, chosen.engine) == ("onnxruntime", None)
-    assert f"{three[1].name} takes at most 1 at once, not 8" in chosen.why
+    assert f"{three[1].name} takes at most 1 images at once, not 8" in chosen.why
     with pytest.raises(EngineError, match=rf"build-engine {small.folder} --runner aoti --precision fp32 --batch 1:8$"):
-        find_engine(small, CPU, "fp32", "aoti", 8)
+        find(small, "fp32", 8)
 
 
 def test_half_built_engines_are_not_looked_at(three, small, cache):
     shutil.copytree(three[0], cache / ".building-x" / "engine")
     shutil.copytree(three[0], cache / ".building-y")
-    assert len(engines_in_cache()) == 3
+    assert len(list_engines()) == 3
 
 
 def test_none_fits(three, small, tmp_path):
     with pytest.raises(EngineError) as caught:
-        find_engine(small, CPU, "fp16", "aoti")
+        find(small, "fp16")
     assert str(caught.value) == (
-        f"no engine built for this bundle and device in fp16 ({three[1].name} is in bf16, not fp16; {three[0].name} is "
-        f"in fp32, not fp16; {three[2].name} is in fp32, not fp16): "
-        f"bsdiff-rt build-engine {small.folder} --runner aoti --precision fp16"
+        f"no engine for this bundle and device in fp16 ({three[1].name} is in bf16, not fp16; {three[0].name} is "
+        f"in fp32, not fp16; {three[2].name} is in fp32, not fp16). "
+        f"Build one: bsdiff-rt build-engine {small.folder} --runner aoti --precision fp16"
     )
     other = write_bundle(tmp_path / "other", seed=2)
-    with pytest.raises(EngineError, match=r"no engine built for this bundle and device: bsdiff-rt build-.*/other"):
-        find_engine(other, CPU, "auto", "aoti")
+    with pytest.raises(EngineError, match=r"no engine for this bundle and device\. Build one: bsdiff-rt .*/other"):
+        find(other, "auto")
     for folder in three:
         change(folder, versions={"torch": "2.12.0", "cuda": "none"})
-    with pytest.raises(EngineError, match=r"and device \(.*torch: built for 2\.12\.0, this is 2\.13\.0.*\): bsdiff-rt"):
-        find_engine(small, CPU, "auto", "aoti")
+    with pytest.raises(EngineError, match=r"device \(.*torch: built for 2\.12\.0, this is 2\.13\.0.*\)\. Build one"):
+        find(small, "auto")
 
 
 def test_without_a_cache(small, cache):
-    assert engines_in_cache() == []
-    with pytest.raises(EngineError, match="no engine built"):
-        find_engine(small, CPU, "auto", "aoti")
+    assert list_engines() == []
+    with pytest.raises(EngineError, match="no engine for this"):
+        find(small, "auto")
     assert not cache.exists()  # looking makes nothing: a home may be read-only
 
 
 def test_a_bundle_of_the_package_is_called_by_its_name(cache):
     with pytest.raises(EngineError, match=r"build-engine demo --runner aoti --device cuda:1$"):
-        find_engine(open_bundle("demo"), torch.device("cuda", 1), "auto", "aoti")
+        find(open_bundle("demo"), device=torch.device("cuda", 1))
 
 
 def test_auto_takes_an_engine_that_was_built(three, small):
-    chosen = choose(small, "auto", CPU)
+    chosen = choose(small, "auto")
     assert (chosen.runner, chosen.precision, chosen.engine.folder) == ("aoti", "bf16", three[1])
     assert chosen.why == "not tensorrt: it runs on NVIDIA GPUs, not on cpu"
-    assert choose(small, "auto", CPU, "fp32").engine.folder == three[0]
+    assert choose(small, "auto", "fp32").engine.folder == three[0]
 
 
 def test_auto_without_engines_says_how_to_build_one(small, cache):
-    chosen = choose(small, "auto", CPU)
+    chosen = choose(small, "auto")
     assert (chosen.runner, chosen.precision, chosen.engine) == ("onnxruntime", "fp32", None)
-    assert f"not aoti: no engine built for this bundle and device: bsdiff-rt build-engine {small.folder}" in chosen.why
+    assert (
+        f"not aoti: no engine for this bundle and device. Build one: bsdiff-rt build-engine {small.folder}"
+        in chosen.why
+    )
 
 
 def test_auto_passes_over_an_engine_that_does_not_fit_and_says_why(built, small):
     change(built, driver="CUDA 12.8")
-    chosen = choose(small, "auto", CPU)
+    chosen = choose(small, "auto")
     assert chosen.runner == "onnxruntime"
     assert "driver: built for CUDA 12.8, this is none" in chosen.why
 
 
 def test_a_precision_nobody_has(built, small):
     with pytest.raises(
-        EngineError, match=r"--precision fp16: no runner has it here: not tensorrt: .*; not aoti: no en"
+        EngineError, match=r"no runner can be used in precision fp16 here: not tensorrt: .*; not aoti: no en"
     ):
-        choose(small, "auto", CPU, "fp16")
+        choose(small, "auto", "fp16")
 
 
 def test_by_name_without_an_engine(small, cache):
     with pytest.raises(
-        EngineError, match="--runner aoti cannot be used on cpu: no engine built for this bundle and device: bsdiff-rt"
+        EngineError,
+        match=r"runner aoti cannot be used on cpu: no engine for this bundle and device\. Build one",
     ):
-        choose(small, "aoti", CPU)
+        choose(small, "aoti")
 
 
 def test_by_name_with_an_engine(built, small):
-    chosen = choose(small, "aoti", CPU)
-    assert (chosen.engine.folder, chosen.why) == (built, "asked for")
-    assert choose(small, "eager", CPU).engine is None
+    chosen = choose(small, "aoti")
+    assert (chosen.engine.folder, chosen.why) == (built, "requested")
+    assert choose(small, "eager").engine is None
 
 
 def test_by_folder(built, small, tmp_path):
     elsewhere = built.rename(tmp_path / "elsewhere")
-    for runner, precision in (("auto", "auto"), ("aoti", "auto"), ("auto", "fp32"), ("aoti", "fp32")):
-        assert choose(small, runner, CPU, precision, elsewhere).engine.folder == elsewhere
-    with pytest.raises(SettingsError, match=r"--runner eager: the engine .* is aoti; leave one of the two out"):
-        choose(small, "eager", CPU, "auto", elsewhere)
-    with pytest.raises(SettingsError, match=r"--precision bf16: the engine .* is fp32; leave one of the two out"):
-        choose(small, "auto", CPU, "bf16", elsewhere)
+    for precision in ("auto", "fp32"):
+        chosen = choose(small, str(elsewhere), precision)
+        assert (chosen.runner, chosen.engine.folder) == ("aoti", elsewhere)
+    with pytest.raises(SettingsError, match=r"^bf16 was requested, but the engine .* is in fp32\. Use") as caught:
+        choose(small, str(elsewhere), "bf16")
+    assert caught.value.setting == "precision"
     change(elsewhere, driver="CUDA 12.8")
     with pytest.raises(EngineError, match="driver"):
-        choose(small, "auto", CPU, "auto", elsewhere)  # no other one is taken in its place
+        choose(small, str(elsewhere))  # no other one is taken in its place
 
 
 def test_loading_says_what_and_why(built, small, stand_in, caplog):
-    with caplog.at_level(logging.INFO), load(small, "auto", CPU) as runner:
+    with caplog.at_level(logging.DEBUG, "bsdiff_rt.engines"), load(small, "auto") as runner:
         assert runner.name == "aoti"
-    assert f"runner aoti in fp32 on cpu, engine {built} (not tensorrt: it runs on NVIDIA GPUs" in caplog.text
+    assert [record.getMessage() for record in caplog.records if record.levelname == "INFO"] == [
+        f"runner aoti in fp32 on cpu, engine {built}"
+    ]
+    assert "reason for runner aoti: not tensorrt: it runs on NVIDIA GPUs, not on cpu" in caplog.text
     assert stand_in.loaded == [built]
 
 
-def fail_to_load(monkeypatch, failures: dict[str, Exception]) -> None:
-    """Runners that load as by default but for the ones named."""
-    load_runner = choice.load_runner
+def fail_to_load(monkeypatch, name: str, error: Exception) -> None:
+    """Let a runner raise an error when it is loaded."""
 
-    def loading(bundle, name, device, precision="fp32"):
-        if name in failures:
-            raise failures[name]
-        return load_runner(bundle, name, device, precision)
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(choice, "load_runner", loading)
+    monkeypatch.setitem(sys.modules, f"broken_{name}", SimpleNamespace(load_bundle=fail, load_engine=fail))
+    monkeypatch.setitem(RUNNERS, name, replace(RUNNERS[name], module=f"broken_{name}"))
 
 
 def test_auto_takes_the_next_where_the_first_does_not_load(built, small, stand_in, monkeypatch, caplog):
-    def broken(*_, **__):
+    def fail(*_, **__):
         raise EngineError("denoiser.pt2: no kernel image")
 
-    monkeypatch.setattr(stand_in, "load", broken)
-    monkeypatch.setattr(identity, "backend", lambda _: Backend(stand_in.build, broken, lambda: VERSIONS))
-    fail_to_load(monkeypatch, {"onnxruntime": EngineError("not a graph")})
-    chosen, runner = load_first(small, "auto", CPU)
+    monkeypatch.setattr(stand_in, "load_engine", fail)
+    fail_to_load(monkeypatch, "onnxruntime", EngineError("not a graph"))
+    chosen, runner = load_first(RunnerRequest(small, "auto", CPU))
     assert (chosen.runner, chosen.engine, runner.name) == ("eager", None, "eager")
     assert chosen.why == (
         "not tensorrt: it runs on NVIDIA GPUs, not on cpu; not aoti: it does not load (denoiser.pt2: no kernel image); "
@@ -230,35 +253,51 @@ def test_auto_takes_the_next_where_the_first_does_not_load(built, small, stand_i
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        "runner aoti passed over: it does not load (denoiser.pt2: no kernel image)",
-        "runner onnxruntime passed over: it does not load (not a graph)",
+        "Runner aoti does not load (denoiser.pt2: no kernel image). Trying the next.",
+        "Runner onnxruntime does not load (not a graph). Trying the next.",
     ]
-    fail_to_load(monkeypatch, {"eager": EngineError("nor this")})
-    with pytest.raises(EngineError, match=r"no runner has it here: .*; not eager: it does not load \(nor this\)"):
-        load(small, "auto", CPU)
+    fail_to_load(monkeypatch, "eager", EngineError("nor this"))
+    with pytest.raises(EngineError, match=r"no runner can be used .*; not eager: it does not load \(nor this\)"):
+        load(small, "auto")
 
 
 def test_by_name_or_folder_nothing_else_is_taken(built, small, stand_in, monkeypatch):
-    fail_to_load(monkeypatch, {"onnxruntime": EngineError("not a graph")})
+    fail_to_load(monkeypatch, "onnxruntime", EngineError("not a graph"))
     with pytest.raises(EngineError, match=r"^not a graph$"):
-        load(small, "onnxruntime", CPU)
+        load(small, "onnxruntime")
 
-    def broken(*_, **__):
+    def fail(*_, **__):
         raise EngineError("no kernel image")
 
-    monkeypatch.setattr(identity, "backend", lambda _: Backend(stand_in.build, broken, lambda: VERSIONS))
+    monkeypatch.setattr(stand_in, "load_engine", fail)
     with pytest.raises(EngineError, match=r"^no kernel image$"):
-        load(small, "auto", CPU, engine=built)
+        load(small, built)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
 def test_without_the_memory_to_load(small, monkeypatch, error):
-    fail_to_load(monkeypatch, {"eager": error})
-    with pytest.raises(EngineError, match=r"cpu has not the memory to load runner eager \(.+\); free some, or"):
-        load(small, "eager", CPU)
-    fail_to_load(monkeypatch, {"eager": RuntimeError("a bug")})
+    fail_to_load(monkeypatch, "eager", error)
+    with pytest.raises(EngineError, match=r"cpu has too little memory to load runner eager \(.+\)\. Free some, or"):
+        load(small, "eager")
+    fail_to_load(monkeypatch, "eager", RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match=r"^a bug$"):
-        load(small, "eager", CPU)
+        load(small, "eager")
+
+
+@pytest.mark.parametrize("runner", ["abacus", "Eager", "", "nowhere/engine"])
+def test_neither_a_runner_nor_an_engine(small, tmp_path, monkeypatch, runner):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "abacus").mkdir()
+    with pytest.raises(SettingsError, match=rf"^'{runner}' is neither a runner \(auto, .*\) nor the fol") as caught:
+        choose(small, runner)
+    assert caught.value.setting == "runner"
+
+
+def test_a_runners_name_comes_before_a_folder_of_that_name(built, small, tmp_path, monkeypatch):
+    built.rename(tmp_path / "eager")
+    monkeypatch.chdir(tmp_path)
+    assert choose(small, "eager").engine is None
+    assert choose(small, "./eager").engine.folder == Path("eager")
 
 
 # --- a real engine, through the command line --------------------------------------------------------------------------
@@ -273,7 +312,7 @@ def test_infer_with_an_engine_draws_eagers_picture(infer, tiny_engine, tmp_path,
     png(tmp_path / "in" / "a.png")
     assert infer("--runner", "eager").code == 0
     expected = picture(tmp_path / "out")
-    done = infer("--engine", tiny_engine, "--overwrite")
+    done = infer("--runner", tiny_engine, "--overwrite")
     assert done.code == 0, done.err
     settings = report_of(tmp_path / "out")["settings"]
     assert (settings["runner"], settings["precision"]) == ("aoti", "fp32")
@@ -297,7 +336,7 @@ def test_infer_auto_finds_the_engine_and_says_so(infer, in_cache, tmp_path):
 def test_infer_refuses_an_engine_that_does_not_fit(infer, in_cache, tmp_path):
     png(tmp_path / "in" / "a.png")
     change(in_cache, device="NVIDIA H100")
-    done = infer("--engine", in_cache)
+    done = infer("--runner", in_cache)
     assert done.code == 4
     assert "device: built for NVIDIA H100, this is " in done.err
     assert infer("--runner", "aoti").code == 4
@@ -310,14 +349,13 @@ def test_infer_refuses_an_engine_that_does_not_fit(infer, in_cache, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--runner", "onnxruntime"], 2, "--runner onnxruntime: the engine .* is aoti"),
-        (["--precision", "bf16"], 2, "--precision bf16: the engine .* is fp32"),
-        (["--batch", "4"], 2, "--batch 4"),
+        (["--precision", "bf16"], 2, "bf16 was requested, but the engine .* is in fp32"),
+        (["--batch", "4"], 2, "batch 4 is more than the aoti runner's 3"),
     ],
 )
 def test_infer_refuses_what_contradicts_the_engine(infer, tiny_engine, tmp_path, arguments, code, message):
     png(tmp_path / "in" / "a.png")
-    done = infer("--engine", tiny_engine, *arguments)
+    done = infer("--runner", tiny_engine, *arguments)
     assert done.code == code
     assert re.search(message, done.err)
     assert not list(tmp_path.glob("out/*.png"))

@@ -18,9 +18,9 @@ from bsdiff_rt.config import PRESETS, EngineOptions
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners import aoti, timing
-from bsdiff_rt.runners.aoti import (
-    AotiRunner,
+from bsdiff_rt.runners import aoti, aoti_builder, timing
+from bsdiff_rt.runners.aoti import AotiRunner
+from bsdiff_rt.runners.aoti_builder import (
     attention_as_products,
     attention_in_parts,
     choose_attention,
@@ -169,14 +169,14 @@ def test_a_package_it_cannot_load(tiny_engine, tmp_path, content):
 
 
 def test_versions():
-    assert aoti.versions() == {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    assert aoti.list_versions() == {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
 def try_to_build(tmp_path, precision="fp32", batch=(1, 3)):
     told = []
     options = EngineOptions("aoti", precision, batch)
     try:
-        return aoti.build(open_bundle("demo"), options, CPU, tmp_path, lambda *phase: told.append(phase))
+        return aoti_builder.build(open_bundle("demo"), options, CPU, tmp_path, lambda *phase: told.append(phase))
     finally:
         assert not [name for name in os.listdir(tmp_path) if not name.endswith(".pt2")]
 
@@ -202,13 +202,13 @@ def test_without_the_cuda_toolkit(tmp_path, monkeypatch, home):
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     options = EngineOptions("aoti", "fp16", (1, 3))
     with pytest.raises(EngineError, match=rf"headers of the CUDA toolkit, found none in {home}; install .* CUDA_HOME"):
-        aoti.build(open_bundle("demo"), options, torch.device("cuda", 0), tmp_path, lambda *_: None)
+        aoti_builder.build(open_bundle("demo"), options, torch.device("cuda", 0), tmp_path, lambda *_: None)
 
 
 @pytest.mark.parametrize(("ooms", "error"), [([3, 4], torch.OutOfMemoryError), ([3, 3], RuntimeError)])
 def test_no_memory_is_told_as_such_although_the_package_hides_it(tiny_engine, monkeypatch, ooms, error):
     counts = iter(ooms)
-    monkeypatch.setattr(aoti, "_ooms", lambda _: next(counts))
+    monkeypatch.setattr(aoti, "_count_ooms", lambda _: next(counts))
     with opened(tiny_engine) as runner:
 
         def fail(*_):
@@ -279,7 +279,7 @@ def test_only_the_denoiser_gets_the_lower_precision(exported, tmp_path):
 def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
     exported, tmp_path, monkeypatch, caplog, precision, computes, warned
 ):
-    monkeypatch.setattr(aoti, "computes_bf16", lambda _: computes)
+    monkeypatch.setattr(aoti_builder, "computes_bf16", lambda _: computes)
     try_to_build(tmp_path, precision)
     assert sum("does not compute bf16" in message for message in caplog.messages) == warned
 
@@ -340,7 +340,7 @@ def test_a_build_for_a_gpu_tells_the_linker_where_the_toolkit_is(monkeypatch, ho
     else:
         monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("LIBRARY_PATH", "/more")
-    with aoti._for_gpu(aoti.WITH_CUDNN):
+    with aoti_builder._for_gpu(aoti_builder.WITH_CUDNN):
         assert os.environ["CUDA_HOME"] == "/found"
         assert os.environ["LIBRARY_PATH"] == "/found/lib64/stubs:/more"
     assert os.environ.get("CUDA_HOME") == home
@@ -350,9 +350,9 @@ def test_a_build_for_a_gpu_tells_the_linker_where_the_toolkit_is(monkeypatch, ho
 @pytest.mark.parametrize(
     ("seconds", "fails", "expected"),
     [
-        ({True: 0.1, False: 0.2}, (), aoti.WITH_CUDNN),
-        ({True: 0.2, False: 0.1}, (), aoti.WITHOUT_CUDNN),
-        ({True: 0.1, False: 0.2}, (True,), aoti.WITHOUT_CUDNN),
+        ({True: 0.1, False: 0.2}, (), aoti_builder.WITH_CUDNN),
+        ({True: 0.2, False: 0.1}, (), aoti_builder.WITHOUT_CUDNN),
+        ({True: 0.1, False: 0.2}, (True,), aoti_builder.WITHOUT_CUDNN),
     ],
 )
 def test_the_attention_kernel_is_the_one_that_was_faster(monkeypatch, caplog, seconds, fails, expected):
@@ -363,8 +363,8 @@ def test_the_attention_kernel_is_the_one_that_was_faster(monkeypatch, caplog, se
         if with_cudnn() in fails:
             raise RuntimeError("No valid execution plans built.")
 
-    monkeypatch.setattr(timing, "seconds_of", lambda call, device: call() or seconds[with_cudnn()])
-    assert aoti.fastest_attention(call, CPU) is expected
+    monkeypatch.setattr(timing, "time_call", lambda call, device: call() or seconds[with_cudnn()])
+    assert aoti_builder.find_fastest_attention(call, CPU) is expected
     said = (
         "cuDNN's attention does not work here (RuntimeError: No valid execution plans built.); flash attention is used"
     )
@@ -377,7 +377,7 @@ def test_where_no_attention_kernel_works(error, caplog):
         raise error
 
     with pytest.raises(RuntimeError) as caught:
-        aoti.fastest_attention(call, CPU)
+        aoti_builder.find_fastest_attention(call, CPU)
     assert caught.value is error
     assert len(caplog.messages) == (str(error) == "bad kernel")  # more memory is not to be had by another kernel
 
@@ -391,7 +391,7 @@ def test_the_compiler_leaves_attention_as_it_is_written(tmp_path, attend):
         def forward(self, tokens):
             return attend(tokens, tokens, tokens)
 
-    aoti._compile(
+    aoti_builder._compile(
         Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0, []
     )
     with zipfile.ZipFile(tmp_path / "a.pt2") as content:

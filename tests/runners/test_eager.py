@@ -11,8 +11,8 @@ from bsdiff_rt.config import PRESETS
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import load_networks, load_runner
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
+from bsdiff_rt.runners.registry import load_runner
 
 SIZE = 32
 CPU = torch.device("cpu")

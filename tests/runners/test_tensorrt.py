@@ -347,7 +347,7 @@ def test_messages_reach_the_log(load, caplog):
 
 def test_versions(load):
     module, _ = load("11.4.0.106")
-    assert module.versions() == {
+    assert module.list_versions() == {
         "tensorrt": "11.4.0.106",
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -545,8 +545,7 @@ def test_close_waits_for_the_device(runner, cuda):
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2), ("bf16", 1e-1)])
 def test_engines_equal_eager(tiny_bundle, tmp_path, precision, tolerance):
     """Of the largest output. fp16 as in tests/test_onnx_precision.py, bf16 has three bits less; fp32 has TF32 off."""
-    from bsdiff_rt.runners.eager import EagerRunner
-    from bsdiff_rt.runners.registry import load_networks
+    from bsdiff_rt.runners.eager import EagerRunner, load_networks
     from bsdiff_rt.runners.tensorrt import TensorRTRunner, build
 
     bundle = open_bundle(tiny_bundle)

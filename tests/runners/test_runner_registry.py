@@ -1,4 +1,4 @@
-"""Devices, which runner runs where, and loading those without engines: nothing asked for is substituted."""
+"""The registry: which runner runs where, loading those without engines, and adding a new runner."""
 
 from __future__ import annotations
 
@@ -6,55 +6,33 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bsdiff_rt import open_model
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
 from bsdiff_rt.config import PRESETS, Preprocessing
+from bsdiff_rt.engines.select import RunnerRequest, choose, load_first
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
+from bsdiff_rt.info import describe_runners
 from bsdiff_rt.runners import onnxruntime
 from bsdiff_rt.runners import registry as runners
-from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 from bsdiff_rt.runners.registry import (
-    batch_limit,
-    load_networks,
+    RUNNERS,
+    RunnerEntry,
+    find_batch_limit,
+    find_entry,
+    list_bundle_runners,
+    list_engine_runners,
     load_runner,
-    resolve_device,
     resolve_precision,
-    unavailable,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture(params=[0, 2])
-def gpus(request, monkeypatch):
-    """A machine with so many CUDA devices, as far as torch.cuda says."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
-    return request.param
-
-
-def test_device_auto(gpus):
-    assert resolve_device("auto") == (GPU if gpus else CPU)
-    assert resolve_device("cpu") == CPU
-
-
-@pytest.mark.parametrize(("name", "needed"), [("cuda", 1), ("cuda:0", 1), ("cuda:1", 2), ("cuda:2", 3)])
-def test_device_by_name(gpus, name, needed):
-    if gpus >= needed:
-        assert resolve_device(name) == torch.device(name)
-    else:
-        with pytest.raises(SettingsError, match=f"--device {name}: this machine has {gpus} CUDA devices; use --device"):
-            resolve_device(name)
-
-
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "meta", "mps", "cpu:1", "CPU", "cuda:0:1"])
-def test_no_device(gpus, name):
-    with pytest.raises(SettingsError, match=f"--device {name}: not .*use auto, cpu, cuda or cuda:N"):
-        resolve_device(name)
 
 
 @pytest.mark.parametrize(
@@ -69,24 +47,33 @@ def test_no_device(gpus, name):
     ],
 )
 def test_what_runs_where(name, device, reason):
-    assert unavailable(name, device) == reason
+    assert RUNNERS[name].find_problem(device) == reason
+
+
+def test_names():
+    assert list(RUNNERS) == ["tensorrt", "aoti", "onnxruntime", "eager"]  # fastest first
+    assert list_engine_runners() == ("tensorrt", "aoti")
+    assert list_bundle_runners() == ("onnxruntime", "eager")
+    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, aoti, onnx"):
+        find_entry("abacus")
 
 
 def test_packages_that_are_missing(monkeypatch):
     monkeypatch.setattr(runners, "find_spec", lambda _: None)
-    assert unavailable("eager", CPU) is None
-    assert unavailable("onnxruntime", CPU) == "the package onnxruntime is not installed"
+    assert RUNNERS["eager"].find_problem(CPU) is None
+    expected = "the package onnxruntime is not installed (pip install 'bsdiff-rt[cpu]', or 'bsdiff-rt[cuda]' for"
+    assert RUNNERS["onnxruntime"].find_problem(CPU).startswith(expected)
     expected = "the package tensorrt is not installed (pip install 'bsdiff-rt[tensorrt]')"
-    assert unavailable("tensorrt", GPU) == expected
+    assert RUNNERS["tensorrt"].find_problem(GPU) == expected
     monkeypatch.setattr(runners, "find_spec", lambda _: object())
-    assert unavailable("tensorrt", GPU) is None
+    assert RUNNERS["tensorrt"].find_problem(GPU) is None
 
 
 def test_an_onnxruntime_that_cannot_be_imported_is_passed_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # its import raises ImportError
     monkeypatch.setattr(runners, "find_spec", lambda _: object())
     for device in (CPU, GPU):
-        assert unavailable("onnxruntime", device).startswith("the onnxruntime installed cannot be loaded (")
+        assert RUNNERS["onnxruntime"].find_problem(device).startswith("the installed onnxruntime cannot be loaded (")
 
 
 def test_onnxruntime_on_a_gpu_needs_its_provider(monkeypatch):
@@ -94,12 +81,13 @@ def test_onnxruntime_on_a_gpu_needs_its_provider(monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
     monkeypatch.setattr("onnxruntime.cuda_version", "13.0")
     monkeypatch.setattr("torch.version.cuda", "13.2")
-    assert unavailable("onnxruntime", GPU) is None
+    find_problem = RUNNERS["onnxruntime"].find_problem
+    assert find_problem(GPU) is None
     monkeypatch.setattr("torch.version.cuda", "12.8")  # its libraries are those that torch loads
-    assert unavailable("onnxruntime", GPU).startswith("the onnxruntime installed is built for CUDA 13, torch for 12")
+    assert find_problem(GPU).startswith("the installed onnxruntime is built for CUDA 13, torch for CUDA 12")
     providers.pop(0)
-    assert unavailable("onnxruntime", GPU).endswith("has no CUDA provider; install onnxruntime-gpu in its place")
-    assert unavailable("onnxruntime", CPU) is None
+    assert find_problem(GPU).endswith("has no CUDA provider. Install onnxruntime-gpu instead")
+    assert find_problem(CPU) is None
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -110,9 +98,7 @@ def test_precision(runner, device):
         if (runner, precision, device) == ("onnxruntime", "fp16", GPU):
             assert resolve_precision(runner, precision, device) == "fp16"
             continue
-        with pytest.raises(
-            EngineError, match=f"it computes in fp32 on {device}, not in {precision}; use --precision auto"
-        ):
+        with pytest.raises(EngineError, match=f"it computes in fp32.* on {device}, not in {precision}"):
             resolve_precision(runner, precision, device)
 
 
@@ -125,14 +111,14 @@ def test_load(name, kind):
 
 def test_what_cannot_be_loaded_is_never_substituted(monkeypatch):
     bundle = open_bundle("demo")
-    with pytest.raises(EngineError, match="--runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
+    with pytest.raises(EngineError, match="runner tensorrt cannot be used on cpu: it runs on NVIDIA GPUs"):
         load_runner(bundle, "tensorrt", CPU)
     with pytest.raises(EngineError, match="it computes in fp32 on cpu, not in bf16"):
         load_runner(bundle, "eager", CPU, "bf16")
-    with pytest.raises(EngineError, match="runner aoti needs a built engine; bsdiff-rt build-engine makes one"):
+    with pytest.raises(EngineError, match=r"runner aoti needs an engine\. Build one with bsdiff-rt build-engine"):
         load_runner(bundle, "aoti", CPU)
     monkeypatch.setattr(runners, "find_spec", lambda _: None)
-    with pytest.raises(EngineError, match="the package onnxruntime is not installed; use --runner auto or eager"):
+    with pytest.raises(EngineError, match=r"the package onnxruntime is not installed \(.*\)\. Use runner"):
         load_runner(bundle, "onnxruntime", CPU)
 
 
@@ -212,14 +198,64 @@ def test_a_batch_whose_scores_are_below_2_31(preset, size, limit):
         enhancer=networks.enhancer,
         preprocessing=Preprocessing(size),
     )
-    assert batch_limit("tensorrt", manifest) == batch_limit("onnxruntime", manifest) == limit
-    assert batch_limit("aoti", manifest) is None
+    assert find_batch_limit("tensorrt", manifest) == find_batch_limit("onnxruntime", manifest) == limit
+    assert find_batch_limit("aoti", manifest) is None
 
 
 @pytest.mark.parametrize(("device", "most"), [(CPU, None), (GPU, 127)])
 def test_onnxruntime_on_a_gpu_takes_no_more(monkeypatch, device, most):
-    asked = []
-    monkeypatch.setattr(runners, "unavailable", lambda *_: None)
-    monkeypatch.setattr(onnxruntime, "OnnxRuntimeRunner", lambda *_, **options: asked.append(options["batch_max"]))
-    load_runner(open_bundle("demo"), "onnxruntime", device)
-    assert asked == [most]
+    limits = []
+    monkeypatch.setattr(onnxruntime, "OnnxRuntimeRunner", lambda *_, **options: limits.append(options["batch_max"]))
+    onnxruntime.load_bundle(open_bundle("demo"), device, "fp32")
+    assert limits == [most]
+
+
+# --- a new runner: one module and one entry ---------------------------------------------------------------------------
+
+
+TOY = """
+from bsdiff_rt.runners.base import Runner
+
+class ToyRunner(Runner):
+    name = "toy"
+
+    def denoise(self, x_t, cxr, t, out):
+        out.copy_(cxr / 2)
+
+    def enhance(self, x, out):
+        out.copy_(x)
+
+def load_bundle(bundle, device, precision):
+    size = bundle.manifest.preprocessing.size
+    return ToyRunner(device=device, precision=precision, batch_range=(1, None), image_size=size)
+"""
+
+
+@pytest.fixture
+def toy_entry(tmp_path, monkeypatch):
+    """Add a runner: one module, and one entry."""
+    (tmp_path / "toy_runner.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = RunnerEntry("toy", "toy_runner")
+    monkeypatch.setitem(RUNNERS, "toy", entry)
+    yield entry
+    sys.modules.pop("toy_runner", None)
+
+
+def test_a_new_runner_is_chosen_loaded_and_listed(toy_entry, tiny_bundle, cache):
+    request = RunnerRequest(open_bundle(tiny_bundle), "toy", CPU)
+    assert choose(request).runner == "toy"
+    choice, runner = load_first(request)
+    with runner:
+        assert (choice.runner, runner.name, runner.precision) == ("toy", "toy", "fp32")
+    assert describe_runners()["toy"] == "usable"
+    with pytest.raises(EngineError, match="runner toy cannot be used on cpu: it computes in fp32 on cpu, not in bf16"):
+        choose(RunnerRequest(open_bundle(tiny_bundle), "toy", CPU, "bf16"))
+
+
+def test_a_new_runner_makes_pictures(toy_entry, tiny_bundle):
+    cxr = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    with open_model(tiny_bundle, runner="toy", device="cpu", detail="model", raw_view=True, mirror=False) as model:
+        soft_tissue = model.suppress(cxr).soft_tissue
+    # The toy halves values in [-1, 1]: 0 becomes 0.25, 1 becomes 0.75.
+    assert np.allclose(soft_tissue, 0.25 + cxr / 2, atol=2e-3)
