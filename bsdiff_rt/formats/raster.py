@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.errors import InputFailed, SettingsError
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
-from bsdiff_rt.formats.radiograph import Radiograph, check_picture, depth_of, pixel_digest, range_of, to_stored
+from bsdiff_rt.formats.radiograph import Radiograph, from_pixels, to_stored
 from bsdiff_rt.formats.raster_decode import STARTS, decode_grey
 
 RASTER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
@@ -43,10 +44,7 @@ def read_raster(path: Path, at_least: int = 8) -> Radiograph:
     if not content:
         raise InputFailed("the file is empty (0 bytes)")
     grey, warnings = decode_grey(content)
-    depth = 8 if grey.dtype == np.uint8 else max(depth_of(range_of(grey)[1]), at_least)
-    cxr = np.minimum(grey.astype(np.float32) / np.float32(2**depth - 1), 1)
-    check_picture(cxr)
-    return Radiograph(cxr, depth, pixel_digest(grey), warnings=tuple(warnings))
+    return replace(from_pixels(grey, at_least), warnings=tuple(warnings))
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -68,14 +66,14 @@ def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
     return pairs
 
 
-def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:
+def read_together(paths: Sequence[Path]) -> list[Radiograph]:
     """Read pictures that share one grey scale, such as an X-ray and its soft-tissue image.
 
     A darker picture may need fewer bits than its partner. Read alone, each would be scaled by its own depth. Here every
     16-bit file is scaled by the depth of the deepest one.
 
     Returns:
-        One picture a path: [H, W], float32, in [0, 1].
+        One picture a path.
 
     Raises:
         InputRefused, InputFailed: for the reasons that `read_raster` lists.
@@ -83,7 +81,7 @@ def read_together(paths: Sequence[Path]) -> list[NDArray[np.float32]]:
     pictures = [read_raster(path) for path in paths]
     deepest = max(picture.bits_stored for picture in pictures)
     return [
-        (picture if picture.bits_stored == deepest else read_raster(path, deepest)).cxr
+        picture if picture.bits_stored == deepest else read_raster(path, deepest)
         for path, picture in zip(paths, pictures, strict=True)
     ]
 
