@@ -8,7 +8,6 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a process: the tests run in two processes, and many threads on two cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
-QUICK := --ignore=tests/benchmarks --ignore=tests/train --ignore=tests/export -m 'not slow'
 
 .PHONY: demo test quick check wheel install install-dev clean
 
@@ -24,7 +23,7 @@ test: install-dev check
 quick: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) $(QUICK)
+	$(PYTEST) --quick
 
 check: install-dev
 	$(BIN)/ruff check .

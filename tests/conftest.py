@@ -30,8 +30,28 @@ from bsdiff_rt.networks.unet import Denoiser
 SIZE_PX, STEPS = 64, 3
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+# What `--quick` leaves out: tests that export a bundle or compile an engine, and those of the workshop.
+SLOW_FIXTURES = {"tiny_bundle", "tiny_engine"}
+SLOW_FOLDERS = ("train", "export", "benchmarks")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make quick`."""
+    parser.addoption("--quick", action="store_true", help="run the fast tests only")
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Return whether `--quick` leaves a test out."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    needs = set(getattr(item, "fixturenames", ()))
+    return folder in SLOW_FOLDERS or bool(needs & SLOW_FIXTURES) or item.get_closest_marker("slow") is not None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why. With `--quick`, keep the fast tests only."""
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if is_slow(item)])
+        items[:] = [item for item in items if not is_slow(item)]
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "tensorrt": None if find_spec("tensorrt") else "the package tensorrt is not installed",
