@@ -1,12 +1,14 @@
-"""A model bundle on disk: manifest, weights, graphs; opened only when every byte is what the manifest says.
+"""A model bundle on disk: manifest, weights and graphs. It is opened only if every file has the hash of the manifest.
 
 A bundle is a folder:
 
-    manifest.json           `Manifest` below, with the SHA-256 of every other file, and of itself without it
-    denoiser.safetensors    weights of stage 1       denoiser.onnx    its graph; the initialisers are external data
-    enhancer.safetensors    weights of stage 2       enhancer.onnx    that point into the safetensors file
+    manifest.json           `Manifest` below, with the SHA-256 of every other file and of itself
+    denoiser.safetensors    weights of stage 1
+    denoiser.onnx           graph of stage 1; its initialisers are external data in the safetensors file
+    enhancer.safetensors    weights of stage 2
+    enhancer.onnx           graph of stage 2, in the same way
 
-A bundle is known by its hash: the SHA-256 of manifest.json, which covers every file through their hashes. Torch-free.
+A bundle is identified by the SHA-256 of manifest.json, which covers every file through their hashes. Torch-free.
 """
 
 from __future__ import annotations
@@ -14,13 +16,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bsdiff_rt.config import (
     DenoiserConfig,
@@ -32,11 +32,15 @@ from bsdiff_rt.config import (
 from bsdiff_rt.errors import BundleError
 from bsdiff_rt.files import file_sha256
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 FORMAT = 2
 MANIFEST = "manifest.json"
-DIGEST = "sha256"  # the manifest's own
+DIGEST = "sha256"  # of the manifest itself
 FILES = ("denoiser.safetensors", "denoiser.onnx", "enhancer.safetensors", "enhancer.onnx")
 NOTICE = "Not for diagnostic use."
+UNSTATED = "unstated"  # licence of a bundle for which none was given
 BUNDLES = Path(__file__).parent / "bundles"
 
 T = TypeVar("T")
@@ -44,21 +48,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself.
+    """The content of manifest.json.
 
     Attributes:
         format: version of this layout.
-        name: of the model, for reports.
-        preset: the network preset it was trained as, or "" for another shape.
+        name: name of the model, for reports.
+        preset: the network preset that was trained, or "" for another shape.
         denoiser, enhancer: network shapes.
-        schedule: the diffusion the denoiser was trained for, with what it predicts.
-        sampler: default sampler and number of steps; its seed is the user's business and stays 0.
-        preprocessing: from a radiograph to the networks' input.
-        enhance: default of `infer --enhance`.
-        mirror: default of `infer --mirror`.
-        training: provenance, free-form: data, steps, seeds, dates, figures.
-        agreement: largest difference between eager and ONNX Runtime at export, per graph, and the tolerance.
-        licence: of the weights.
+        schedule: the diffusion that the denoiser was trained for, and what it predicts.
+        sampler: default sampler and number of steps. Its seed is 0; users choose their own.
+        preprocessing: from an X-ray to the model's input.
+        enhance: whether stage 2 runs by default.
+        mirror: whether the result is averaged with that of the mirrored X-ray by default.
+        training: provenance in free form: data, steps, seeds, dates, figures.
+        agreement: largest difference between eager and ONNX Runtime at export for each graph, and the tolerance.
+        licence: of the weights; "unstated" if none was given.
         notice: what the model must not be used for.
         files: SHA-256 (hex) of every other file of the bundle.
     """
@@ -80,29 +84,29 @@ class Manifest:
     files: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return signed(dataclasses.asdict(self))
+        """Return the text of manifest.json."""
+        return to_signed_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse manifest.json strictly: every field present, none unknown, every type right, no byte changed.
-
-        The one exception is `least_span`, which bundles exported before 2026-11-26 have not.
+        """Parse manifest.json strictly: no field missing or unknown, every type right, no byte changed.
 
         Raises:
-            BundleError: naming the field.
+            BundleError: names the field that is wrong.
         """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}; this version reads format {FORMAT}")
-        rest = {key: value for key, value in content.items() if key != DIGEST} if isinstance(content, dict) else content
-        manifest = typed(cls, _completed(rest), MANIFEST)
-        if signed(rest) != text:
             raise BundleError(
-                f"{MANIFEST} is not as it was written (its {DIGEST} says so); copy the bundle again, or export it anew"
+                f"{MANIFEST}: format is {content.get('format')!r}; this version reads format {FORMAT}. Export again."
+            )
+        rest = {key: value for key, value in content.items() if key != DIGEST} if isinstance(content, dict) else content
+        manifest = parse_strictly(cls, rest, MANIFEST)
+        if to_signed_json(rest) != text:
+            raise BundleError(
+                f"{MANIFEST} was changed: its {DIGEST} does not fit. Copy the bundle again, or export it again."
             )
         return manifest
 
@@ -112,7 +116,7 @@ class Bundle:
     """An opened bundle whose files were verified.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: its parsed manifest.
         sha256: hash of the manifest, which covers all files; 64 hex digits.
     """
@@ -123,31 +127,33 @@ class Bundle:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Name and hash, as reports carry them."""
+        """Name and hash, for reports."""
         return {"name": self.manifest.name, "sha256": self.sha256}
 
     def file(self, name: str) -> Path:
-        """Path of one of the bundle's files."""
+        """Return the path of one of the bundle's files."""
         return self.folder / name
 
 
 def open_bundle(name_or_folder: str | Path) -> Bundle:
-    """Open a bundle that comes with the package (by name) or a folder, and check every file against its hash.
+    """Open a bundle and check every file against its hash.
 
-    A folder that has the name of a bundle of the package is given with its path (`./demo`).
+    Args:
+        name_or_folder: name of a bundle of the package, or a folder. A folder with the name of a bundle of the package
+            is written with its path, such as `./demo`.
 
     Raises:
-        BundleError: no such bundle, an incomplete or altered one; names the file or field.
+        BundleError: there is no such bundle, or it is incomplete or altered. Names the file or field.
     """
-    folder, shipped = Path(name_or_folder), shipped_bundles()
+    folder, shipped = Path(name_or_folder), list_bundles()
     if str(name_or_folder) in shipped:  # before folders: what lies where a command is started must not change the model
         folder = BUNDLES / name_or_folder
     elif not folder.is_dir():
         known = ", ".join(shipped) or "none"
-        raise BundleError(f"no bundle {str(name_or_folder)!r}: neither a folder nor one of those shipped ({known})")
+        raise BundleError(f"no bundle {str(name_or_folder)!r}: neither a folder nor a bundle of the package ({known})")
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{folder}: no {MANIFEST} in it; `python -m export` makes a bundle")
+        raise BundleError(f"{folder}: not a bundle (no {MANIFEST} in it). `python -m export` makes one.")
     text = path.read_bytes()
     try:
         manifest = Manifest.from_json(text.decode())
@@ -159,33 +165,25 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
         if Path(file).name != file:
             raise BundleError(f"{path}: files names {file!r}, which is not a plain file name")
         if not (folder / file).is_file():
-            raise BundleError(f"{folder / file}: missing; the bundle is incomplete, copy it again")
+            raise BundleError(f"{folder / file}: missing. The bundle is incomplete; copy it again.")
         actual = file_sha256(folder / file)
         if actual != expected:
             raise BundleError(
-                f"{folder / file}: SHA-256 is {actual[:16]}…, the manifest says {expected[:16]}…; "
-                "the file was altered or damaged, copy the bundle again"
+                f"{folder / file}: SHA-256 is {actual[:16]}…, but {expected[:16]}… in the manifest. "
+                "The file was altered or damaged. Copy the bundle again."
             )
     return Bundle(folder, manifest, hashlib.sha256(text).hexdigest())
 
 
-def shipped_bundles() -> list[str]:
-    """Names of the bundles that come with the package."""
+def list_bundles() -> list[str]:
+    """Return the names of the bundles in the package."""
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{MANIFEST}"))
 
 
-def _completed(content: Any) -> Any:
-    """A manifest's content with the default of what bundles of earlier versions lack."""
-    preprocessing = content.get("preprocessing") if isinstance(content, dict) else None
-    if not isinstance(preprocessing, dict):
-        return content
-    return content | {"preprocessing": {"least_span": Preprocessing.least_span} | preprocessing}
+def to_signed_json(content: Mapping[str, Any]) -> str:
+    """Return the text of a manifest, with the SHA-256 of the same text without that field.
 
-
-def signed(content: Mapping[str, Any]) -> str:
-    """The text of a manifest of that content, with its own SHA-256: of the same text without it, 64 hex digits.
-
-    It tells damage and changes by hand; an attacker could write it anew.
+    The hash detects damage and changes by hand. An attacker could write a new one.
     """
 
     def text(mapping: Mapping[str, Any]) -> str:
@@ -195,40 +193,60 @@ def signed(content: Mapping[str, Any]) -> str:
     return text(plain | {DIGEST: hashlib.sha256(text(plain).encode()).hexdigest()})
 
 
-def typed(kind: type[T], value: Any, where: str) -> T:
-    """`value`, from JSON, as `kind`: dataclasses, tuples, literals, dictionaries and plain values. Strict.
+def parse_strictly(kind: type[T], content: Any, where: str) -> T:
+    """Return a JSON document as a dataclass. No field may be missing, unknown or of another type.
 
     Args:
-        kind: the type wanted; of a dataclass every field must be there, and no other.
-        value: what `json.loads` returned.
-        where: what to call it in a message.
+        kind: the dataclass. Defaults of its fields are not used.
+        content: what `json.loads` returned.
+        where: name of the document, for messages.
 
     Raises:
-        BundleError: naming the place that does not fit.
+        BundleError: names the field that is wrong.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise BundleError(f"{where} should be an object, is {value!r}")
-        fields = typing.get_type_hints(kind)
-        if unknown := set(value) - set(fields):
-            raise BundleError(f"{where}: unknown field {sorted(unknown)[0]!r}")
-        if missing := set(fields) - set(value):
-            raise BundleError(f"{where}: field {sorted(missing)[0]!r} is missing")
-        return typing.cast(T, kind(**{name: typed(fields[name], value[name], f"{where}: {name}") for name in fields}))
-    if origin is typing.Literal:
-        if value not in args:
-            raise BundleError(f"{where} should be one of {', '.join(map(str, args))}, is {value!r}")
-    elif origin is tuple:
-        if not isinstance(value, list):
-            raise BundleError(f"{where} should be a list, is {value!r}")
-        return typing.cast(T, tuple(typed(args[0], item, where) for item in value))
-    elif origin in (dict, Mapping):
-        if not isinstance(value, dict):
-            raise BundleError(f"{where} should be an object, is {value!r}")
-        return typing.cast(T, {key: typed(args[1], item, f"{where}: {key}") for key, item in value.items()})
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return typing.cast(T, float(value))
-    elif kind is not Any and not isinstance(kind, types.GenericAlias) and type(value) is not kind:
-        raise BundleError(f"{where} should be of type {kind.__name__}, is {value!r}")
-    return typing.cast(T, value)
+    import pydantic  # here: its import is slow, and --help must be fast
+
+    adapter = _make_adapter(kind)
+    try:
+        parsed = adapter.validate_json(json.dumps(content), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        *place, field = (where, *first["loc"])
+        if first["type"] == "missing":
+            raise BundleError(f"{_join(place)}: field {field!r} is missing") from error
+        words = first["msg"].removeprefix("Input ")
+        raise BundleError(f"{_join((*place, field))} {words}, is {first['input']!r:.80}") from error
+    _check_keys(content, adapter.dump_python(parsed), where)
+    return parsed
+
+
+def _make_adapter(kind: type[T]) -> TypeAdapter[T]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _join(place: Iterable[object]) -> str:
+    return ": ".join(map(str, place))
+
+
+def _check_keys(content: Any, parsed: Any, where: str) -> None:
+    """Raise BundleError if a JSON object has other keys than what was parsed from it, at any depth."""
+    if not isinstance(content, dict):
+        return
+    if unknown := set(content) - set(parsed):
+        raise BundleError(f"{where}: unknown field {min(unknown)!r}")
+    if missing := set(parsed) - set(content):
+        raise BundleError(f"{where}: field {min(missing)!r} is missing")
+    for key, value in content.items():
+        _check_keys(value, parsed[key], f"{where}: {key}")
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of manifest.json."""
+    schema = _make_adapter(Manifest).json_schema(mode="validation")
+    schema["properties"][DIGEST] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+    for part in (schema, *schema.get("$defs", {}).values()):
+        part["required"] = list(part["properties"])  # also those with a default
+        part["additionalProperties"] = False
+    return schema

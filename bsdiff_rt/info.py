@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bsdiff_rt import __version__
-from bsdiff_rt.bundle import Manifest, open_bundle, shipped_bundles
+from bsdiff_rt.bundle import Manifest, list_bundles, open_bundle
 from bsdiff_rt.config import step_count
 from bsdiff_rt.engines.cache import list_engines, locate_cache
 from bsdiff_rt.engines.manifest import Engine, check_files, check_machine, read_engine
@@ -50,7 +50,7 @@ def describe_runners() -> dict[str, str]:
 def describe_bundles() -> dict[str, str]:
     """Return every bundle of the package: its model, its licence and its training data."""
     found = {}
-    for name in shipped_bundles():
+    for name in list_bundles():
         try:
             bundle = open_bundle(name)
         except BundleError as error:

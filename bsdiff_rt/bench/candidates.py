@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bsdiff_rt.bundle import Bundle, open_bundle, shipped_bundles
+from bsdiff_rt.bundle import Bundle, list_bundles, open_bundle
 from bsdiff_rt.config import PRESETS, DenoiserConfig, EnhancerConfig, SamplerSettings, Schedule
 from bsdiff_rt.errors import BsdiffError, EngineError, SettingsError, one_line
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -78,7 +78,7 @@ def open_model(name_or_folder: str) -> Model:
     Raises:
         BundleError: none of these, or a bundle that is refused.
     """
-    if name_or_folder in PRESETS and name_or_folder not in shipped_bundles():
+    if name_or_folder in PRESETS and name_or_folder not in list_bundles():
         return random_model(name_or_folder)
     bundle = open_bundle(name_or_folder)
     manifest = bundle.manifest

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bsdiff_rt.bundle import Bundle, typed
+from bsdiff_rt.bundle import Bundle, parse_strictly
 from bsdiff_rt.config import Precision
 from bsdiff_rt.engines.parity import Parity
 from bsdiff_rt.errors import BundleError, EngineError
@@ -127,7 +127,7 @@ class EngineManifest:
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise EngineError(f"{MANIFEST}: format: built as {content.get('format')!r}, this version reads {FORMAT}")
         try:
-            manifest = typed(cls, content, MANIFEST)
+            manifest = parse_strictly(cls, content, MANIFEST)
         except BundleError as error:
             raise EngineError(str(error)) from error
         if manifest.runner not in list_engine_runners():

@@ -20,7 +20,7 @@ from pydicom import dcmread
 from synthetic import chest, dataset, save
 
 from bsdiff_rt import model
-from bsdiff_rt.bundle import MANIFEST, open_bundle, signed
+from bsdiff_rt.bundle import MANIFEST, open_bundle, to_signed_json
 from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.engines import select as choice
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
@@ -265,7 +265,7 @@ def darker(toy, monkeypatch):
 def equalise(bundle: Path, clip_limit: float) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
     content["preprocessing"]["clahe_clip_limit"] = clip_limit
-    (bundle / MANIFEST).write_text(signed(content))
+    (bundle / MANIFEST).write_text(to_signed_json(content))
 
 
 def test_detail_from_both_has_the_networks_tone_and_the_sources_sharpness(one, darker):
@@ -470,7 +470,7 @@ def test_another_runner_does_everything_again(run, finished, toy):
 
 def test_another_bundle_does_everything_again(run, finished, bundle_copy):
     content = json.loads((bundle_copy / MANIFEST).read_text())
-    (bundle_copy / MANIFEST).write_text(signed(content | {"name": "other"}))
+    (bundle_copy / MANIFEST).write_text(to_signed_json(content | {"name": "other"}))
     assert statuses(run(bundle=str(bundle_copy))) == dict.fromkeys(SKIPPED, "ok")
 
 
@@ -1159,7 +1159,7 @@ def test_a_frame_stays_and_what_is_in_it_is_as_without_it(run, toy, tmp_path, bu
     """And a faint picture comes out as faint: the networks see both as they see the picture alone."""
     manifest = json.loads((bundle_copy / MANIFEST).read_text())
     manifest["preprocessing"]["least_span"] = 0.3  # the picture's is 0.5
-    (bundle_copy / MANIFEST).write_text(signed(manifest))
+    (bundle_copy / MANIFEST).write_text(to_signed_json(manifest))
     monkeypatch.setattr(model, "ImageNoise", lambda seed, _: ImageNoise(seed, b"the same for all"))
     values = np.rint(chest(*SHAPE) * 65535)
     faint = np.rint(40000 + 0.25 * values)

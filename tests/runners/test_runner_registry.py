@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bsdiff_rt import open_model
-from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, signed
+from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, to_signed_json
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.engines.select import RunnerRequest, choose, load_first
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
@@ -138,7 +138,7 @@ def opened(folder, **changes) -> Bundle:
     for path, value in changes.items():
         section, key = path.split("__")
         content[section][key] = value
-    return Bundle(folder, Manifest.from_json(signed(content)), "0" * 64)
+    return Bundle(folder, Manifest.from_json(to_signed_json(content)), "0" * 64)
 
 
 @pytest.mark.parametrize(

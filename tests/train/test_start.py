@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bsdiff_rt.bundle import open_bundle, signed
+from bsdiff_rt.bundle import open_bundle, to_signed_json
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.networks.unet import Denoiser
@@ -111,7 +111,7 @@ def test_the_checkpoint_knows_its_start_which_resuming_does_not_need(bundle_copy
 def test_what_the_start_was_trained_on_is_not_forgotten(bundle_copy, tmp_path):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     manifest["training"]["trained_on"] = ["ab" * 8]
-    (bundle_copy / "manifest.json").write_text(signed(manifest))
+    (bundle_copy / "manifest.json").write_text(to_signed_json(manifest))
     for steps in (1, 2):  # the second resumes
         assert load_checkpoint(train(tmp_path, steps, str(bundle_copy)))["trained_on"] == ["ab" * 8]
 
@@ -130,7 +130,7 @@ def test_a_run_is_resumed_with_a_start_or_without_as_it_began(tiny_bundle, tmp_p
 def test_what_the_start_was_trained_on_cannot_be_held_out(bundle_copy, tmp_path):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     manifest["training"]["trained_on"] = ["ab" * 8]
-    (bundle_copy / "manifest.json").write_text(signed(manifest))
+    (bundle_copy / "manifest.json").write_text(to_signed_json(manifest))
     image = np.zeros((32, 32), np.float32)
     held_out = [Pair("phantom", image, image, image), Pair("known", image, image, image, "ab" * 8)]
     judge = Judge()
