@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def measure(folder: Path, bundle: str, *, plain: bool = False) -> list[dict[str, Any]]:
     """One row for each change: mean figures over the folder's pairs.
 
-    With `plain` the networks are shown the X-rays as they are, without what `view.view_of` does about some changes.
+    With `plain` the networks are shown the X-rays as they are, without what `view.find_view` does about some changes.
     """
     pairs: list[Pair] = []
     for _, *paths in find_pairs(folder):

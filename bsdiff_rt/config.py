@@ -87,7 +87,7 @@ class Preprocessing:
     """From a radiograph in [0, 1] to the denoiser's input; shared by training and inference, recorded in the bundle.
 
     `size` is the side of the square the network sees, in px. `clahe_clip_limit` is OpenCV's clip limit, 0 for no CLAHE.
-    In inference alone, a picture whose grey levels span less than `least_span` is spread before (`view.view_of`); 0 for
+    At inference, a picture whose grey levels span less than `least_span` is spread first (`view.find_view`). 0 is for
     never.
     """
 

@@ -28,7 +28,7 @@ from bsdiff_rt.files import digest_json
 from bsdiff_rt.formats.base import Derivation
 from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels, grey_digest
 from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes, prepare
-from bsdiff_rt.imaging.view import whole
+from bsdiff_rt.imaging.view import make_whole_view
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.sampling.batching import Suppressor, Taken, auto_batch
@@ -351,7 +351,7 @@ def describe_derivation(
         prepared: the X-ray.
     """
     view, size = prepared.view, bundle.manifest.preprocessing.size
-    part = replace(view, gain=1.0, offset=0.0) != whole(prepared.cxr.shape)
+    part = replace(view, gain=1.0, offset=0.0) != make_whole_view(prepared.cxr.shape)
     last = settings.seed + settings.samples - 1
     seeds = f"seed {settings.seed}"
     if settings.samples > 1:

@@ -21,7 +21,7 @@ TORCH_FREE = [
     "files",
     "bundle",
     "cli",
-    *(f"imaging.{name}" for name in ("view", "network_input", "clahe", "detail", "tone", "metrics")),
+    *(f"imaging.{name}" for name in ("view", "marks", "network_input", "clahe", "detail", "tone", "metrics")),
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
     *(f"folder.{name}" for name in ("tasks", "reading", "writing", "ledger", "report", "preview", "progress")),

@@ -30,7 +30,7 @@ from bsdiff_rt.formats.radiograph import grey_digest
 from bsdiff_rt.formats.raster import read_together
 from bsdiff_rt.imaging.network_input import resize, to_network
 from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
-from bsdiff_rt.imaging.view import without_borders
+from bsdiff_rt.imaging.view import remove_borders
 
 Image = NDArray[np.float32]
 
@@ -123,7 +123,7 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
             f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
             "shape; `python -m train prepare` registers pairs"
         )
-    squares = (to_network(image, Preprocessing(size))[0] for image in without_borders(images))
+    squares = (to_network(image, Preprocessing(size))[0] for image in remove_borders(images))
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
 

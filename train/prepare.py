@@ -32,7 +32,7 @@ from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused, SettingsErr
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.raster import write_png
 from bsdiff_rt.imaging.network_input import to_network
-from bsdiff_rt.imaging.view import without_borders
+from bsdiff_rt.imaging.view import remove_borders
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.folders import require_empty
@@ -306,7 +306,7 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
         reason = swapped(cxr, soft_tissue)
     if reason:
         entry.status, entry.reason = "bad", reason
-    pictures = without_borders([cxr, soft_tissue]) if options.trim else [cxr, soft_tissue]
+    pictures = remove_borders([cxr, soft_tissue]) if options.trim else [cxr, soft_tissue]
     shown = [_at_size(picture, options) for picture in pictures]
     if not reason:
         for role, image in zip(("cxr", "soft_tissue"), shown, strict=True):

@@ -79,7 +79,7 @@ class Writer:
             input_sha256=ready.input_sha256,
             path_sha256=path_digest(ready.task.input),
             deviation_sha256=deviation,
-            view=ready.prepared.view.told(ready.radiograph.cxr.shape),
+            view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
             warnings=list(ready.warnings),
         )
 

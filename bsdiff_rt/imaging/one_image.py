@@ -14,7 +14,7 @@ from bsdiff_rt.config import DetailName, Preprocessing
 from bsdiff_rt.errors import InputFailed
 from bsdiff_rt.imaging.detail import add_fine_detail
 from bsdiff_rt.imaging.network_input import Placement, from_network, shown, to_network, without_mirror
-from bsdiff_rt.imaging.view import View, looks_negative, view_of
+from bsdiff_rt.imaging.view import View, find_view, looks_negative
 
 Image = NDArray[np.float32]
 
@@ -67,10 +67,10 @@ def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False)
         preprocessing: the bundle's.
         raw_view: show borders and burned-in text to the model, too.
     """
-    view = view_of(cxr, trim=not raw_view, least_span=preprocessing.least_span)
-    cxr_net, placement = to_network(view.of(cxr), preprocessing)
+    view = find_view(cxr, trim=not raw_view, least_span=preprocessing.least_span)
+    cxr_net, placement = to_network(view.crop(cxr), preprocessing)
     warnings = (INVERTED,) if looks_negative(shown(cxr_net, placement)) else ()
-    cxr_net = view.without_marks(cxr_net, placement)
+    cxr_net = view.hide_marks(cxr_net, placement)
     return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings)
 
 
@@ -99,15 +99,15 @@ def finish(prepared: Prepared, passes: Image, *, mirror: bool, detail: DetailNam
     view, placement = prepared.view, prepared.placement
     if detail == "full":
         inside = add_fine_detail(
-            view.of(prepared.cxr), prepared.cxr_net, soft_tissue_net, placement, prepared.preprocessing
+            view.crop(prepared.cxr), prepared.cxr_net, soft_tissue_net, placement, prepared.preprocessing
         )
     else:
         inside = from_network(soft_tissue_net, placement)
     uncertainty = None
     if len(samples) > 1:
         deviation = samples.std(0, dtype=np.float64).astype(np.float32)  # of values in [-1, 1]: at most 1
-        uncertainty = view.deviation_back(from_network(deviation - 1, placement), prepared.cxr.shape)
-    return Finished(view.back(inside, prepared.cxr), uncertainty)
+        uncertainty = view.place_deviation(from_network(deviation - 1, placement), prepared.cxr.shape)
+    return Finished(view.paste_into(prepared.cxr, inside), uncertainty)
 
 
 def _check_output(soft_tissue_net: Image) -> None:

@@ -1,9 +1,8 @@
-"""What of an X-ray the networks are given: no uniform borders, no white letters, grey levels spread where faint.
+"""The part of an X-ray that the model sees: without uniform borders and burned-in text, and not too faint. Torch-free.
 
-A frame around the picture (a collimator's, a padded export's) is nothing that networks trained on chests know: a white
-one of 8 % takes the demo model on phantoms from BSR 0.96 to 0.77. Neither do they know a picture in a third of the grey
-scale (0.83; 0.46 where its bones are weak). White letters and side markers they take for bone (0.86), and a marker that
-fades is a danger of its own. All of it is undone in the result. Torch-free.
+A model trained on chests does not know frames around the picture, such as a collimator border or a padded export. It
+takes letters and side markers for bone, and a marker that fades is a danger of its own. Neither does it know a picture
+in a third of the grey scale. All of this is undone in the result. docs/benchmarks.md says what each of them costs.
 """
 
 from __future__ import annotations
@@ -15,39 +14,30 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.imaging.marks import dilate, find_marks
 from bsdiff_rt.imaging.network_input import Placement, resize
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-UNIFORM = 4 / 255  # largest deviation within a border, of the picture's range: JPEG leaves some around what is drawn
-LEAST_BORDER = 0.01  # of the side; below, the networks do not notice it
+UNIFORM = 4 / 255  # largest deviation within a border, of the picture's range: JPEG leaves some around drawn lines
+LEAST_BORDER = 0.01  # of the side; the model does not notice a thinner one
 MOST_BORDER = 0.5  # of the side, both borders together; above, something else is wrong
 LEAST_PX = 32  # side of what is left, as small as an X-ray may be
 
-SPAN_SHARES = (0.01, 0.99)  # of the pixels, between whose grey levels the span is measured
-# A larger span serves faint pictures little better and costs more where a picture has few grey levels of its own, as an
-# enlarged lung: six phantoms in half of the grey scale, as they are / enlarged 1.5 times, BSR of the demo model 0.950 /
-# 0.909 at 0.6, 0.953 / 0.907 at 0.7, 0.955 / 0.904 at 0.78; unspread 0.937 / 0.912.
+SPAN_SHARES = (0.01, 0.99)  # of the pixels; the span is measured between their grey levels
+# A larger span helps faint pictures little and harms those that have few grey levels of their own, such as an enlarged
+# lung. Of 0.6, 0.7 and 0.78 this one was best on faint phantoms and second best on enlarged ones.
 SPREAD_TO = 0.7
+INPAINT_PX = 3  # of the model's input: how far around each pixel the inpainting looks
 
-# A mark is a spot of the brightest grey, sharply bounded and near an edge. Bones are brightest inside and fade
-# outwards; none is found in three real pairs at 256 to 1024 px, also where they are 1.3 or 1.6 times as bright and
-# clipped, and none in 60 phantoms; in 1 of them at 1.3 times and in 7 at 1.6.
-MARK_NEAR = 0.01  # of the picture's range, from the brightest
-MARK_ZONE = 0.25  # of the side, from the edge to the spot's centre
-LEAST_MARK, MOST_MARK = 2e-5, 0.01  # of the picture's area, one spot
-LEAST_MARK_PX = 8  # fewer are pixels of the detector
-MARK_CONTRAST = 0.3  # of the picture's range, between the spot and nine tenths of what surrounds it
-MARK_EDGE, MARK_RING = 0.004, 0.010  # of the longer side: how far its own blur reaches, and what surrounds it
-INPAINT_PX = 3  # of the networks' input: how far around each pixel is looked
-MOST_SPOTS = 2000  # more are noise, not letters
-
-# Middle and both lungs, columns of a square of 64 px, and how far off the chest's middle may be. What `looks_negative`
-# compares is at most 0.10 in 450 phantoms and -0.09 in three real pairs, whole or with a fifth cut off at a side. Of
-# the negatives of 200 whole phantoms 72 in a hundred are over the limit, and those of the three pairs.
-NEGATIVE_PLACES = (slice(29, 35), slice(14, 24), slice(40, 50))
+# Both lungs and the middle between them, as columns of a square of 64 px, and how far the chest's middle may be off.
+NEGATIVE_MIDDLE, NEGATIVE_LUNGS = slice(29, 35), (slice(14, 24), slice(40, 50))
 NEGATIVE_OFF = 8
+NEGATIVE_WALL_PX = 6  # beside each lung; in a negative the chest wall is darker there
+# How much brighter than the wall a lung must be, and how much clearer the negative than the positive reading, of the
+# picture's span. Measured on phantoms, real X-rays, both with one white lung, and the negatives of all of them.
+NEGATIVE_WALL = 0.08
 NEGATIVE = 0.12
 
 
@@ -58,8 +48,8 @@ class View:
     Attributes:
         top, bottom: first row, and the one behind the last.
         left, right: first column, and the one behind the last.
-        gain, offset: the networks see `gain * grey + offset`.
-        marks: [bottom - top, right - left], where letters are that the networks do not see; None for none.
+        gain, offset: the model sees `gain * grey + offset`.
+        marks: where burned-in letters are, [bottom - top, right - left]; None for none. The model does not see them.
     """
 
     top: int
@@ -70,78 +60,89 @@ class View:
     offset: float = 0.0
     marks: Mask | None = field(default=None, compare=False)
 
-    def of(self, cxr: Image) -> Image:
-        """What the networks are shown of a picture: [bottom - top, right - left] float32 in [0, 1]."""
-        return self._spread(cxr[self.top : self.bottom, self.left : self.right])
+    def crop(self, cxr: Image) -> Image:
+        """Return this part of a picture with its grey levels changed: [bottom - top, right - left], in [0, 1]."""
+        part = cxr[self.top : self.bottom, self.left : self.right]
+        if self.gain == 1.0 and self.offset == 0.0:
+            return part
+        spread: Image = np.clip(part * np.float32(self.gain) + np.float32(self.offset), 0, 1)
+        return spread
 
-    def back(self, made: Image, cxr: Image) -> Image:
-        """What was made of the view, `made`, in the place of it in `cxr`, [H, W], whose borders stay."""
-        inside = np.clip((made - np.float32(self.offset)) / np.float32(self.gain), 0, 1)
+    def paste_into(self, cxr: Image, patch: Image) -> Image:
+        """Paste a patch into an X-ray at this view. Borders and burned-in letters keep the X-ray's values.
+
+        Args:
+            cxr: the whole X-ray, [H, W], float32, in [0, 1]; it is not changed.
+            patch: the result for the viewed part, in the grey levels of `crop`.
+
+        Returns:
+            [H, W], float32, in [0, 1], in the X-ray's grey levels.
+        """
+        inside = np.clip((patch - np.float32(self.offset)) / np.float32(self.gain), 0, 1)
         if self.marks is not None:
             inside[self.marks] = cxr[self.top : self.bottom, self.left : self.right][self.marks]
-        return self._in_place(inside, cxr.copy())
+        return self._place(inside, cxr.copy())
 
-    def deviation_back(self, made: Image, shape: tuple[int, ...]) -> Image:
-        """A deviation of what was made of the view in the place of it; borders deviate by nothing."""
-        inside = made / np.float32(self.gain)
+    def place_deviation(self, patch: Image, shape: tuple[int, ...]) -> Image:
+        """Return a map of deviations of the whole X-ray from that of the viewed part. It is 0 elsewhere and at letters.
+
+        Args:
+            patch: standard deviations, in the grey levels of `crop`.
+            shape: of the whole X-ray.
+        """
+        inside = patch / np.float32(self.gain)
         if self.marks is not None:
             inside[self.marks] = 0
-        return self._in_place(inside, np.zeros(shape, np.float32))
+        return self._place(inside, np.zeros(shape, np.float32))
 
-    def without_marks(self, cxr_net: Image, placement: Placement) -> Image:
-        """The networks' input, [S, S] in [-1, 1], with what surrounds marks drawn over them.
+    def hide_marks(self, cxr_net: Image, placement: Placement) -> Image:
+        """Return the model's input, [S, S] in [-1, 1], with burned-in letters replaced by their surroundings.
 
-        By Bertalmio et al. 2001; of floats OpenCV 5's other method, Telea's, makes values out of range.
+        The method is that of Bertalmio et al. 2001. On floats, OpenCV's other method (Telea) leaves the value range.
         """
         if self.marks is None:
             return cxr_net
         marked = np.zeros(cxr_net.shape, np.uint8)
-        shown = resize(self.marks.astype(np.float32), (placement.height, placement.width)) > 0
-        marked[placement.top :, placement.left :][: placement.height, : placement.width] = shown
+        reduced = resize(self.marks.astype(np.float32), (placement.height, placement.width)) > 0
+        marked[placement.top :, placement.left :][: placement.height, : placement.width] = reduced
         return np.asarray(
-            cv2.inpaint(cxr_net, _grown(marked, 1).astype(np.uint8), INPAINT_PX, cv2.INPAINT_NS), dtype=np.float32
+            cv2.inpaint(cxr_net, dilate(marked, 1).astype(np.uint8), INPAINT_PX, cv2.INPAINT_NS), dtype=np.float32
         )
 
-    def told(self, shape: tuple[int, ...]) -> dict[str, float] | None:
-        """What the report says of it; None where it is all of a picture of that shape as it is."""
-        if self == whole(shape) and self.marks is None:
+    def to_report(self, shape: tuple[int, ...]) -> dict[str, float] | None:
+        """Return a report entry, or None if the view is the whole, unchanged picture of that shape."""
+        if self == make_whole_view(shape) and self.marks is None:
             return None
         place = {"top": self.top, "bottom": self.bottom, "left": self.left, "right": self.right}
         return place | {"gain": self.gain, "offset": self.offset, "mark_pixels": self.mark_pixels}
 
     @property
     def mark_pixels(self) -> int:
-        """Number of pixels that marks cover."""
+        """Number of pixels that burned-in letters cover."""
         return 0 if self.marks is None else int(self.marks.sum())
 
-    def _spread(self, picture: Image) -> Image:
-        if self.gain == 1.0 and self.offset == 0.0:
-            return picture
-        spread: Image = np.clip(picture * np.float32(self.gain) + np.float32(self.offset), 0, 1)
-        return spread
-
-    def _in_place(self, inside: Image, around: Image) -> Image:
+    def _place(self, inside: Image, around: Image) -> Image:
         around[self.top : self.bottom, self.left : self.right] = inside
         return around
 
 
-def whole(shape: tuple[int, ...]) -> View:
-    """All of a picture of that shape, as it is."""
+def make_whole_view(shape: tuple[int, ...]) -> View:
+    """Return the view of a whole picture of that shape, unchanged."""
     return View(0, shape[0], 0, shape[1])
 
 
-def view_of(cxr: Image, *, trim: bool, least_span: float) -> View:
-    """What the networks should be shown of a picture.
+def find_view(cxr: Image, *, trim: bool, least_span: float) -> View:
+    """Find the part of an X-ray that the model should see, and how to change its grey levels.
 
     Args:
-        cxr: [H, W] float32 in [0, 1].
-        trim: leave out borders of one grey level, and marks.
-        least_span: a picture of which the grey levels span less is spread to `SPREAD_TO`, as far as its darkest and
-            brightest pixel allow; 0 for never.
+        cxr: [H, W], float32, in [0, 1].
+        trim: leave out borders of one grey level, and burned-in letters.
+        least_span: a picture whose grey levels span less is spread to `SPREAD_TO`, as far as its darkest and brightest
+            pixel allow; 0 for never.
     """
-    view = _trimmed(cxr) if trim else whole(cxr.shape)
-    picture = view.of(cxr)
-    marks = marks_of(picture) if trim else None
+    view = _trim_borders(cxr) if trim else make_whole_view(cxr.shape)
+    picture = view.crop(cxr)
+    marks = find_marks(picture) if trim else None
     low, high = (float(level) for level in np.quantile(picture[::2, ::2], SPAN_SHARES))
     if high - low >= least_span:
         return replace(view, marks=marks)
@@ -151,81 +152,68 @@ def view_of(cxr: Image, *, trim: bool, least_span: float) -> View:
     return replace(view, gain=gain, offset=offset, marks=marks)
 
 
-def without_borders(pictures: Sequence[Image]) -> list[Image]:
-    """Pictures of one field, [H, W] in [0, 1] each of its size, without the uniform borders of the first one."""
+def remove_borders(pictures: Sequence[Image]) -> list[Image]:
+    """Cut the uniform borders of the first picture off all of them.
+
+    Args:
+        pictures: pictures of one field of view, [H, W] in [0, 1]; each may have its own size.
+
+    Returns:
+        The pictures at the size of the first one's inside; unchanged if it has no borders.
+    """
     shape = pictures[0].shape
-    view = _trimmed(pictures[0])
-    if view == whole(shape):
+    view = _trim_borders(pictures[0])
+    if view == make_whole_view(shape):
         return list(pictures)
-    return [view.of(resize(picture, shape)) for picture in pictures]
-
-
-def marks_of(cxr: Image) -> Mask | None:
-    """Where letters and markers are in a picture, [H, W], with the blur around them; None where there are none."""
-    brightest, scale, side = float(cxr.max()), float(np.ptp(cxr)), max(cxr.shape)
-    spots = (cxr >= brightest - MARK_NEAR * scale).astype(np.uint8)
-    count, labels, boxes, centres = cv2.connectedComponentsWithStats(spots, connectivity=8)
-    if count > MOST_SPOTS:
-        return None
-    edge = max(1, round(MARK_EDGE * side))
-    reach = max(edge + 1, round(MARK_RING * side))
-    marks = np.zeros(cxr.shape, bool)
-    for label in range(1, count):
-        left, top, width, height, area = boxes[label]
-        x, y = (centre / size for centre, size in zip(centres[label], cxr.shape[::-1], strict=True))
-        if (
-            not max(LEAST_MARK * cxr.size, LEAST_MARK_PX) <= area <= MOST_MARK * cxr.size
-            or min(x, 1 - x, y, 1 - y) > MARK_ZONE
-        ):
-            continue
-        near = np.s_[max(0, top - reach) : top + height + reach, max(0, left - reach) : left + width + reach]
-        spot = (labels[near] == label).astype(np.uint8)
-        grown = _grown(spot, edge)
-        ring = _grown(spot, reach) & ~grown & (spots[near] == 0)
-        if ring.any() and brightest - float(np.quantile(cxr[near][ring], 0.9)) >= MARK_CONTRAST * scale:
-            marks[near] |= grown
-    return marks if marks.any() else None
+    return [view.crop(resize(picture, shape)) for picture in pictures]
 
 
 def looks_negative(picture: Image) -> bool:
-    """Whether a frontal chest, [H, W] in [0, 1], has air white: both lungs brighter than what lies between them.
+    """Return whether a frontal chest, [H, W] in [0, 1], seems to be inverted, with white air.
 
-    That is looked for with the middle at several places; so is the opposite, and how clear either is at its best is
-    compared, in shares of the picture's span.
+    In a negative both lungs are brighter than the middle between them and than the chest wall beside them. Several
+    places of the middle are tried. How clear that is at its best is compared with how clear the opposite is at its
+    best. A white lung in a positive has no darker wall beside it.
     """
     small = resize(picture, (64, 64))
     low, high = np.quantile(small, SPAN_SHARES)
-    columns = np.median(small[18:40], axis=0)
+    columns, span = np.median(small[18:40], axis=0), float(high - low)
     negative, positive = -np.inf, -np.inf
     for off in range(-NEGATIVE_OFF, NEGATIVE_OFF + 1):
-        middle, *lungs = (float(np.median(columns[place.start + off : place.stop + off])) for place in NEGATIVE_PLACES)
-        negative, positive = max(negative, min(lungs) - middle), max(positive, middle - max(lungs))
-    return negative - positive > NEGATIVE * float(high - low)
+        middle = _measure_columns(columns, NEGATIVE_MIDDLE, off)
+        lungs = [_measure_columns(columns, place, off) for place in NEGATIVE_LUNGS]
+        first, last = NEGATIVE_LUNGS[0].start + off, NEGATIVE_LUNGS[1].stop + off
+        walls = (columns[first - NEGATIVE_WALL_PX : first], columns[last : last + NEGATIVE_WALL_PX])
+        above = min(lung - float(wall.min()) for lung, wall in zip(lungs, walls, strict=True))
+        if above > NEGATIVE_WALL * span:
+            negative = max(negative, min(lungs) - middle)
+        positive = max(positive, middle - max(lungs))
+    return negative - positive > NEGATIVE * span
 
 
-def _grown(spot: NDArray[np.uint8], by: int) -> Mask:
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * by + 1, 2 * by + 1))
-    return np.asarray(cv2.dilate(spot, disc) > 0)
+def _measure_columns(columns: Image, place: slice, off: int) -> float:
+    return float(np.median(columns[place.start + off : place.stop + off]))
 
 
-def _trimmed(cxr: Image) -> View:
+def _trim_borders(cxr: Image) -> View:
+    """Return the view without borders of one grey level."""
     rows, columns = cxr.shape
     tolerance = UNIFORM * float(np.ptp(cxr))
-    top, bottom = _borders(cxr, tolerance)
-    left, right = _borders(cxr[top : rows - bottom].T, tolerance)
+    top, bottom = _measure_borders(cxr, tolerance)
+    left, right = _measure_borders(cxr[top : rows - bottom].T, tolerance)
     return View(top, rows - bottom, left, columns - right)
 
 
-def _borders(lines: Image, tolerance: float) -> tuple[int, int]:
-    """Number of lines of one grey level at the beginning and at the end; 0 for too few or too many."""
+def _measure_borders(lines: Image, tolerance: float) -> tuple[int, int]:
+    """Return the number of lines of one grey level at the beginning and at the end; 0 for too few or too many."""
     count = len(lines)
-    first, last = (_uniform(one, tolerance) for one in (lines, lines[::-1]))
+    first, last = (_count_uniform(one, tolerance) for one in (lines, lines[::-1]))
     first, last = (number if number >= LEAST_BORDER * count else 0 for number in (first, last))
     left = count - first - last
     return (first, last) if first + last <= MOST_BORDER * count and left >= LEAST_PX else (0, 0)
 
 
-def _uniform(lines: Image, tolerance: float) -> int:
+def _count_uniform(lines: Image, tolerance: float) -> int:
     level = np.median(lines[0])
     for number, line in enumerate(lines):
         if np.abs(line - level).max() > tolerance:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import robustness
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.imaging.view import view_of
+from bsdiff_rt.imaging.view import find_view
 from train.phantoms import write_pairs
 
 
@@ -65,9 +65,9 @@ def test_plain_shows_the_networks_what_is_kept_from_them_otherwise(phantoms, mon
 
     def told(cxr, *, trim, least_span):
         views.append((trim, least_span))
-        return view_of(cxr, trim=trim, least_span=least_span)
+        return find_view(cxr, trim=trim, least_span=least_span)
 
-    monkeypatch.setattr("bsdiff_rt.imaging.one_image.view_of", told)
+    monkeypatch.setattr("bsdiff_rt.imaging.one_image.find_view", told)
     monkeypatch.setattr(robustness, "CHANGES", {"none": robustness.CHANGES["none"]})
     for plain in (False, True):
         robustness.measure(phantoms, "demo", plain=plain)

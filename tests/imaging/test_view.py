@@ -1,4 +1,4 @@
-"""What the networks are shown of a picture, and that everything else of it stays as it is."""
+"""What the model sees of a picture, and that everything else of it stays as it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from synthetic import chest
+from test_marks import lettered
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.imaging.network_input import to_network
@@ -13,11 +14,10 @@ from bsdiff_rt.imaging.view import (
     LEAST_BORDER,
     SPREAD_TO,
     View,
+    find_view,
     looks_negative,
-    marks_of,
-    view_of,
-    whole,
-    without_borders,
+    make_whole_view,
+    remove_borders,
 )
 from train.phantoms import draw_phantom
 
@@ -29,7 +29,7 @@ def framed(top=0, bottom=0, left=0, right=0, grey=0.0):
 
 
 def seen(cxr, *, trim=True, least_span=0.6):
-    return view_of(cxr, trim=trim, least_span=least_span)
+    return find_view(cxr, trim=trim, least_span=least_span)
 
 
 @pytest.mark.parametrize("grey", [0.0, 0.4, 1.0])
@@ -61,12 +61,12 @@ def test_a_frame_saved_as_jpeg_is_uniform():
     ids=["none", "thin", "most", "small", "flat", "phantom"],
 )
 def test_other_pictures_are_shown_whole(cxr):
-    assert seen(cxr, least_span=0.0) == whole(cxr.shape)
+    assert seen(cxr, least_span=0.0) == make_whole_view(cxr.shape)
     assert 200 * LEAST_BORDER > 1  # `thin` is
 
 
 def test_borders_are_shown_where_asked_for():
-    assert seen(framed(20, 20, 20, 20), trim=False, least_span=0.0) == whole((240, 200))
+    assert seen(framed(20, 20, 20, 20), trim=False, least_span=0.0) == make_whole_view((240, 200))
 
 
 def span(picture):
@@ -78,50 +78,50 @@ def span(picture):
 def test_a_faint_picture_is_spread_and_comes_back(factor):
     faint = (0.2 + factor * PICTURE).astype(np.float32)
     view = seen(faint)
-    shown = view.of(faint)
+    shown = view.crop(faint)
     assert span(shown) == pytest.approx(SPREAD_TO, abs=0.02)
     assert 0 <= shown.min() < shown.max() <= 1
-    np.testing.assert_allclose(view.back(shown, faint), faint, atol=1e-6)
+    np.testing.assert_allclose(view.paste_into(faint, shown), faint, atol=1e-6)
 
 
 def test_a_bright_spot_limits_the_spreading():
     faint = (0.2 * PICTURE).astype(np.float32)
     faint[5, 5] = 0.5
     view = seen(faint, trim=False)
-    shown = view.of(faint)
+    shown = view.crop(faint)
     assert shown[5, 5] == pytest.approx(1, abs=1e-6)
     assert view.gain == pytest.approx(1 / (0.5 - faint.min()))
-    np.testing.assert_allclose(view.back(shown, faint), faint, atol=1e-6)
+    np.testing.assert_allclose(view.paste_into(faint, shown), faint, atol=1e-6)
 
 
 def test_what_spans_enough_is_shown_as_it_is():
     strong = PICTURE / PICTURE.max()
     assert seen(strong, least_span=span(strong) - 0.02).gain == 1
-    assert seen(0.1 * PICTURE, least_span=0.0) == whole(PICTURE.shape)
+    assert seen(0.1 * PICTURE, least_span=0.0) == make_whole_view(PICTURE.shape)
 
 
 def test_a_flat_picture_is_not_torn_apart():
     view = seen(np.full((64, 64), 0.5, np.float32))
-    assert np.isfinite(view.of(np.full((64, 64), 0.5, np.float32))).all()
+    assert np.isfinite(view.crop(np.full((64, 64), 0.5, np.float32))).all()
 
 
 def test_what_was_not_shown_stays():
     cxr = (0.3 * framed(20, 10, 30, 0, grey=1.0)).astype(np.float32)
     view = seen(cxr)
-    made = view.of(cxr) - np.float32(0.1)
-    result = view.back(made, cxr)
+    made = view.crop(cxr) - np.float32(0.1)
+    result = view.paste_into(cxr, made)
     frame = np.ones(cxr.shape, bool)
     frame[20:220, 30:190] = False
     assert np.array_equal(result[frame], cxr[frame])
     np.testing.assert_allclose(result[~frame], np.clip(cxr[~frame] - 0.1 / view.gain, 0, 1), atol=1e-6)
-    deviation = view.deviation_back(np.full((200, 160), 0.2, np.float32), cxr.shape)
+    deviation = view.place_deviation(np.full((200, 160), 0.2, np.float32), cxr.shape)
     assert not deviation[frame].any()
     np.testing.assert_allclose(deviation[~frame], 0.2 / view.gain, rtol=1e-5)
 
 
 def test_what_the_report_says():
-    assert whole((4, 5)).told((4, 5)) is None
-    assert View(1, 4, 0, 5).told((4, 5)) == {
+    assert make_whole_view((4, 5)).to_report((4, 5)) is None
+    assert View(1, 4, 0, 5).to_report((4, 5)) == {
         "top": 1,
         "bottom": 4,
         "left": 0,
@@ -132,56 +132,23 @@ def test_what_the_report_says():
     }
 
 
-def lettered(cxr, place=(10, 40), grey=1.0):
-    ink = np.zeros(cxr.shape, np.uint8)
-    cv2.putText(ink, "R", place, cv2.FONT_HERSHEY_SIMPLEX, 1.2, 255, 3)
-    return np.maximum(cxr, grey * ink.astype(np.float32) / 255), ink
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("side", [256, 700])
-def test_letters_in_a_corner_are_marks_and_nothing_else_is(seed, side):
-    cxr = draw_phantom(seed, side).cxr
-    assert marks_of(cxr) is None
-    marked, ink = lettered(cxr)
-    marks = marks_of(marked)
-    assert marks[ink > 128].all()
-    assert marks.sum() < 2.5 * (ink > 0).sum()  # the letter and its blur
-
-
-def test_what_is_no_mark():
-    cxr = draw_phantom(0, 256).cxr
-    assert marks_of(lettered(cxr, place=(110, 140))[0]) is None  # in the middle: a device, perhaps
-    assert marks_of(lettered(cxr, grey=float(cxr.max()) - 0.05)[0]) is None  # not the brightest
-    block = cxr.copy()
-    block[:40, :40] = 1
-    assert marks_of(block) is None  # too large
-    soft = cv2.GaussianBlur(block, (0, 0), 20)
-    assert marks_of(soft) is None  # no edge
-    hot = cxr.copy()
-    hot[5, 5:9] = hot[20, 20] = 1
-    assert marks_of(hot) is None  # pixels of the detector
-    noise = (np.random.default_rng(0).random((512, 512)) > 0.97).astype(np.float32)
-    assert marks_of(noise) is None  # more spots than letters
-
-
 def test_marks_are_kept_and_not_shown():
     cxr = (0.2 + 0.3 * draw_phantom(1, 256).cxr).astype(np.float32)
     marked, ink = lettered(cxr, grey=float(cxr.max()) + 0.01)
-    view = view_of(marked, trim=True, least_span=0.6)
+    view = find_view(marked, trim=True, least_span=0.6)
     letter = view.marks
     assert letter[ink > 128].all()
-    shown, placement = to_network(view.of(marked), Preprocessing(128))
-    plain, _ = to_network(view.of(cxr), Preprocessing(128))
-    without = view.without_marks(shown, placement)
+    shown, placement = to_network(view.crop(marked), Preprocessing(128))
+    plain, _ = to_network(view.crop(cxr), Preprocessing(128))
+    without = view.hide_marks(shown, placement)
     small = cv2.resize(letter.astype(np.float32), (128, 128), interpolation=cv2.INTER_AREA) > 0
     assert np.abs(without - plain)[small].mean() < 0.25 * np.abs(shown - plain)[small].mean()
     far = ~cv2.dilate(small.astype(np.uint8), np.ones((5, 5))).astype(bool)
     assert np.array_equal(without[far], shown[far])
-    result = view.back(np.zeros((256, 256), np.float32), marked)
+    result = view.paste_into(marked, np.zeros((256, 256), np.float32))
     assert np.array_equal(result[letter], marked[letter])
-    assert not view.deviation_back(np.ones((256, 256), np.float32), (256, 256))[letter].any()
-    assert view.told(cxr.shape)["mark_pixels"] == letter.sum()
+    assert not view.place_deviation(np.ones((256, 256), np.float32), (256, 256))[letter].any()
+    assert view.to_report(cxr.shape)["mark_pixels"] == letter.sum()
 
 
 def test_marks_are_placed_where_the_view_and_the_picture_in_the_square_are():
@@ -189,28 +156,28 @@ def test_marks_are_placed_where_the_view_and_the_picture_in_the_square_are():
     cxr = np.ascontiguousarray(draw_phantom(2, 256).cxr[:, 40:200])
     marked, ink = lettered(cxr)
     framed = np.pad(marked, ((30, 10), (20, 40)))
-    view = view_of(framed, trim=True, least_span=0.0)
+    view = find_view(framed, trim=True, least_span=0.0)
     assert (view.top, view.left, view.marks.shape) == (30, 20, (256, 160))
-    shown, placement = to_network(view.of(framed), Preprocessing(128))
+    shown, placement = to_network(view.crop(framed), Preprocessing(128))
     assert placement.left > 0
-    without = view.without_marks(shown, placement)
+    without = view.hide_marks(shown, placement)
     rows, columns = np.nonzero(without != shown)
     y, x = np.nonzero(ink)
     assert abs(rows.mean() - y.mean() / 2) < 2
     assert abs(columns.mean() - placement.left - x.mean() / 2) < 2
-    result = view.back(np.zeros((256, 160), np.float32), framed)
+    result = view.paste_into(framed, np.zeros((256, 160), np.float32))
     assert np.array_equal(result[30:-10, 20:-40][ink > 128], marked[ink > 128])
 
 
 def test_pictures_of_one_field_lose_the_same_borders():
     framed_cxr, truth = framed(20, 10, 0, 30, grey=1.0), framed(20, 10, 0, 30, grey=0.2)
-    assert [picture.shape for picture in without_borders([framed_cxr, truth])] == [(200, 160)] * 2
+    assert [picture.shape for picture in remove_borders([framed_cxr, truth])] == [(200, 160)] * 2
     small = cv2.resize(truth, (95, 115), interpolation=cv2.INTER_AREA)
-    cxr, soft_tissue = without_borders([framed_cxr, small])
+    cxr, soft_tissue = remove_borders([framed_cxr, small])
     assert cxr.shape == soft_tissue.shape == (200, 160)
     assert np.abs(soft_tissue - PICTURE)[5:-5, 5:-5].mean() < 0.02
     plain = [PICTURE, small]
-    assert all(one is other for one, other in zip(without_borders(plain), plain, strict=True))
+    assert all(one is other for one, other in zip(remove_borders(plain), plain, strict=True))
 
 
 def test_most_negatives_are_told_and_no_x_ray_is_called_one():
@@ -227,3 +194,20 @@ def test_what_has_no_lungs_is_no_negative():
     assert not looks_negative(np.full((64, 64), 0.5, np.float32))
     assert not looks_negative(np.tile(np.linspace(0, 1, 90, dtype=np.float32), (70, 1)))
     assert not looks_negative(np.random.default_rng(0).random((80, 90), dtype=np.float32))
+
+
+def with_white_lung(cxr, side, level):
+    """The picture with one lung nearly as white as its brightest bone, as after a large effusion."""
+    rows, columns = cxr.shape
+    y, x = np.mgrid[0:rows, 0:columns]
+    centre = columns * (0.29 if side == "left" else 0.71)
+    inside = (((x - centre) / (columns * 0.2)) ** 2 + ((y - rows * 0.45) / (rows * 0.36)) ** 2 - 1) * 12
+    lung = 1 / (1 + np.exp(np.clip(inside, -50, 50)))
+    return (cxr * (1 - lung) + lung * (0.9 * level * cxr.max() + 0.1 * cxr)).astype(np.float32)
+
+
+@pytest.mark.parametrize("level", [0.6, 0.85, 1.0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_white_lung_is_no_negative(side, level):
+    for seed in range(10):
+        assert not looks_negative(with_white_lung(draw_phantom(seed, 64).cxr, side, level))

@@ -1,0 +1,119 @@
+"""Find burned-in letters and side markers in an X-ray. Torch-free.
+
+A mark is a spot of one bright grey, sharply bounded and near an edge of the picture. Bones are brightest inside and
+fade outwards. Text may have several greys: after the marks of the brightest grey those of the next one are looked for,
+as long as there are any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+MARK_NEAR = 0.01  # of the picture's range: how far greys of one spot may be from the brightest
+MARK_ZONE = 0.25  # of the side, from the edge to the spot's centre
+LEAST_MARK, MOST_MARK = 2e-5, 0.01  # of the picture's area, one spot
+LEAST_MARK_PX = 8  # fewer are pixels of the detector
+MARK_CONTRAST = 0.3  # of the picture's range, between the spot and nine tenths of what surrounds it
+MARK_EDGE, MARK_RING = 0.004, 0.010  # of the longer side: how far its own blur reaches, and what surrounds it
+MOST_SPOTS = 2000  # more are noise, not letters
+MOST_GREYS = 8  # of the letters in one picture
+LEAST_GREY = 0.7  # of the picture's range; darker letters are not looked for
+# A letter beside others of its grey is one, too, whatever lies behind it: at most so far away and so much taller or
+# smaller, both in heights of the other one.
+WORD_GAP, WORD_HEIGHTS = 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A connected spot of one grey: its label, and its box in px."""
+
+    label: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def continues(self, other: _Spot) -> bool:
+        """Return whether this spot may be a letter in the line of the other one."""
+        tall, small = max(self.height, other.height), max(1, min(self.height, other.height))
+        apart = max(self.left, other.left) - min(self.left + self.width, other.left + other.width)
+        shared = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
+        return tall <= WORD_HEIGHTS * small and apart <= WORD_GAP * other.height and shared >= 0.5 * small
+
+
+def find_marks(cxr: Image) -> Mask | None:
+    """Find letters and markers.
+
+    Args:
+        cxr: [H, W], float32, in [0, 1].
+
+    Returns:
+        Where they are, [H, W], with the blur around them; None if there are none.
+    """
+    darkest, brightest = float(cxr.min()), float(cxr.max())
+    scale, side = brightest - darkest, max(cxr.shape)
+    edge = max(1, round(MARK_EDGE * side))
+    reach = max(edge + 1, round(MARK_RING * side))
+    marks = np.zeros(cxr.shape, bool)
+    grey = brightest
+    for _ in range(MOST_GREYS):
+        found = _find_marks_of_grey(cxr, marks, grey, scale, edge, reach)
+        if found is None:
+            break
+        marks |= found
+        rest = cxr[~dilate(marks.astype(np.uint8), reach)]
+        grey = float(rest.max()) if rest.size else darkest
+        if grey < darkest + LEAST_GREY * scale:
+            break
+    return marks if marks.any() else None
+
+
+def dilate(mask: NDArray[np.uint8], by: int) -> Mask:
+    """Return a mask grown by a disc of that radius, px."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * by + 1, 2 * by + 1))
+    return np.asarray(cv2.dilate(mask, disc) > 0)
+
+
+def _find_marks_of_grey(cxr: Image, known: Mask, grey: float, scale: float, edge: int, reach: int) -> Mask | None:
+    """Return the marks of one grey with their blur, [H, W], outside of those that are known; None if there are none."""
+    spots = ((cxr >= grey - MARK_NEAR * scale) & ~known).astype(np.uint8)
+    count, labels, boxes, centres = cv2.connectedComponentsWithStats(spots, connectivity=8)
+    if count > MOST_SPOTS:
+        return None
+    bright = dilate(spots, edge) | known  # no surroundings: other letters and their blur
+    letters: list[_Spot] = []
+    others: list[_Spot] = []
+    for label in range(1, count):
+        left, top, width, height, area = (int(value) for value in boxes[label])
+        x, y = (centre / size for centre, size in zip(centres[label], cxr.shape[::-1], strict=True))
+        in_zone = min(x, 1 - x, y, 1 - y) <= MARK_ZONE
+        if not in_zone or not max(LEAST_MARK * cxr.size, LEAST_MARK_PX) <= area <= MOST_MARK * cxr.size:
+            continue
+        spot = _Spot(label, left, top, width, height)
+        around = np.s_[max(0, top - reach) : top + height + reach, max(0, left - reach) : left + width + reach]
+        ring = dilate((labels[around] == label).astype(np.uint8), reach) & ~bright[around]
+        stands_out = ring.any() and grey - float(np.quantile(cxr[around][ring], 0.9)) >= MARK_CONTRAST * scale
+        (letters if stands_out else others).append(spot)
+    if not letters:
+        return None
+    letters = _complete_words(letters, others)
+    return dilate(np.isin(labels, [spot.label for spot in letters]).astype(np.uint8), edge)
+
+
+def _complete_words(letters: list[_Spot], others: list[_Spot]) -> list[_Spot]:
+    """Return the letters, and those of the other spots that stand in a line with them."""
+    complete, open_ = list(letters), list(letters)
+    while open_:
+        letter = open_.pop()
+        joined = [spot for spot in others if spot.continues(letter)]
+        others = [spot for spot in others if spot not in joined]
+        complete += joined
+        open_ += joined
+    return complete
