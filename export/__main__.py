@@ -1,7 +1,8 @@
-"""`python -m export CHECKPOINTS -o BUNDLE`: trained weights become a bundle.
+"""`python -m export`: make a bundle from trained weights.
 
+`python -m export CHECKPOINTS -o BUNDLE` takes the checkpoints of `python -m train`.
 `python -m export published --denoiser X.pth --enhancer Y.pth -o BUNDLE` takes the published BS-Diff checkpoints.
-`python -m export random PRESET -o BUNDLE` makes one with random weights: to time networks, no checkpoint is needed.
+`python -m export random PRESET -o BUNDLE` makes random weights, to time a network without a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from bsdiff_rt.bench.candidates import randomise
+from bsdiff_rt.bundle import Manifest
 from bsdiff_rt.config import (
     PRESETS,
     Objective,
@@ -27,61 +30,78 @@ from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
 from bsdiff_rt.networks.unet import Denoiser
-from export.bundle import BundleOptions, write_bundle
-from export.checkpoint import averaged_weights, weights_digest
-from export.published import WeightsName, published_weights
+from export.bundle import UNSTATED, BundleOptions, check_folder, write_bundle
+from export.checkpoint import hash_weights, read_averaged_weights
+from export.published import WeightsName, read_published_weights
+from export.speed import measure_speed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# Default sampler and mirror by objective. A model of x0 or v finds the image in a few steps; eps needs them all.
+FEW_STEPS, ALL_STEPS = SamplerSettings("ddim", 3), SamplerSettings("ddpm", 1000)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle. Must be new or empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in the output folder.")]
+Licence = Annotated[str, typer.Option(help="Licence of the weights.")]
 
 
 @app.command("random")
 def export_random(
     preset: Annotated[str, typer.Argument(help=f"Network shape: {', '.join(PRESETS)}.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    output: Output,
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
-    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
-    objective: Annotated[
-        Objective, typer.Option(help="What it predicts: few steps of an untrained eps are no picture to compare.")
-    ] = "eps",
-    sampler: Annotated[SamplerName, typer.Option(help="Default sampler; build-engine compares with it.")] = "ddpm",
-    steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
+    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Run stage 2 by default.")] = True,
+    objective: Annotated[Objective, typer.Option(help="What the model predicts.")] = "eps",
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="Default sampler.", show_default="ddpm for eps, else ddim")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default number of steps.", show_default="1000 for eps, else 3")
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Make a bundle with random weights, for timing; without stage 2 an image costs its denoiser steps alone."""
+    """Make a bundle with random weights, to time a network without a checkpoint."""
     if preset not in PRESETS:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    torch.manual_seed(0)
+    check_folder(output, overwrite)
+    generator = torch.Generator().manual_seed(0)
     shape = PRESETS[preset]
-    settings = SamplerSettings(sampler, steps)
+    settings = choose_sampler(objective, sampler, steps)
     options = BundleOptions(f"{preset}-random", settings, Preprocessing(size=size), enhance=enhance)
     denoiser, enhancer = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
-    for parameter in denoiser.parameters():
-        if not parameter.any():  # zero at the start of training: the graph's agreement would compare zeros
-            torch.nn.init.normal_(parameter, std=0.02)
-    write_bundle(output, shape, Schedule(objective=objective), denoiser, enhancer, options)
+    for network in (denoiser, enhancer):  # a new network's last layers are zero; zeros would always agree
+        randomise(network, generator)
+    schedule = Schedule(objective=objective)
+    describe_bundle(output, write_bundle(output, shape, schedule, denoiser, enhancer, options, overwrite=overwrite))
 
 
 @app.command("published")
 def export_published(
     denoiser: Annotated[Path, typer.Option(help="Checkpoint of stage 1 (.pth).")],
     enhancer: Annotated[Path, typer.Option(help="Checkpoint of stage 2 (.pth).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    output: Output,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "bs-diff",
     weights: Annotated[
-        WeightsName, typer.Option(help="Of stage 1: what the published test loads, the averages, or the optimiser's.")
+        WeightsName,
+        typer.Option(help="Weights of stage 1: those the published test loads, the averages, or the optimiser's."),
     ] = "model",
-    preset: Annotated[str, typer.Option(help="Network shape; the published one is `paper`.")] = "paper",
+    preset: Annotated[str, typer.Option(help="Network shape. The published one is `paper`.")] = "paper",
     size: Annotated[int, typer.Option(min=16, help="Side of the images, px.")] = 256,
-    clahe: Annotated[float, typer.Option(min=0, help="CLAHE clip limit; 0: images are equalised already.")] = 0.0,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unknown: ask the authors",
+    clahe: Annotated[
+        float, typer.Option(min=0, help="CLAHE clip limit. 0: no CLAHE, for images that are equalised already.")
+    ] = 0.0,
+    licence: Licence = UNSTATED,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Make a bundle of the published checkpoints; nothing in them is run (docs/published-checkpoints.md)."""
-    shapes = {key: shape for key, shape in PRESETS.items() if not shape.denoiser.residual}  # no published one adds cxr
+    """Make a bundle of the published checkpoints. Nothing in them is executed (docs/published-checkpoints.md)."""
+    shapes = {key: shape for key, shape in PRESETS.items() if not shape.denoiser.residual}  # as published
     if preset not in shapes:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(shapes)}")
+    check_folder(output, overwrite)
     shape = shapes[preset]
-    first = denoiser_state(published_weights(denoiser, weights), shape.denoiser)
-    second = enhancer_state(published_weights(enhancer), shape.enhancer)
-    with torch.device("meta"):  # the weights are there: no second copy to fill with random numbers
+    first = denoiser_state(read_published_weights(denoiser, weights), shape.denoiser)
+    second = enhancer_state(read_published_weights(enhancer), shape.enhancer)
+    with torch.device("meta"):  # the weights are read already: no second copy with random numbers
         networks = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
     networks[0].load_state_dict(first, assign=True)
     networks[1].load_state_dict(second, assign=True)
@@ -96,65 +116,118 @@ def export_published(
             "enhancer": {"file": enhancer.name, "sha256": file_sha256(enhancer)},
         },
     )
-    manifest = write_bundle(output, shape, Schedule("squaredcos_cap_v2"), *networks, options)
-    typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
+    schedule = Schedule("squaredcos_cap_v2")
+    describe_bundle(output, write_bundle(output, shape, schedule, *networks, options, overwrite=overwrite))
 
 
 @app.command("checkpoints")
 def export_checkpoints(
-    checkpoints: Annotated[Path, typer.Argument(help="Folder with denoiser.pt and enhancer.pt of `python -m train`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    checkpoints: Annotated[Path, typer.Argument(help="Folder of `python -m train`: denoiser.pt and enhancer.pt.")],
+    output: Output,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "model",
-    sampler: Annotated[SamplerName, typer.Option(help="Default sampler.")] = "ddpm",
-    steps: Annotated[int, typer.Option(min=1, help="Default number of steps.")] = 1000,
-    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Default of infer --enhance.")] = True,
-    mirror: Annotated[bool, typer.Option("--mirror/--no-mirror", help="Default of infer --mirror.")] = False,
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="Default sampler.", show_default="ddpm for eps, else ddim")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default number of steps.", show_default="1000 for eps, else 3")
+    ] = None,
+    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Run stage 2 by default.")] = True,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Average with the result for the mirrored image by default.",
+            show_default="off for eps, else on",
+        ),
+    ] = None,
     clahe: Annotated[
         float | None,
         typer.Option(
-            min=0, help="CLAHE clip limit of the training data; 0: none.", show_default="the data set's, else 0"
+            min=0, help="CLAHE clip limit of the training data. 0: no CLAHE.", show_default="as in the checkpoint, or 0"
         ),
     ] = None,
     least_span: Annotated[
-        float, typer.Option(min=0, max=1, help="infer spreads X-rays whose grey levels span less; 0: none.")
+        float, typer.Option(min=0, max=1, help="Stretch X-rays whose grey levels span less than this. 0: never.")
     ] = Preprocessing.least_span,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "MIT",
-    training: Annotated[Path | None, typer.Option(help="JSON file with the provenance of the weights.")] = None,
+    licence: Licence = UNSTATED,
+    training: Annotated[Path | None, typer.Option(help="JSON file that says where the weights come from.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Make a bundle; refused unless ONNX Runtime agrees with eager."""
+    """Make a bundle of the checkpoints of `python -m train`, if ONNX Runtime agrees with the eager networks."""
+    check_folder(output, overwrite)
     provenance = {} if training is None else read_provenance(training)
-    first, state = averaged_weights(checkpoints / "denoiser.pt")
+    first, state = read_averaged_weights(checkpoints / "denoiser.pt")
     if enhance or (checkpoints / "enhancer.pt").exists():
-        second, enhancer_state = averaged_weights(checkpoints / "enhancer.pt")
+        second, enhancer_weights = read_averaged_weights(checkpoints / "enhancer.pt")
     else:
-        second, enhancer_state = untrained_enhancer(checkpoints, first)
-    check_stages(checkpoints, first, second, stage_one=weights_digest(state) if enhance else None)
+        second, enhancer_weights = make_identity_enhancer(checkpoints, first)
+    check_stages(checkpoints, first, second, stage_one=hash_weights(state) if enhance else None)
+    schedule, denoiser, enhancer = build_networks(checkpoints, first, state, enhancer_weights)
+    options = BundleOptions(
+        name=name,
+        sampler=choose_sampler(schedule.objective, sampler, steps),
+        preprocessing=Preprocessing(first["size"], resolve_clahe(first, clahe), least_span=least_span),
+        enhance=enhance,
+        mirror=schedule.objective != "eps" if mirror is None else mirror,
+        licence=licence,
+        training=provenance | collect_provenance(first, second),
+    )
     preset = PRESETS[first["preset"]]
-    preprocessing = Preprocessing(first["size"], clahe_of(first, clahe), least_span=least_span)
+    describe_bundle(output, write_bundle(output, preset, schedule, denoiser, enhancer, options, overwrite=overwrite))
+
+
+def describe_bundle(folder: Path, manifest: Manifest) -> None:
+    """Print what was written and how long an image takes with it."""
+    agreement = max(manifest.agreement[network] for network in ("denoiser", "enhancer"))
+    typer.echo(f"{folder}: wrote bundle {manifest.name}. Licence: {manifest.licence}.")
+    typer.echo(f"largest difference between ONNX Runtime and eager: {agreement:.1e} of the largest output")
+    typer.echo(measure_speed(folder, manifest))
+
+
+def choose_sampler(objective: Objective, name: SamplerName | None, steps: int | None) -> SamplerSettings:
+    """Return the default sampler of a bundle: as asked for, else what suits the objective."""
+    default = ALL_STEPS if objective == "eps" else FEW_STEPS
+    return SamplerSettings(name or default.name, steps or default.steps)
+
+
+def build_networks(
+    checkpoints: Path,
+    first: dict[str, Any],
+    denoiser_weights: dict[str, torch.Tensor],
+    enhancer_weights: dict[str, torch.Tensor],
+) -> tuple[Schedule, Denoiser, Enhancer]:
+    """Return the diffusion and both networks with their weights.
+
+    Args:
+        checkpoints: folder, for the message.
+        first: header of stage 1's checkpoint.
+        denoiser_weights: of stage 1.
+        enhancer_weights: of stage 2.
+
+    Raises:
+        SettingsError: the weights or the diffusion do not fit the preset of this version.
+    """
+    preset = PRESETS[first["preset"]]
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     try:
         schedule = Schedule(**first["schedule"])
-        denoiser.load_state_dict(state)
-        enhancer.load_state_dict(enhancer_state)
-    except (RuntimeError, TypeError) as error:  # a preset, or the schedule's fields, changed between versions
+        denoiser.load_state_dict(denoiser_weights)
+        enhancer.load_state_dict(enhancer_weights)
+    except (RuntimeError, TypeError) as error:
         raise SettingsError(
-            f"{checkpoints}: the weights do not fit preset {preset.name} of this version; train them anew"
+            f"{checkpoints}: the weights do not fit preset {preset.name} of this version. Train them again."
         ) from error
-    options = BundleOptions(
-        name=name,
-        sampler=SamplerSettings(sampler, steps),
-        preprocessing=preprocessing,
-        enhance=enhance,
-        mirror=mirror,
-        licence=licence,
-        training=provenance | told_by(first, second),
-    )
-    manifest = write_bundle(output, preset, schedule, denoiser, enhancer, options)
-    typer.echo(f"{output}: {manifest.name}, agreement with eager {manifest.agreement}")
+    return schedule, denoiser, enhancer
 
 
 def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any], *, stage_one: str | None) -> None:
-    """Whether both stages' checkpoints belong together; `stage_one` is the digest stage 2 must have learned from.
+    """Check that the checkpoints of both stages belong together.
+
+    Args:
+        checkpoints: folder, for the message.
+        first: header of stage 1's checkpoint.
+        second: header of stage 2's checkpoint.
+        stage_one: SHA-256 of the stage 1 that stage 2 must have been trained on; None: not checked.
 
     Raises:
         SettingsError: they do not, or one is no checkpoint of its stage.
@@ -165,69 +238,80 @@ def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any
         raise SettingsError(f"{checkpoints}: denoiser is for {first['size']} px, enhancer for {second['size']} px")
     if stage_one is not None and second["stage_one"] not in (None, stage_one):
         raise SettingsError(
-            f"{checkpoints}: the enhancer learned from another stage 1 than this denoiser; train the enhancer anew, or "
-            "leave it off with --no-enhance"
+            f"{checkpoints}: the enhancer was trained on another stage 1 than this denoiser. Train the enhancer again, "
+            "or leave it off with --no-enhance."
         )
     if first["preset"] not in PRESETS:
         raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
     if not first["schedule"]:
-        raise SettingsError(f"{checkpoints / 'denoiser.pt'}: no schedule in it; it is not stage 1's checkpoint")
+        raise SettingsError(f"{checkpoints / 'denoiser.pt'}: has no schedule, so it is not a checkpoint of stage 1")
 
 
-def untrained_enhancer(checkpoints: Path, first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and weights of a stage 2 that returns its input, for a bundle that leaves it off.
+def make_identity_enhancer(checkpoints: Path, first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return header and weights of a stage 2 that returns its input, for a bundle that leaves stage 2 off.
+
+    Args:
+        checkpoints: folder, for the message.
+        first: header of stage 1's checkpoint.
 
     Raises:
-        SettingsError: the preset's stage 2 does not begin as that.
+        SettingsError: a new stage 2 of this preset does not return its input.
     """
     preset = PRESETS.get(first["preset"])
     if preset is None or not preset.enhancer.residual:
-        raise SettingsError(f"{checkpoints / 'enhancer.pt'}: no such checkpoint; `python -m train enhancer` writes it")
+        raise SettingsError(
+            f"{checkpoints / 'enhancer.pt'}: no such checkpoint. Write it with `python -m train enhancer`."
+        )
     header = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
     return header, Enhancer(preset.enhancer).state_dict()
 
 
-def clahe_of(first: dict[str, Any], asked: float | None) -> float:
-    """CLAHE clip limit of the networks' input: what stage 1 was trained on, where its checkpoint says so.
+def resolve_clahe(first: dict[str, Any], requested: float | None) -> float:
+    """Return the CLAHE clip limit of the model's input: what stage 1 was trained on, if its checkpoint says so.
 
     Raises:
-        SettingsError: another one is asked for.
+        SettingsError: another one is requested.
     """
     known = first["clahe"]
-    if None not in (known, asked) and known != asked:
-        raise SettingsError(
-            f"--clahe {asked:g}: the data set was prepared with {known:g}; leave the option out, or train anew"
-        )
-    return float((asked if known is None else known) or 0.0)
+    if None not in (known, requested) and known != requested:
+        raise SettingsError(f"--clahe {requested:g}: the model was trained on {known:g}. Leave the option out.")
+    return float((requested if known is None else known) or 0.0)
 
 
-def told_by(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:
-    """What the two checkpoints' headers say of their training: steps, the bundle that stage 1 started from, and the
-    digests of the X-rays that either learned from."""
-    told: dict[str, object] = {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
-    told |= {"denoiser_start": first["start"]} if first["start"] else {}
+def collect_provenance(first: dict[str, Any], second: dict[str, Any]) -> dict[str, object]:
+    """Return what the checkpoints' headers say about the training.
+
+    Args:
+        first: header of stage 1's checkpoint.
+        second: header of stage 2's checkpoint.
+
+    Returns:
+        Steps of both stages; SHA-256 of the bundle that stage 1 started from; digests of the X-rays trained on.
+    """
+    found: dict[str, object] = {"denoiser_steps": first["step"], "enhancer_steps": second["step"]}
+    found |= {"denoiser_start": first["start"]} if first["start"] else {}
     trained_on = {*(first["trained_on"] or ()), *(second["trained_on"] or ())}
-    return told | ({"trained_on": sorted(trained_on)} if trained_on else {})
+    return found | ({"trained_on": sorted(trained_on)} if trained_on else {})
 
 
 def read_provenance(path: Path) -> dict[str, object]:
-    """The JSON object in `path`.
+    """Return the JSON object in the file `path`.
 
     Raises:
-        SettingsError: not readable, or not a JSON object.
+        SettingsError: it cannot be read, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(f"--training {path}: not a readable JSON file ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"--training {path}: should hold a JSON object")
+        raise SettingsError(f"--training {path}: it must hold a JSON object")
     return content
 
 
 def main() -> None:
-    """Entry point: our errors become one line and their exit code."""
-    # `export CHECKPOINTS` is the plain form; a first word that is no command is its folder, or one of its options.
+    """Run the command line. An error of this package becomes one line on stderr and an exit code."""
+    # `python -m export CHECKPOINTS` is the plain form: a first word that is no command is the folder or an option.
     if len(sys.argv) > 1 and sys.argv[1] not in ("random", "published", "checkpoints", "--help"):
         sys.argv.insert(1, "checkpoints")
     run_command(app)

@@ -1,4 +1,4 @@
-"""Read what `python -m train` wrote; the two workshops share this file format, not code."""
+"""Read the checkpoints that `python -m train` writes. Both packages know the file format; they share no code."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 
 from bsdiff_rt.errors import SettingsError
 
-# Besides preset, step and size: the diffusion, the digest of the stage 1 that stage 2 learned from, that of the bundle
-# training started from, CLAHE clip limit of the data set, digests of the X-rays trained on.
+# Keys of a header besides preset, step and size, None where a checkpoint lacks them: the diffusion, SHA-256 of the
+# stage 1 that stage 2 was trained on, SHA-256 of the bundle that training started from, CLAHE clip limit of the data,
+# digests of the X-rays trained on.
 HEADER = ("schedule", "stage_one", "start", "clahe", "trained_on")
 
 
-def averaged_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A checkpoint's header (preset, step, size; `HEADER`, None where it does not say) and averaged (EMA) weights.
+def read_averaged_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return a checkpoint's header (preset, step, size, and `HEADER`) and its averaged (EMA) weights.
 
     Raises:
         SettingsError: no such file, or not a checkpoint. Nothing in it is executed.
     """
     if not path.is_file():
-        raise SettingsError(f"{path}: no such checkpoint; `python -m train` writes it")
+        raise SettingsError(f"{path}: no such checkpoint. Write it with `python -m train`.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         header = {key: state[key] for key in ("preset", "step", "size")} | {key: state.get(key) for key in HEADER}
@@ -31,8 +32,8 @@ def averaged_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         raise SettingsError(f"{path}: not a checkpoint of `python -m train` ({type(error).__name__})") from error
 
 
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the averaged weights of stage 1, by which stage 2's checkpoint names what it learned from."""
+def hash_weights(state: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of stage 1's averaged weights, as stage 2's checkpoint names the stage 1 it was trained on."""
     digest = hashlib.sha256()
     for tensor in state.values():
         digest.update(tensor.contiguous().numpy().tobytes())

@@ -74,7 +74,7 @@ def share_weights(model: onnx.ModelProto, weights: Path) -> None:
     """
     by_bytes: dict[bytes, tuple[int, list[int]]] = {}
     by_transpose: dict[bytes, tuple[str, int, list[int]]] = {}
-    for name, dtype, shape, offset, data in tensors_of(weights):
+    for name, dtype, shape, offset, data in read_tensors(weights):
         by_bytes.setdefault(data, (offset, shape))
         if len(shape) == 2:
             flipped = np.frombuffer(data, dtype).reshape(shape).T
@@ -98,7 +98,7 @@ def share_weights(model: onnx.ModelProto, weights: Path) -> None:
     model.graph.node.extend(nodes)
 
 
-def tensors_of(weights: Path) -> Iterator[tuple[str, np.dtype[np.float32], list[int], int, bytes]]:
+def read_tensors(weights: Path) -> Iterator[tuple[str, np.dtype[np.float32], list[int], int, bytes]]:
     """Name, dtype, shape, offset in the file and bytes of every tensor of a safetensors file (fp32 only)."""
     content = weights.read_bytes()
     (header_bytes,) = struct.unpack_from("<Q", content)

@@ -79,7 +79,7 @@ class _NoteTaker(pickle.Unpickler):
         return pid
 
 
-def published_weights(path: Path, weights: WeightsName = "model") -> dict[str, torch.Tensor]:
+def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[str, torch.Tensor]:
     """The weights in a published checkpoint, by their published keys, float32, on the CPU.
 
     The file may hold a whole pickled network, a state dict, or a dictionary with either under `model`. Keys that all

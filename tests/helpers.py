@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from synthetic import chest, dataset, save, stored
 from torch import nn
 
+from bsdiff_rt.bench.candidates import randomise as fill_randomly
 from bsdiff_rt.runners.base import Runner
 
 SHAPE = (80, 72)  # larger than the tiny networks' 64 px, and not square
@@ -22,15 +23,7 @@ SHAPE = (80, 72)  # larger than the tiny networks' 64 px, and not square
 
 def randomise(network: nn.Module, seed: int) -> None:
     """Fill every parameter, the zero-initialised too, with noise that keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-            elif "norm" in name and name.endswith("weight"):
-                parameter.normal_(1.0, 0.1, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.1, generator=generator)
+    fill_randomly(network, torch.Generator().manual_seed(seed))
 
 
 def png(path: Path, bits: int = 8, seed: int = 0, shape: tuple[int, int] = SHAPE) -> Path:

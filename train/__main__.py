@@ -15,6 +15,7 @@ from train.commands.enhancer import enhancer_command
 from train.commands.phantoms import phantoms_command
 from train.commands.prepare import prepare_command
 from train.loop import leave_processes
+from train.progress import StderrHandler
 
 app = typer.Typer(
     add_completion=False,
@@ -32,7 +33,12 @@ app.command("comparator")(comparator_command)
 
 def main() -> None:
     """Run the command line. An error of this package becomes one line on stderr and an exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=[StderrHandler()],
+    )
     cv2.setNumThreads(1)
     run_command(app)
 

@@ -20,8 +20,9 @@ from train.comparators import COMPARATORS, Comparator
 from train.data import Batches
 from train.discriminator import CRITIC_COPIES, CRITIC_PASSES, Critic, build_critic
 from train.dry_run import Estimate, Part, estimate
-from train.loop import Run, Trainee, TrainOptions
+from train.loop import Trainee, TrainOptions
 from train.losses import HybridLoss, optimise
+from train.run import Run
 from train.validation import Validation
 
 OPSET = 18

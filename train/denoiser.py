@@ -24,7 +24,8 @@ from bsdiff_rt.sampling.schedule import alpha_bar
 from train.checkpoint import last_checkpoint
 from train.data import Batches
 from train.dry_run import Estimate, Part, estimate
-from train.loop import Run, Trainee, TrainOptions, pieces
+from train.loop import Trainee, TrainOptions, pieces
+from train.run import Run
 from train.start import start_from
 from train.validation import Validation
 

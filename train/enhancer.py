@@ -29,9 +29,10 @@ from train.checkpoint import load_checkpoint
 from train.data import Batches, Pair
 from train.discriminator import CRITIC_COPIES, CRITIC_PASSES, Critic, build_critic
 from train.dry_run import Estimate, Part, estimate
-from train.loop import Run, Trainee, TrainOptions, make_accelerator
+from train.loop import Trainee, TrainOptions, make_accelerator
 from train.losses import HybridLoss, LossWeights, optimise
 from train.perceptual import VGG16, VGG16_PASSES
+from train.run import Run
 from train.validation import Validation, few_step
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
-import logging
 import math
-import time
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,16 +26,12 @@ from torch import distributed, nn
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners.devices import computes_bf16, resolve_device
-from train.checkpoint import last_checkpoint, load_checkpoint, tensors_of, unjudged_path, write_checkpoint
-from train.log import Log
-
-logger = logging.getLogger(__name__)
+from train.checkpoint import load_checkpoint, tensors_of, write_checkpoint
 
 CROP_MULTIPLE_PX = 16  # four levels of halving, as in the presets
 # Processes wait while one of them validates or draws phantoms; NCCL's default of ten minutes would end the run.
 LONGEST_WAIT = timedelta(days=1)
-DIVERGED = "lower --learning-rate or give --no-bf16, and run again: training goes on from the last checkpoint there is"
-Validate = Callable[[Path], dict[str, float]]  # where to draw samples -> figures by name
+DIVERGED = "Lower --learning-rate or give --no-bf16, and run again: training continues from the last checkpoint."
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class TrainOptions:
         """Number of crops and their side in px for `step`, from images of side `size`."""
         part = self.crops[min(step * len(self.crops) // self.steps, len(self.crops) - 1)]
         if size % CROP_MULTIPLE_PX:
-            raise SettingsError(f"--size {size}: give a multiple of {CROP_MULTIPLE_PX} px, which the networks halve")
+            raise SettingsError(f"--size {size}: give a multiple of {CROP_MULTIPLE_PX} px")
         side = max(CROP_MULTIPLE_PX, round(part[step % len(part)] * size / CROP_MULTIPLE_PX) * CROP_MULTIPLE_PX)
         return max(1, round(self.images * size**2 / side**2)), side
 
@@ -102,17 +97,29 @@ def fix_crop(side: int, size: int) -> tuple[tuple[float, ...], ...]:
         SettingsError: larger than the image, or not a side the networks take.
     """
     if side > size:
-        raise SettingsError(f"--crop {side} is more than --size {size}; choose at most that")
+        raise SettingsError(f"--crop {side} is more than --size {size}. Choose at most that.")
     if side % CROP_MULTIPLE_PX:
-        raise SettingsError(f"--crop {side}: give a multiple of {CROP_MULTIPLE_PX} px, which the networks halve")
+        raise SettingsError(f"--crop {side}: give a multiple of {CROP_MULTIPLE_PX} px")
     return ((side / size,),)
 
 
 def make_accelerator() -> Accelerator:
-    """The accelerator of this process. The first one made decides how long processes wait for each other."""
-    # Spreading a model imports this; imported after the group is made, it would keep it, see leave_processes.
+    """Return the accelerator of this process. The first one decides how long processes wait for each other.
+
+    Raises:
+        SettingsError: several processes were launched and none of them has a GPU of its own.
+    """
+    # Spreading a model imports this. Imported after the process group, it would keep it alive (`leave_processes`).
     importlib.import_module("torch._dynamo")
-    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > accelerator.num_processes:
+        raise SettingsError(
+            f"{launched} processes were launched, but there is no GPU to spread the training over. Run "
+            "`python -m train` without a launcher, or set ACCELERATE_USE_CPU=true to train on the CPU in several "
+            "processes."
+        )
+    return accelerator
 
 
 def leave_processes(*_: object, **__: object) -> None:
@@ -170,10 +177,10 @@ class Trainee:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise SettingsError(f"the loss of step {self.step} is {total}; {DIVERGED}")
+            raise SettingsError(f"the loss of step {self.step} is {total}. {DIVERGED}")
         norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip or math.inf))
         if not math.isfinite(norm):
-            raise SettingsError(f"the norm of the gradient of step {self.step} is {norm}; {DIVERGED}")
+            raise SettingsError(f"the norm of the gradient of step {self.step} is {norm}. {DIVERGED}")
         self.optimizer.step()
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
@@ -201,7 +208,7 @@ class Trainee:
         }
         broken = [name for name, part in state.items() if not all(bool(t.isfinite().all()) for t in tensors_of(part))]
         if broken:
-            raise SettingsError(f"not finite after step {self.step}, and not saved: {', '.join(broken)}; {DIVERGED}")
+            raise SettingsError(f"not finite after step {self.step}, and not saved: {', '.join(broken)}. {DIVERGED}")
         write_checkpoint(state, path, self.saved_step)
         self.saved_step = self.step
 
@@ -218,160 +225,12 @@ class Trainee:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(state["averaged"])
         except RuntimeError as error:
-            raise SettingsError(f"{path}: checkpoint of another network; choose another folder or preset") from error
+            raise SettingsError(f"{path}: checkpoint of another network. Choose another folder or preset.") from error
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.options.weight_decay  # the rate is set by each step
         self.step = self.saved_step = state["step"]
         return {name: part for name, part in state.items() if name not in ("network", "averaged", "optimizer")}
-
-
-class Run:
-    """One stage's files in a folder: NAME.pt, NAME.csv, NAME_samples.png, tensorboard/NAME; and when to stop.
-
-    A checkpoint is first saved as NAME_unjudged.pt, and as NAME.pt when it was validated. So an interrupted validation
-    costs no training, and a checkpoint whose figure is not finite replaces no good one.
-
-    Args:
-        folder: where they lie.
-        name: of the stage.
-        trainee: continues from the last checkpoint where there is one.
-        figure: part of the name of the validation figure that early stopping watches; larger is better.
-        validate: called with the path of the picture to draw.
-        extra: what else a checkpoint holds, asked for when it is written.
-        header: plain values that travel in the checkpoint.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        trainee: Trainee,
-        figure: str,
-        validate: Validate,
-        extra: Callable[[], dict[str, Any]] = dict,
-        **header: Any,
-    ) -> None:
-        self.folder, self.name, self.trainee, self.figure, self.header = folder, name, trainee, figure, header
-        self.path, self.best_path = folder / f"{name}.pt", folder / f"{name}_best.pt"
-        self.unjudged_path = unjudged_path(folder, name)
-        self.best, self.checks, self.finished = -math.inf, 0, False
-        self.restored: dict[str, Any] = {}
-        self._validate, self._extra = validate, extra
-        last = last_checkpoint(folder, name)
-        if last:
-            self.restored = trainee.restore(last)
-            for what, asked in header.items():
-                had = self.restored.get(what, asked)
-                if had != asked:
-                    raise SettingsError(
-                        f"{last}: trained with {what} {had}, not {asked}; give the same, or another folder"
-                    )
-            for option, now in asdict(trainee.options).items():
-                had = self.restored["options"].get(option, now)
-                if had != now:
-                    logger.warning("%s: trained with %s %s up to here, with %s from here on", last, option, had, now)
-            stopping = self.restored.get("stopping", {})
-            self.best, self.checks = stopping.get("best", self.best), stopping.get("checks", 0)
-            self.finished = stopping.get("finished", False)
-            if self.finished and trainee.options.steps != self.restored["options"].get("steps", trainee.options.steps):
-                raise SettingsError(
-                    f"{last}: finished, the best of it kept, so more steps cannot follow; train into another folder"
-                )
-            logger.info("%s at step %d", "finished" if self.finished else "resuming", trainee.step)
-        trainee.accelerator.wait_for_everyone()  # all have seen the same file before one replaces it
-        self._log = Log(folder, name, trainee.step) if trainee.accelerator.is_main_process else None
-        self._sums: dict[str, float] = {}
-        self._steps, self._started = 0, time.monotonic()
-
-    def batches(self, make: Callable[[int], NDArray[Any]]) -> Iterator[tuple[int, torch.Tensor]]:
-        """`(index, batch)` of every step left, on the device; `make(step)` is called by a worker thread, ahead.
-
-        `index` seeds what else is random in the step. Ends after the last step, or when early stopping says so. First
-        what an interruption left undone is done: a validation, or the best checkpoint put in place.
-        """
-        device = self.trainee.accelerator.device
-        if "unjudged" in self.restored:
-            self._check(self.restored.pop("unjudged"))
-        elif self._over() and not self.finished and self.best_path.exists():
-            if self.trainee.accelerator.is_main_process:
-                self._keep_best()
-            self.finished = True
-        if self.finished:
-            return
-        for step, batch in ahead(make, self.trainee.step, self.trainee.options.steps):
-            yield self.trainee.sample_index(step), batch.to(device, non_blocking=True)
-            if self.finished:
-                return
-
-    def after_step(self, losses: dict[str, float]) -> None:
-        """Add a step's losses, by name, up; when a checkpoint is due, save, validate, log, and see whether to go on.
-
-        Raises:
-            SettingsError: the checkpoint's weights or its figure are not finite, or it cannot be written.
-        """
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
-        trainee = self.trainee
-        if trainee.step % trainee.options.save_every and trainee.step != trainee.options.steps:
-            return
-        accelerator = trainee.accelerator
-        own = torch.tensor([value / self._steps for value in self._sums.values()], device=accelerator.device)
-        means = dict(zip(self._sums, accelerator.reduce(own, "mean").tolist(), strict=True))
-        pace = (time.monotonic() - self._started) / self._steps
-        logger.info("step %d, %s, %.2f s per step", trainee.step, means, pace)
-        if accelerator.is_main_process:
-            self._save(self.unjudged_path, unjudged=means)
-        self._check(means)
-        self._sums, self._steps, self._started = {}, 0, time.monotonic()
-
-    def _check(self, means: dict[str, float]) -> None:
-        """Validate, keep and log the checkpoint in NAME_unjudged.pt, `means` its losses; see whether to go on."""
-        trainee = self.trainee
-        verdict = torch.zeros(1, device=trainee.accelerator.device)
-        if trainee.accelerator.is_main_process:
-            quality = self._validate(self.folder / f"{self.name}_samples.png")
-            logger.info("step %d, %s", trainee.step, quality)
-            verdict += self._judge(quality)
-            assert self._log is not None
-            self._log.write(trainee.step, trainee.options.rate(trainee.step - 1), means, quality)
-            self.unjudged_path.unlink()
-        self.finished = bool(trainee.accelerator.reduce(verdict, "sum"))
-
-    def _judge(self, quality: dict[str, float]) -> bool:
-        """Keep the checkpoint as NAME.pt; early stopping keeps the best aside.
-
-        Returns: whether the run is over, NAME.pt then being the best.
-        """
-        name, figure = [(name, value) for name, value in quality.items() if self.figure in name][-1]
-        if not math.isfinite(figure):
-            self.unjudged_path.unlink()
-            raise SettingsError(f"{name} is {figure} after step {self.trainee.step}, which is not kept; {DIVERGED}")
-        if self.trainee.options.patience:
-            self.checks += 1
-            if figure > self.best:
-                self.best, self.checks = figure, 0
-                self._save(self.best_path)
-            if self._over():
-                self._keep_best()
-                return True
-        self._save(self.path)
-        return False
-
-    def _over(self) -> bool:
-        options = self.trainee.options
-        return bool(options.patience) and (self.checks >= options.patience or self.trainee.step >= options.steps)
-
-    def _keep_best(self) -> None:
-        best = load_checkpoint(self.best_path)
-        state = best | {"stopping": best["stopping"] | {"finished": True}}
-        write_checkpoint(state, self.path, self.trainee.saved_step)
-        logger.info("ended at step %d; the best checkpoint, of step %d, is kept", self.trainee.step, best["step"])
-
-    def _save(self, path: Path, **more: Any) -> None:
-        stopping = {"best": self.best, "checks": self.checks, "finished": False}
-        self.trainee.save(path, **self.header, **self._extra(), stopping=stopping, **more)
 
 
 def choose_bf16(asked: bool | None) -> bool:
@@ -386,7 +245,7 @@ def pieces(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, .
     return zip(*(batch.tensor_split(min(count, len(batch))) for batch in batches), strict=True)
 
 
-def ahead(
+def prefetch(
     make: Callable[[int], NDArray[Any]], first: int, last: int, depth: int = 4
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`(step, make(step))` for first <= step < last, made by a worker thread up to `depth` steps ahead."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bsdiff_rt.bundle import Manifest
-from bsdiff_rt.config import step_count
+from bsdiff_rt.config import Schedule, step_count
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.base import Progress, Runner
 from bsdiff_rt.sampling.cuda_graph import CapturedSampler
@@ -156,6 +156,18 @@ def compare(reference: Runner, candidate: Runner, manifest: Manifest, progress: 
     progress(f"comparing {step_count(steps)} of {sampler} with eager fp32", None)
     checks += gate.trajectory(table)
     return Parity(f"eager fp32 on {reference.device.type}", name, sampler, steps, tuple(checks))
+
+
+def compare_calls(reference: Runner, candidate: Runner, schedule: Schedule) -> list[Check]:
+    """Compare single calls of two fp32 runners on one device: the denoiser at three timesteps, and the enhancer.
+
+    Args:
+        reference: the eager networks.
+        candidate: the runner to judge.
+        schedule: the diffusion, which gives the timesteps and the noise in the inputs.
+    """
+    gate = _Gate(reference, candidate, TOLERANCES["fp32"], TOLERANCES["fp32"])
+    return [*gate.denoiser_calls(alpha_bar(schedule)), *gate.enhancer_calls()]
 
 
 class _Gate:

@@ -1,7 +1,6 @@
 """The command line of the export: every refusal is one line that says what to do."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from export import __main__ as command
+from export.speed import Speed, measure_speed
 
 SCHEDULE = {"name": "cosine", "train_steps": 1000, "beta_start": 0.0015, "beta_end": 0.0205, "objective": "x0"}
 GOOD = {"preset": "tiny", "step": 1, "size": 64, "averaged": {}, "schedule": SCHEDULE}
@@ -22,16 +22,28 @@ def save(folder, denoiser, enhancer=None):
     torch.save(enhancer or GOOD, folder / "enhancer.pt")
 
 
+def catch_arguments(monkeypatch):
+    """Return the list that the arguments of each `write_bundle` go into, instead of being written."""
+    given = []
+    monkeypatch.setattr(command, "write_bundle", lambda *arguments, **_: given.append(arguments))
+    monkeypatch.setattr(command, "describe_bundle", lambda *_: None)
+    return given
+
+
 @pytest.mark.parametrize(
     ("denoiser", "enhancer", "message"),
     [
         ({"preset": "demo"}, {}, "denoiser is demo, enhancer is tiny"),
         ({"preset": "giant"}, {"preset": "giant"}, "preset 'giant' is not one of"),
-        ({"schedule": None}, {}, "no schedule in it"),
+        ({"schedule": None}, {}, "has no schedule"),
         ({}, {"size": 32}, "denoiser is for 64 px, enhancer for 32 px"),
-        ({"averaged": {}}, {}, "the weights do not fit preset tiny of this version; train them anew"),
+        ({"averaged": {}}, {}, "the weights do not fit preset tiny of this version. Train them again"),
         ({"schedule": {"kind": "linear"}}, {}, "the weights do not fit preset tiny of this version"),
-        ({}, {"stage_one": "0" * 64}, "the enhancer learned from another stage 1 .* or leave it off with --no-enhance"),
+        (
+            {},
+            {"stage_one": "0" * 64},
+            "trained on another stage 1 .* or leave it off with --no-enhance",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(tmp_path, denoiser, enhancer, message):
@@ -41,7 +53,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, denoiser, enhancer, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "FileNotFoundError"), ("{", "JSONDecodeError"), ("[1]", "should hold a JSON object")]
+    ("text", "message"), [(None, "FileNotFoundError"), ("{", "JSONDecodeError"), ("[1]", "it must hold a JSON object")]
 )
 def test_provenance_that_cannot_be_read(tmp_path, text, message):
     path = tmp_path / "p.json"
@@ -70,29 +82,22 @@ def test_the_training_datas_clahe_goes_into_the_bundle(tmp_path, monkeypatch):
     preset = PRESETS["tiny"]
     networks = Denoiser(preset.denoiser).state_dict(), Enhancer(preset.enhancer).state_dict()
     save(tmp_path, *(GOOD | {"averaged": dict(state)} for state in networks))
-    given = []
-    monkeypatch.setattr(
-        command,
-        "write_bundle",
-        lambda *arguments: given.append(arguments[-1]) or SimpleNamespace(name="", agreement={}),
-    )
+    given = catch_arguments(monkeypatch)
     command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=2.5)
     command.export_checkpoints(tmp_path, tmp_path / "bundle")
     first, second = (GOOD | {"averaged": dict(state), "trained_on": ["b", "c"]} for state in networks)
     save(tmp_path, first | {"clahe": 2.0}, second | {"trained_on": ["a", "b"]})
     command.export_checkpoints(tmp_path, tmp_path / "bundle")
     command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=2.0)
-    assert [options.preprocessing.clahe_clip_limit for options in given] == [2.5, 0.0, 2.0, 2.0]
-    assert [options.training.get("trained_on") for options in given] == [None, None, *[["a", "b", "c"]] * 2]
-    with pytest.raises(SettingsError, match="--clahe 0: the data set was prepared with 2; leave the option out"):
+    written = [arguments[-1] for arguments in given]
+    assert [options.preprocessing.clahe_clip_limit for options in written] == [2.5, 0.0, 2.0, 2.0]
+    assert [options.training.get("trained_on") for options in written] == [None, None, *[["a", "b", "c"]] * 2]
+    with pytest.raises(SettingsError, match="--clahe 0: the model was trained on 2"):
         command.export_checkpoints(tmp_path, tmp_path / "bundle", clahe=0.0)
 
 
 def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        command, "write_bundle", lambda *arguments: given.append(arguments) or SimpleNamespace(name="", agreement={})
-    )
+    given = catch_arguments(monkeypatch)
     demo = Denoiser(PRESETS["demo"].denoiser).state_dict()
     torch.save(GOOD | {"preset": "demo", "averaged": dict(demo)}, tmp_path / "denoiser.pt")
     command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
@@ -103,7 +108,7 @@ def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=r"enhancer\.pt: no such checkpoint"):
         command.export_checkpoints(tmp_path, tmp_path / "bundle")
     torch.save(GOOD, tmp_path / "denoiser.pt")  # its stage 2 does not begin as the identity
-    with pytest.raises(SettingsError, match=r"enhancer\.pt: no such checkpoint; `python -m train enhancer` writes it"):
+    with pytest.raises(SettingsError, match=r"no such checkpoint\. Write it with `python -m train enhancer`"):
         command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
 
 
@@ -111,6 +116,40 @@ def test_a_size_that_the_networks_cannot_halve(tmp_path):
     with pytest.raises(SettingsError, match="size 65 px: the tiny networks take multiples of 2 px"):
         command.export_random("tiny", tmp_path / "bundle", 65)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "mirror"),
+    [("x0", ("ddim", 3), True), ("v", ("ddim", 3), True), ("eps", ("ddpm", 1000), False)],
+)
+def test_defaults_follow_the_objective(tmp_path, monkeypatch, objective, sampler, mirror):
+    given = catch_arguments(monkeypatch)
+    preset = PRESETS["tiny"]
+    networks = Denoiser(preset.denoiser).state_dict(), Enhancer(preset.enhancer).state_dict()
+    schedule = {"schedule": SCHEDULE | {"objective": objective}}
+    save(tmp_path, *(GOOD | {"averaged": dict(state)} | schedule for state in networks))
+    command.export_checkpoints(tmp_path, tmp_path / "bundle")
+    command.export_checkpoints(tmp_path, tmp_path / "bundle", sampler="dpmpp-2m", steps=7, mirror=not mirror)
+    default, explicit = (arguments[-1] for arguments in given)
+    assert (default.sampler, default.mirror) == (SamplerSettings(*sampler), mirror)
+    assert (explicit.sampler, explicit.mirror) == (SamplerSettings("dpmpp-2m", 7), not mirror)
+    assert default.licence == "unstated"
+
+
+def test_the_speed_of_a_bundle(tiny_bundle):
+    manifest = open_bundle(tiny_bundle).manifest
+    speed = measure_speed(tiny_bundle, manifest)
+    assert speed.steps == manifest.sampler.steps
+    assert speed.image_s == pytest.approx(speed.steps * speed.step_s + speed.enhance_s)
+    assert 0 < speed.step_s < 10
+
+
+def test_the_speed_in_words():
+    assert str(Speed(0.1, 3, 0.05, 2)) == (
+        "about 0.7 s per image with ONNX Runtime on this machine: 3 steps of 0.1 s, stage 2 in 0.05 s, "
+        "2 passes (the image and its mirror image)"
+    )
+    assert str(Speed(0.1, 1, 0.0, 1)) == "about 0.1 s per image with ONNX Runtime on this machine: 1 step of 0.1 s"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from bsdiff_rt.errors import BundleError
-from export.graphs import OPSET, SMALL_BYTES, share_weights, tensors_of
+from export.graphs import OPSET, SMALL_BYTES, read_tensors, share_weights
 
 NETWORKS = ("denoiser", "enhancer")
 
@@ -63,7 +63,7 @@ def test_weights_exist_once(graph):
     """Every large initialiser is a range of the safetensors file, and holds the bytes of a weight there."""
     weights = graph.with_suffix(".safetensors")
     content = weights.read_bytes()
-    ranges = {(offset, len(data)): (name, shape) for name, _, shape, offset, data in tensors_of(weights)}
+    ranges = {(offset, len(data)): (name, shape) for name, _, shape, offset, data in read_tensors(weights)}
     used, inline_bytes = set(), 0
     model = model_of(graph).graph
     constants = [attribute.t for node in model.node for attribute in node.attribute if attribute.HasField("t")]
@@ -178,7 +178,7 @@ def test_tensors_of(tmp_path):
     weights = {"a": torch.rand(3, 5), "b": torch.rand(7)}
     save_file(weights, tmp_path / "w.safetensors", metadata={"format": "pt"})
     content = (tmp_path / "w.safetensors").read_bytes()
-    found = {name: (shape, offset, data) for name, _, shape, offset, data in tensors_of(tmp_path / "w.safetensors")}
+    found = {name: (shape, offset, data) for name, _, shape, offset, data in read_tensors(tmp_path / "w.safetensors")}
     assert set(found) == {"a", "b"}
     for name, (shape, offset, data) in found.items():
         assert shape == list(weights[name].shape)
@@ -188,8 +188,8 @@ def test_tensors_of(tmp_path):
 def test_weights_of_another_precision(tmp_path):
     save_file({"a": torch.rand(3).half()}, tmp_path / "w.safetensors")
     with pytest.raises(BundleError, match=r"w\.safetensors: a is F16, bundles hold F32"):
-        list(tensors_of(tmp_path / "w.safetensors"))
+        list(read_tensors(tmp_path / "w.safetensors"))
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\x80\x3f")
-    ((_, dtype, _, _, data),) = tensors_of(tmp_path / "w.safetensors")
+    ((_, dtype, _, _, data),) = read_tensors(tmp_path / "w.safetensors")
     assert np.frombuffer(data, dtype).tolist() == [1.0]

@@ -15,7 +15,6 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import monai.networks.nets
 import numpy as np
@@ -38,7 +37,7 @@ from bsdiff_rt.runners.registry import load_runner
 from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table
 from export import __main__ as command
-from export.published import Note, published_weights
+from export.published import Note, read_published_weights
 
 with warnings.catch_warnings():
     # monai-generative 0.2.3 uses a torch.cuda.amp name deprecated since torch 2.4.
@@ -135,24 +134,24 @@ def enhancer_file(tmp_path) -> Path:
 @pytest.mark.parametrize("make", [unet, autoencoder])
 def test_a_whole_network_gives_its_state_dict(tmp_path, package, make):
     network = make(package)
-    assert same(published_weights(save(network, tmp_path / "n.pth")), network)
-    assert same(published_weights(save(network, tmp_path / "n.pth", pickle_protocol=4)), network)
+    assert same(read_published_weights(save(network, tmp_path / "n.pth")), network)
+    assert same(read_published_weights(save(network, tmp_path / "n.pth", pickle_protocol=4)), network)
 
 
 def test_a_state_dict_and_a_network_under_model(tmp_path):
     network = unet()
-    assert same(published_weights(save(network.state_dict(), tmp_path / "a.pth")), network)
-    assert same(published_weights(save({"model": network, "epoch": 3}, tmp_path / "b.pth")), network)
+    assert same(read_published_weights(save(network.state_dict(), tmp_path / "a.pth")), network)
+    assert same(read_published_weights(save({"model": network, "epoch": 3}, tmp_path / "b.pth")), network)
 
 
 def test_weights_by_choice(tmp_path):
     network, averages, raw = unet(seed=1), unet(seed=2), unet(seed=3)
     path = save(training_state(network, averages, raw), tmp_path / "during.pth")
-    assert same(published_weights(path), network)
-    assert same(published_weights(path, "ema"), averages)
-    assert same(published_weights(path, "raw"), raw)
+    assert same(read_published_weights(path), network)
+    assert same(read_published_weights(path, "ema"), averages)
+    assert same(read_published_weights(path, "raw"), raw)
     path = save(training_state(network, averages), tmp_path / "after.pth")
-    assert same(published_weights(path, "raw"), network)
+    assert same(read_published_weights(path, "raw"), network)
 
 
 def test_only_the_chosen_tensors_are_read(denoiser_file, monkeypatch):
@@ -161,7 +160,7 @@ def test_only_the_chosen_tensors_are_read(denoiser_file, monkeypatch):
     monkeypatch.setattr(
         zipfile.ZipFile, "read", lambda self, name, *a: (read.append(name), original(self, name, *a))[1]
     )
-    weights = published_weights(denoiser_file)
+    weights = read_published_weights(denoiser_file)
     assert sum("/data/" in name for name in read) == len(weights)
     with zipfile.ZipFile(denoiser_file) as archive:
         assert sum("/data/" in name for name in archive.namelist()) > 3 * len(weights)
@@ -172,15 +171,15 @@ def test_parallel_prefixes_are_stripped(tmp_path):
     parallel = nn.DataParallel(network)
     assert all(key.startswith("module.") for key in parallel.state_dict())
     for content in (parallel, parallel.state_dict()):
-        assert same(published_weights(save(content, tmp_path / "p.pth")), network)
+        assert same(read_published_weights(save(content, tmp_path / "p.pth")), network)
     partly = {f"module.{key}" if "encoder" in key else key: value for key, value in network.state_dict().items()}
-    assert list(published_weights(save(partly, tmp_path / "p.pth"))) == list(partly)
+    assert list(read_published_weights(save(partly, tmp_path / "p.pth"))) == list(partly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_other_precisions_become_float32(tmp_path, dtype):
     values = torch.arange(-6, 6).reshape(3, 4).to(dtype)
-    read = published_weights(save({"a": values, "b": values.T, "c": values[1:, 2:]}, tmp_path / "a.pth"))
+    read = read_published_weights(save({"a": values, "b": values.T, "c": values[1:, 2:]}, tmp_path / "a.pth"))
     for key, expected in (("a", values), ("b", values.T), ("c", values[1:, 2:])):
         assert read[key].dtype == torch.float32
         assert torch.equal(read[key], expected.float())
@@ -270,7 +269,7 @@ def test_hostile_checkpoints_are_refused_and_not_run(tmp_path, name, protocol):
     else:
         save(content, path, pickle_protocol=protocol)
     with pytest.raises(BundleError, match=rf"x\.pth: it names '[\w.]*{named}', which no checkpoint of .* was run"):
-        published_weights(path)
+        read_published_weights(path)
     assert not marker.exists()
     # The payload works: whoever loads the file with everything allowed runs it.
     if isinstance(content, bytes):
@@ -306,7 +305,7 @@ def test_names_that_are_refused(tmp_path, full_name):
     module, _, name = full_name.rpartition(".")
     path = archived(tmp_path / "x.pth", f"c{module}\n{name}\n.".encode())
     with pytest.raises(BundleError, match=f"it names '{re.escape(module)}.{name}', which no checkpoint"):
-        published_weights(path)
+        read_published_weights(path)
 
 
 def test_nothing_named_in_a_checkpoint_is_imported(tmp_path, denoiser_file, enhancer_file, monkeypatch):
@@ -322,7 +321,7 @@ def test_nothing_named_in_a_checkpoint_is_imported(tmp_path, denoiser_file, enha
     monai_file = save(autoencoder(monai), tmp_path / "m.pth")
     monkeypatch.setattr(builtins, "__import__", watch)
     for path in (denoiser_file, enhancer_file, monai_file):
-        assert published_weights(path)
+        assert read_published_weights(path)
     assert not imported
     pickle.loads(b"cmonai.networks.nets\nAutoencoderKL\n.")  # the watch sees what pickle itself would do
     assert imported == ["monai.networks.nets"]
@@ -353,7 +352,7 @@ def test_calling_a_known_name_only_makes_a_note(monkeypatch):
 
 def test_no_such_file(tmp_path):
     with pytest.raises(SettingsError, match=r"n\.pth: no such checkpoint"):
-        published_weights(tmp_path / "n.pth")
+        read_published_weights(tmp_path / "n.pth")
 
 
 @pytest.mark.parametrize(
@@ -364,19 +363,19 @@ def test_no_such_file(tmp_path):
 def test_files_that_are_no_archive(tmp_path, content, kind):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(BundleError, match=rf"x\.pth: not a checkpoint that can be read \({kind}.*torch 1\.6 or newer"):
-        published_weights(tmp_path / "x.pth")
+        read_published_weights(tmp_path / "x.pth")
 
 
 def test_the_format_before_torch_1_6(tmp_path):
     save({"a": torch.zeros(1)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(BundleError, match="an older file that you trust can be loaded and saved again"):
-        published_weights(tmp_path / "x.pth")
+        read_published_weights(tmp_path / "x.pth")
 
 
 def test_a_truncated_file(enhancer_file):
     enhancer_file.write_bytes(enhancer_file.read_bytes()[:-1000])
     with pytest.raises(BundleError, match=r"not a checkpoint that can be read \(BadZipFile"):
-        published_weights(enhancer_file)
+        read_published_weights(enhancer_file)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +393,7 @@ def test_a_truncated_file(enhancer_file):
 )
 def test_contents_that_are_no_weights(tmp_path, content, message):
     with pytest.raises(BundleError, match=message):
-        published_weights(save(content, tmp_path / "x.pth"))
+        read_published_weights(save(content, tmp_path / "x.pth"))
 
 
 def test_averages_that_are_not_there(tmp_path):
@@ -402,12 +401,12 @@ def test_averages_that_are_not_there(tmp_path):
     for content in (network, network.state_dict(), {"model": network.state_dict()}):
         path = save(content, tmp_path / "x.pth")
         with pytest.raises(BundleError, match=r"no averaged weights .* choose --weights model"):
-            published_weights(path, "ema")
-        assert same(published_weights(path, "raw"), network)
+            read_published_weights(path, "ema")
+        assert same(read_published_weights(path, "raw"), network)
     content = training_state(network, network)
     content["ema"]["shadow_params"].pop()
     with pytest.raises(BundleError, match=r"ema holds 143 tensors, model 144; choose --weights model"):
-        published_weights(save(content, tmp_path / "x.pth"), "ema")
+        read_published_weights(save(content, tmp_path / "x.pth"), "ema")
 
 
 def test_a_tensor_larger_than_its_storage(tmp_path):
@@ -419,7 +418,7 @@ def test_a_tensor_larger_than_its_storage(tmp_path):
     assert pickled.count(b"K\x04\x85") == 1  # the size, (4,)
     archived(path, pickled.replace(b"K\x04\x85", b"K\x05\x85"), **members)
     with pytest.raises(BundleError, match=r"RuntimeError: setStorage: .* out of bounds"):
-        published_weights(path)
+        read_published_weights(path)
 
 
 def test_big_endian_numbers(tmp_path):
@@ -429,7 +428,7 @@ def test_big_endian_numbers(tmp_path):
     assert members["byteorder"] == b"little"
     archived(path, members.pop("data.pkl"), **members | {"byteorder": b"big"})
     with pytest.raises(BundleError, match="written on a big-endian machine"):
-        published_weights(path)
+        read_published_weights(path)
 
 
 # --- the picture ---
@@ -488,8 +487,8 @@ def test_the_published_picture_in_fewer_steps(tmp_path, enhancer_file, weights):
     other = unet(seed=9)
     path = save(training_state(*((first, other) if weights == "model" else (other, first))), tmp_path / "d.pth")
     denoiser, enhancer = Denoiser(TINY.denoiser), Enhancer(TINY.enhancer)
-    denoiser.load_state_dict(denoiser_state(published_weights(path, weights), TINY.denoiser))
-    enhancer.load_state_dict(enhancer_state(published_weights(enhancer_file), TINY.enhancer))
+    denoiser.load_state_dict(denoiser_state(read_published_weights(path, weights), TINY.denoiser))
+    enhancer.load_state_dict(enhancer_state(read_published_weights(enhancer_file), TINY.enhancer))
     compare(EagerRunner(denoiser, enhancer, SIZE_PX, torch.device("cpu")), first, autoencoder(), 20)
 
 
@@ -515,11 +514,8 @@ def written(monkeypatch):
     """What the command gave to write_bundle."""
     calls = []
 
-    def record(*arguments):
-        calls.append(arguments)
-        return SimpleNamespace(name="recorded", agreement={})
-
-    monkeypatch.setattr(command, "write_bundle", record)
+    monkeypatch.setattr(command, "write_bundle", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr(command, "describe_bundle", lambda *_: None)
     return calls
 
 
@@ -531,8 +527,8 @@ def test_what_the_bundle_says(written, tmp_path, denoiser_file, enhancer_file):
     assert torch.equal(enhancer.quant_conv_mu.weight, autoencoder().quant_conv_mu.conv.weight)
     assert options.sampler == SamplerSettings("release", 1000)
     assert options.preprocessing == Preprocessing(size=256, clahe_clip_limit=0.0)
-    assert (options.name, options.enhance, options.detail) == ("bs-diff", True, "both")
-    assert options.licence == "unknown: ask the authors"
+    assert (options.name, options.enhance, options.mirror) == ("bs-diff", True, False)
+    assert options.licence == "unstated"
     assert json.loads(json.dumps(options.training)) == {
         "source": "published checkpoints",
         "denoiser": {"file": denoiser_file.name, "sha256": file_sha256(denoiser_file), "weights": "model"},

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from bsdiff_rt.errors import SettingsError
-from train import loop
+from train import run as run_module
 from train.checkpoint import load_checkpoint
-from train.loop import Run, Trainee, TrainOptions, ahead, choose_bf16, fix_crop, pieces
+from train.loop import Trainee, TrainOptions, choose_bf16, fix_crop, make_accelerator, pieces, prefetch
+from train.run import Run
 
 
 def make_trainee(**options):
@@ -77,7 +78,7 @@ def test_learning_rate_warms_up_and_decays_to_a_hundredth():
 def test_crops_of_one_side_all_through_the_run():
     options = TrainOptions(steps=100, crops=fix_crop(96, 256), images=2)
     assert {options.crop(step, 256) for step in (0, 50, 99)} == {(14, 96)}
-    with pytest.raises(SettingsError, match="--crop 272 is more than --size 256; choose at most that"):
+    with pytest.raises(SettingsError, match=r"--crop 272 is more than --size 256\. Choose at most that"):
         fix_crop(272, 256)
     with pytest.raises(SettingsError, match="--crop 100: give a multiple of 16 px"):
         fix_crop(100, 256)
@@ -107,7 +108,7 @@ def test_missing_and_foreign_checkpoints_are_refused(tmp_path):
 
 
 def test_batches_come_in_order_whatever_the_depth():
-    made = [(step, int(batch[0])) for step, batch in ahead(lambda step: np.array([step * 2]), 3, 11, depth=4)]
+    made = [(step, int(batch[0])) for step, batch in prefetch(lambda step: np.array([step * 2]), 3, 11, depth=4)]
     assert made == [(step, step * 2) for step in range(3, 11)]
 
 
@@ -189,7 +190,7 @@ def test_training_stops_when_the_figure_gets_no_better_and_keeps_the_best(tmp_pa
     assert kept["size"] == 8
     assert kept["stopping"] == {"best": 3.0, "checks": 0, "finished": True}
     assert run_to_the_end(tmp_path, [], patience=2) == []  # finished: the same command changes nothing
-    with pytest.raises(SettingsError, match=r"x\.pt: finished, the best of it kept, so more steps cannot follow"):
+    with pytest.raises(SettingsError, match=r"x\.pt: this run is finished and holds its best checkpoint"):
         run_to_the_end(tmp_path, [], patience=2, steps=77)
 
 
@@ -232,7 +233,7 @@ def test_an_interrupted_validation_costs_no_training_and_is_made_up_for(tmp_path
 def test_a_figure_that_is_not_finite_replaces_no_good_checkpoint(tmp_path, patience, figure):
     options = {"steps": 6, "patience": patience}
     with pytest.raises(
-        SettingsError, match=f"pairs_psnr is {figure} after step 4, which is not kept; lower --learning"
+        SettingsError, match=rf"pairs_psnr is {figure} after step 4, which is not kept\. Lower --learning"
     ):
         run_to_the_end(tmp_path, [1.0, figure], **options)
     assert load_checkpoint(tmp_path / "x.pt")["step"] == 2
@@ -243,14 +244,14 @@ def test_a_figure_that_is_not_finite_replaces_no_good_checkpoint(tmp_path, patie
 
 @pytest.mark.parametrize("options", [{"steps": 20, "patience": 2}, {"steps": 6, "patience": 9}])
 def test_a_best_checkpoint_that_could_not_be_put_in_place_is_so_on_resuming(tmp_path, options, monkeypatch):
-    write = loop.write_checkpoint
+    write = run_module.write_checkpoint
 
     def full(state, path, last_step):
         if state["stopping"]["finished"]:
             raise SettingsError("no space")
         write(state, path, last_step)
 
-    monkeypatch.setattr(loop, "write_checkpoint", full)
+    monkeypatch.setattr(run_module, "write_checkpoint", full)
     with pytest.raises(SettingsError, match="no space"):
         run_to_the_end(tmp_path, [3.0, 2.0, 1.0], **options)
     monkeypatch.undo()
@@ -283,7 +284,7 @@ def test_without_patience_the_last_step_is_kept(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights():
     trainee = make_trainee()
     before = [p.clone() for p in trainee.network.parameters()]
-    with pytest.raises(SettingsError, match="the loss of step 0 is inf; lower --learning-rate"):
+    with pytest.raises(SettingsError, match=r"the loss of step 0 is inf\. Lower --learning-rate"):
         trainee.update([trainee.model(torch.full((1, 1, 8, 8), 1e30)).square().mean()])
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.network.parameters(), strict=True))
     assert trainee.step == 0
@@ -294,7 +295,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(clip)
     trainee = make_trainee(clip=clip)
     before = [p.clone() for p in trainee.network.parameters()]
     trainee.network[0].weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(SettingsError, match="the norm of the gradient of step 0 is nan; lower --learning-rate"):
+    with pytest.raises(SettingsError, match=r"the norm of the gradient of step 0 is nan\. Lower --learning-rate"):
         advance(trainee, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.network.parameters(), strict=True))
     assert trainee.step == 0
@@ -306,7 +307,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     advance(trainee, 1)
     trainee.averaged[2].bias.fill_(math.nan)
     critic = {"network": {"weight": torch.tensor([1.0, math.inf])}}
-    with pytest.raises(SettingsError, match="not finite after step 1, and not saved: averaged, critic; lower --learn"):
+    with pytest.raises(SettingsError, match=r"not finite after step 1, and not saved: averaged, critic\. Lower"):
         trainee.save(path, critic=critic, best=-math.inf)
     assert load_checkpoint(path)["step"] == 0
 
@@ -338,7 +339,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 def test_other_settings_than_the_checkpoints_are_refused(tmp_path):
     run_to_the_end(tmp_path, [1.0], steps=2)
-    with pytest.raises(SettingsError, match=r"x\.pt: trained with size 8, not 16; give the same, or another folder"):
+    with pytest.raises(SettingsError, match=r"x\.pt: trained with size 8, not 16\. Give the same, or another"):
         Run(tmp_path, "x", make_trainee(), "psnr", dict, size=16)
 
 
@@ -351,9 +352,9 @@ def test_other_options_than_the_checkpoints_are_said_and_used(tmp_path, caplog):
     Run(tmp_path, "x", trainee, "psnr", dict)
     path = tmp_path / "x.pt"
     assert caplog.messages == [
-        f"{path}: trained with steps 2 up to here, with 4 from here on",
-        f"{path}: trained with learning_rate 0.001 up to here, with 0.5 from here on",
-        f"{path}: trained with weight_decay 0.0001 up to here, with 9.0 from here on",
+        f"{path}: trained with steps 2 so far, continues with 4",
+        f"{path}: trained with learning_rate 0.001 so far, continues with 0.5",
+        f"{path}: trained with weight_decay 0.0001 so far, continues with 9.0",
     ]
     advance(trainee, 1)
     (group,) = trainee.optimizer.param_groups
@@ -372,3 +373,11 @@ def test_a_damaged_checkpoint_and_a_size_that_cannot_be_halved(tmp_path):
         load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(SettingsError, match="--size 108: give a multiple of 16 px"):
         TrainOptions(steps=10).crop(0, 108)
+
+
+def test_several_processes_without_a_gpu_are_refused(monkeypatch):
+    """Each would take itself for the only one and write the same files."""
+    assert make_accelerator().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=r"2 processes were launched, but there is no GPU .* without a launcher"):
+        make_accelerator()

@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_processes import gloo_threads, loss_of, make_trainee, sample
 from torch import device, distributed
-from train.loop import LONGEST_WAIT, Run, leave_processes
+from train.loop import LONGEST_WAIT, leave_processes
+from train.run import Run
 
 figures = iter(map(float, sys.argv[3:]))
 

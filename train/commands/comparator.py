@@ -12,6 +12,8 @@ from train.commands.options import SharedOptions, share_options
 from train.commands.setup import Samples, resolve_options
 from train.comparator import choose_crop, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
+from train.folders import claim_run_folder
+from train.loop import make_accelerator
 from train.validation import Validation
 
 
@@ -34,7 +36,8 @@ def comparator(
     if shared.dry_run:
         typer.echo(dry_run_comparator(name, options, size, side))
         return
-    output.mkdir(parents=True, exist_ok=True)
+    with make_accelerator().main_process_first():
+        claim_run_folder(output)
     batches = samples.make_batches(output, size, shared.seed)
     validation = Validation(samples.choose_groups(size, options.patience), recipe.schedule)
     typer.echo(train_comparator(output, name, batches, validation, options, size, side))

@@ -12,7 +12,8 @@ from bsdiff_rt.config import PRESETS, Objective, ScheduleName
 from train.commands.options import FROM_RECIPE, SharedOptions, share_options
 from train.commands.setup import Samples, drop_none, find_preset, resolve_options
 from train.denoiser import dry_run_denoiser, train_denoiser
-from train.loop import fix_crop
+from train.folders import claim_run_folder
+from train.loop import fix_crop, make_accelerator
 from train.validation import Validation
 
 
@@ -45,8 +46,9 @@ def denoiser(
     if shared.dry_run:
         typer.echo(dry_run_denoiser(shape, options, size))
         return
+    with make_accelerator().main_process_first():
+        claim_run_folder(output)
     batches = samples.make_batches(output, size, shared.seed)
-    output.mkdir(parents=True, exist_ok=True)
     validation = Validation(samples.choose_groups(size, options.patience), diffusion, recipe.validation)
     train_denoiser(output, shape, diffusion, batches, validation, options, size, start)
 
