@@ -11,6 +11,7 @@ from bsdiff_rt.errors import run_command
 from train.commands.comparator import comparator_command
 from train.commands.demo import demo_command
 from train.commands.denoiser import denoiser_command
+from train.commands.drr import drr_command
 from train.commands.enhancer import enhancer_command
 from train.commands.phantoms import phantoms_command
 from train.commands.prepare import prepare_command
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare_command)
 app.command("phantoms")(phantoms_command)
+app.command("drr")(drr_command)
 app.command("denoiser")(denoiser_command)
 app.command("enhancer")(enhancer_command)
 app.command("demo")(demo_command)

@@ -1,0 +1,1 @@
+"""Dual-energy pairs with exact truth, projected from CT volumes (digitally reconstructed radiographs)."""

@@ -1,0 +1,337 @@
+"""Make a pool of DRR pairs from CTs: worker processes, resumable, with a record and a contact sheet.
+
+    POOL/NAME_0000_cxr.png, NAME_0000_soft_tissue.png   16 bit, air dark
+    POOL/pool.json                                      settings, and each CT's state or the reason why it has no pairs
+    POOL/contact_sheet.png
+    POOL/.work/                                         materials of the CT at hand, removed at the end
+
+A pair depends on the seed, the CT's name and its number only. So an interrupted pool can be continued, and a larger
+count adds pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from bsdiff_rt import __version__
+from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
+from bsdiff_rt.files import write_atomically
+from bsdiff_rt.formats.raster import write_png
+from train.drr.framing import Anatomy, BeamKind, View, draw_framing
+from train.drr.materials import SCALE, Materials
+from train.drr.prepare import prepare_ct
+from train.drr.processing import display, draw_display, draw_exposure, expose
+from train.drr.projection import Array, project
+from train.drr.sheet import contact_sheet
+from train.drr.volume import Source
+
+logger = logging.getLogger(__name__)
+
+RECORD, SHEET, WORK = "pool.json", "contact_sheet.png", ".work"
+KIND = "pool of DRR pairs"
+BITS = 16
+LARGEST_SHEET = 48  # pairs
+LUNG_SHARE = 0.35  # of the long paths through the lungs: what is longer is lung field
+ROLES = ("cxr", "soft_tissue")
+
+
+@dataclass(frozen=True)
+class DrrOptions:
+    """How pairs are made; what changes a pair, and so must stay the same when a pool is continued.
+
+    Attributes:
+        size: side of the images, px, 256 to 1024.
+        seed: seed of everything random.
+        view: "PA", "AP" or "mixed".
+        beam: "cone", "parallel" or "mixed".
+        pose: multiplies the random rotations; 0 is straight.
+        lungs: also write NAME_lungs.png, the lung fields.
+    """
+
+    size: int = 512
+    seed: int = 0
+    view: View = "mixed"
+    beam: BeamKind = "mixed"
+    pose: float = 1.0
+    lungs: bool = False
+
+    @property
+    def voxel_mm(self) -> float:
+        """Return the size of voxels that serves this size of images, mm."""
+        return 1.0 if self.size <= 512 else 0.7
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where bones are labelled: one file, or a folder of files named as the CTs. `values` None: all but 0."""
+
+    path: Path | None = None
+    values: frozenset[int] | None = None
+
+
+@dataclass
+class Entry:
+    """One CT in the record. Status: "ok", "refused" or "failed", with the reason."""
+
+    name: str
+    status: str = "ok"
+    reason: str = ""
+    pairs: int = 0
+    spacing_mm: list[float] = field(default_factory=list)
+    bone_ml: float = 0.0
+    contrast_ml: float = 0.0
+    prepare_seconds: float = 0.0
+    seconds_per_pair: float = 0.0
+
+
+def make_pool(
+    sources: list[Source], output: Path, count: int, options: DrrOptions, labels: Labels, workers: int
+) -> list[Entry]:
+    """Write `count` pairs of each CT; those that are there already are kept.
+
+    Args:
+        sources: the CTs.
+        output: folder of the pool; new, empty, or begun by the same command.
+        count: pairs per CT.
+        options: how they are made.
+        labels: bone labels.
+        workers: worker processes.
+
+    Returns:
+        One entry per CT.
+
+    Raises:
+        SettingsError: the folder holds something else, or a pool with other settings; or a worker was killed.
+    """
+    _check_labels(labels, len(sources))
+    start_pool(output, options)
+    work = output / WORK
+    _load.cache_clear()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    entries = {source.name: Entry(source.name) for source in sources}
+    try:
+        with _start_workers(workers) as executor:
+            _project_all(executor, sources, output, count, options, labels, entries)
+    except BrokenProcessPool:
+        raise SettingsError(
+            "a worker process was killed, perhaps for want of memory; use fewer and run the command again",
+            setting="workers",
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        _write_record(output, options, entries.values())
+    if names := sorted(path.name[: -len("_cxr.png")] for path in output.glob("*_cxr.png")):
+        write_atomically(output / SHEET, contact_sheet(output, names, LARGEST_SHEET))
+    return list(entries.values())
+
+
+class _SameProcess(Executor):
+    """Runs each task at once, in this process."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Return a future that is done."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _start_workers(count: int) -> Executor:
+    """Return worker processes, or this process for one.
+
+    Forked where the system can: a spawned worker would import the whole training first.
+    """
+    if count == 1:
+        return _SameProcess()
+    method = "fork" if sys.platform == "linux" else "spawn"
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context(method), initializer=_start_worker)
+
+
+def _check_labels(labels: Labels, count: int) -> None:
+    if labels.path is None:
+        return
+    if not labels.path.exists():
+        raise SettingsError(f"{labels.path}: no such file or folder", setting="labels")
+    if labels.path.is_file() and count > 1:
+        raise SettingsError("one file for several CTs; give a folder of files named as the CTs", setting="labels")
+
+
+def start_pool(output: Path, options: DrrOptions) -> None:
+    """Make the folder, or check that it is an earlier pool with the same settings.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"{output}: not a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    record = output / RECORD
+    if not record.exists():
+        if any(output.iterdir()):
+            raise SettingsError(f"{output}: not empty and not a pool of this command; give a new folder")
+        _write_record(output, options, [])
+        return
+    try:
+        content = json.loads(record.read_text())
+        kind, settings = content["kind"], content["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind, settings = None, None
+    if kind != KIND:
+        raise SettingsError(f"{record}: not the record of a pool; give a new folder")
+    if settings != asdict(options):
+        raise SettingsError(f"{output}: made with other settings ({settings}); give the same, or a new folder")
+
+
+def _write_record(output: Path, options: DrrOptions, entries: Iterable[Entry]) -> None:
+    content = {"kind": KIND, "bsdiff_rt": __version__, "settings": asdict(options)}
+    rows = [
+        {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(entry).items()}
+        for entry in entries
+    ]
+    write_atomically(output / RECORD, (json.dumps(content | {"volumes": rows}, indent=1) + "\n").encode())
+
+
+def _missing(output: Path, name: str, count: int, options: DrrOptions) -> list[int]:
+    """Return the numbers of the pairs that are not there."""
+    roles = (*ROLES, "lungs") if options.lungs else ROLES
+    return [i for i in range(count) if not all(_file(output, name, i, role).exists() for role in roles)]
+
+
+def _file(output: Path, name: str, number: int, role: str) -> Path:
+    return output / f"{name}_{number:04d}_{role}.png"
+
+
+def _project_all(
+    executor: Executor,
+    sources: list[Source],
+    output: Path,
+    count: int,
+    options: DrrOptions,
+    labels: Labels,
+    entries: dict[str, Entry],
+) -> None:
+    """Prepare one CT after the other, and project each while the next one is prepared."""
+    waiting = [source for source in sources if _missing(output, source.name, count, options)]
+    for source in sources:
+        entries[source.name].pairs = count - len(_missing(output, source.name, count, options))
+        if source not in waiting:
+            logger.info("%s: all %d pairs are there", source.name, count)
+    prepared: Future[dict[str, Any]] | None = None
+    for place, source in enumerate(waiting):
+        now = prepared or executor.submit(_prepare, source, output / WORK, options, labels)
+        following = waiting[place + 1] if place + 1 < len(waiting) else None
+        result = now.result()
+        if following is not None:
+            prepared = executor.submit(_prepare, following, output / WORK, options, labels)
+        entry = entries[source.name]
+        for name, value in result.items():
+            setattr(entry, name, value)
+        if entry.status != "ok":
+            logger.warning("%s: %s", source.name, entry.reason)
+            continue
+        missing = _missing(output, source.name, count, options)
+        started = time.monotonic()
+        futures = [executor.submit(_make_pair, output, source.name, i, options) for i in missing]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            entry.pairs += 1
+            if done == len(futures) or done % 10 == 0:
+                logger.info("%s: %d of %d pairs", source.name, entry.pairs, count)
+        entry.seconds_per_pair = (time.monotonic() - started) / len(missing)
+        for path in _work_files(output / WORK, source.name):
+            path.unlink()
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)
+
+
+def _work_files(work: Path, name: str) -> Iterator[Path]:
+    for part in ("soft", "excess", "lungs"):
+        yield work / f"{name}_{part}.npy"
+    yield work / f"{name}.json"
+
+
+def _prepare(source: Source, work: Path, options: DrrOptions, labels: Labels) -> dict[str, Any]:
+    """Prepare one CT, in a worker; write its materials and return what goes into its entry."""
+    started = time.monotonic()
+    path = labels.path
+    if path is not None and path.is_dir():
+        path = _label_file(path, source.name)
+    try:
+        prepared = prepare_ct(source, options.voxel_mm, path, labels.values)
+    except (InputRefused, InputFailed) as error:
+        status = "refused" if isinstance(error, InputRefused) else "failed"
+        return {"status": status, "reason": str(error), "prepare_seconds": time.monotonic() - started}
+    *volumes, text = _work_files(work, source.name)
+    for file, part in zip(volumes, ("soft", "excess", "lungs"), strict=True):
+        np.save(file, getattr(prepared.materials, part))
+    text.write_text(json.dumps(asdict(prepared.anatomy)))
+    return {
+        "spacing_mm": [round(step, 4) for step in prepared.anatomy.spacing],
+        "bone_ml": prepared.bone_ml,
+        "contrast_ml": prepared.contrast_ml,
+        "prepare_seconds": time.monotonic() - started,
+    }
+
+
+def _label_file(folder: Path, name: str) -> Path | None:
+    """Return the label file of a CT in a folder; None where it has none."""
+    found = [path for path in sorted(folder.iterdir()) if path.name.split(".")[0] == name.split(".")[0]]
+    return found[0] if found else None
+
+
+@lru_cache(maxsize=1)
+def _load(work: Path, name: str) -> tuple[Materials, Anatomy]:
+    """Return a CT's materials, mapped from the file so that all workers share the memory, and its anatomy."""
+    *volumes, text = _work_files(work, name)
+    a = json.loads(text.read_text())
+    z, y, x = (tuple(pair) for pair in a["lungs"])
+    anatomy = Anatomy(tuple(a["spacing"]), tuple(a["size"]), (z, y, x), a["cut"])
+    return Materials(*(np.load(path, mmap_mode="r") for path in volumes)), anatomy
+
+
+def _make_pair(output: Path, name: str, number: int, options: DrrOptions) -> None:
+    """Write one pair, in a worker; the X-ray last, so that a pair with an X-ray is whole."""
+    materials, anatomy = _load(output / WORK, name)
+    made = draw_pair(materials, anatomy, name, number, options)
+    for role in ("lungs", "soft_tissue", "cxr"):
+        if role in made:
+            write_png(_file(output, name, number, role), made[role], BITS)
+
+
+def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, options: DrrOptions) -> dict[str, Array]:
+    """Return one pair, "cxr" and "soft_tissue", and "lungs" where the options say so; [S, S] float32 in [0, 1]."""
+    rng = np.random.default_rng([options.seed, zlib.crc32(os.fsencode(name)), number])
+    framing = draw_framing(rng, anatomy, options.size, options.view, options.beam, options.pose)
+    maps = [materials.soft, materials.excess] + ([materials.lungs] if options.lungs else [])
+    soft_path, excess_path, *rest = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
+    pixel_mm = framing.beam.side_mm / options.size
+    logs = expose(soft_path, excess_path, draw_exposure(rng), pixel_mm, rng)
+    cxr, soft_tissue = display(*logs, draw_display(rng), pixel_mm)
+    made = {"cxr": cxr, "soft_tissue": soft_tissue}
+    if rest:
+        path = rest[0] / np.float32(SCALE)
+        long = np.percentile(path[path > 0], 95) if (path > 0).any() else 1.0
+        made["lungs"] = (path > LUNG_SHARE * long).astype(np.float32)
+    return made
