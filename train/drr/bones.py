@@ -24,12 +24,13 @@ MARROW_HU = -150  # darkest fat that is filled inside of a bone
 LABEL_EDGE_HU = 130
 EDGE_MM = 2.0
 CLOSE_MM = 4.0
-LARGEST_CAVITY_ML = 30.0  # a larger one, enclosed by bone in one slice, is not marrow
+LARGEST_CAVITY_CM2 = 22.0  # what bone encloses in a slice: a larger one is not marrow
 SMALLEST_BONE_ML = 0.4
 SMALLEST_BLOOD_ML = 20.0  # less than this is no contrast medium in the vessels
 BLOOD_HU = 130
 BLOOD_MM = 4.0  # half the thickness of a seed of blood
 BLOOD_ROUGHNESS_HU = 60.0  # standard deviation inside of 10 mm, above it is no seed of blood
+SPINE_DEPTH = 0.6  # of the body, from the front: the middle of the spine is behind
 VERTEBRA_MM = (28.0, 60.0, 16.0)  # in front of the spine's middle, behind it and to each side: nothing but bone
 SPINE_MM = (42.0, 60.0, 42.0)  # where a vertebra may look like a vessel
 BOLUS_HU = 1200  # with contrast medium in the vessels: what is thicker than cortical bone and denser is a vein
@@ -97,7 +98,7 @@ def _inside_of_cage(lungs: Mask, spacing: Spacing) -> Mask:
 def _spine_places(dense: Mask, body: Mask, spacing: Spacing) -> NDArray[np.float64]:
     """Return row and column of the spine's middle in each slice, [Z, 2]; NaN where nothing dense is found.
 
-    The middle is where a square of 45 mm in the rear half of the body, near its midline, holds most dense voxels.
+    The middle is where a square of 45 mm in the rear of the body, near its midline, holds most dense voxels.
     """
     rows, columns = (max(1, round(45.0 / step)) for step in spacing[1:])
     places = np.full((len(dense), 2), np.nan)
@@ -106,7 +107,8 @@ def _spine_places(dense: Mask, body: Mask, spacing: Spacing) -> NDArray[np.float
         if not len(across):
             continue
         counts = cv2.boxFilter(dense[k].astype(np.float32), -1, (columns, rows), normalize=False)
-        half, middle = (across[0] + across[-1]) // 2, (along[0] + along[-1]) // 2
+        half = round(across[0] + SPINE_DEPTH * (across[-1] - across[0]))
+        middle = (along[0] + along[-1]) // 2
         reach = max(1, len(along) // 6)
         part = counts[half : across[-1], max(0, middle - reach) : middle + reach]
         if part.size and part.max() > 0:
@@ -146,17 +148,22 @@ def _grow_blood(
     small, small_dense, inside = hu[every], dense[every], cage[every] & body[every]
     places = _spine_places(small_dense, body[every], pitch)
     vertebra, spine = (_boxes(places, small.shape, pitch, size) for size in (VERTEBRA_MM, SPINE_MM))
+    seeds = _mostly_inside(_blood_seeds(small, body[every] & ~spine, pitch), inside)
     if labels is not None:
-        inside &= ~labels[every]
-    seeds = _blood_seeds(small, inside & ~spine, pitch)
+        seeds &= ~labels[every]
     if seeds.sum() * np.prod(pitch) / 1000 < SMALLEST_BLOOD_ML:
         return None
     low, high = np.median(small[seeds]) * np.array(BLOOD_BAND)
     seeds |= _blood_seeds(small, inside & spine & ~vertebra & (small > low) & (small < high), pitch)
     bolus = _bolus(small, body[every], pitch)
-    seeds |= bolus if labels is None else bolus & ~labels[every]
-    bone_seeds = small_dense & (~inside | vertebra) & ~_widen(bolus, pitch) if labels is None else labels[every]
+    seeds |= bolus
+    if labels is not None:
+        seeds &= ~labels[every]
+    near = _widen(bolus, pitch)
+    bone_seeds = small_dense & (~inside | vertebra) & ~near & ~seeds if labels is None else labels[every]
     blood = _compete(small_dense, seeds, bone_seeds)
+    if labels is not None:
+        blood |= near & ~labels[every]
     index = [np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(hu.shape, steps, blood.shape, strict=True)]
     return np.asarray(dense & blood[np.ix_(*index)])
 
@@ -177,6 +184,15 @@ def _blood_seeds(hu: Volume3D, inside: Mask, pitch: Spacing) -> Mask:
         rough = np.sqrt(np.maximum(square - mean**2, 0)) > np.maximum(BLOOD_ROUGHNESS_HU, 0.15 * mean)
         seeds[k] = thick.astype(bool) & ~rough
     return seeds
+
+
+def _mostly_inside(seeds: Mask, inside: Mask) -> Mask:
+    """Return the connected parts of which more than half is inside."""
+    parts, _ = ndimage.label(seeds)
+    sizes = np.bincount(parts.ravel())
+    keep = np.bincount(parts[inside], minlength=len(sizes)) > 0.5 * sizes
+    keep[0] = False
+    return np.take(keep, parts)
 
 
 def _bolus(hu: Volume3D, body: Mask, pitch: Spacing) -> Mask:
@@ -230,22 +246,18 @@ def _without_specks(core: Mask, cage: Mask, spacing: Spacing, labels: Mask | Non
 def _with_marrow(hu: Volume3D, core: Mask, body: Mask, spacing: Spacing, edge: int, blood: Mask | None) -> Mask:
     """Add the blurred edge of bones, and what they enclose in an axial slice."""
     near, closing = ellipse(EDGE_MM, spacing[1:]), ellipse(CLOSE_MM, spacing[1:])
-    margin = max(closing.shape)
-    enclosed = np.zeros(core.shape, bool)
+    margin, largest = max(closing.shape), round(LARGEST_CAVITY_CM2 * 100 / (spacing[1] * spacing[2]))
     grown = core.copy()
     for k in np.flatnonzero(core.any(axis=(1, 2))):
-        plane: NDArray[np.uint8] = core[k].astype(np.uint8)
-        ring = cv2.dilate(plane, near).astype(bool) & (hu[k] > edge) & body[k]
-        grown[k] |= ring if blood is None else ring & ~blood[k]
-        padded = np.pad(grown[k].astype(np.uint8), margin)
-        closed = fill_holes(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, closing).astype(np.uint8))[
-            margin:-margin, margin:-margin
-        ]
-        enclosed[k] = closed.astype(bool) & ~grown[k]
-    if blood is not None:
-        enclosed &= ~blood
-    parts, _ = ndimage.label(enclosed)
-    sizes = np.bincount(parts.ravel())
-    small = sizes * np.prod(spacing) / 1000 < LARGEST_CAVITY_ML
-    small[0] = False
-    return grown | (np.take(small, parts) & (hu > MARROW_HU))
+        ring = cv2.dilate(core[k].astype(np.uint8), near).astype(bool) & (hu[k] > edge) & body[k]
+        here = core[k] | (ring if blood is None else ring & ~blood[k])
+        padded = np.pad(here.astype(np.uint8), margin)
+        closed = fill_holes(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, closing).astype(np.uint8))
+        enclosed = closed[margin:-margin, margin:-margin].astype(bool) & ~here
+        if blood is not None:
+            enclosed &= ~blood[k]
+        count, parts, statistics, _ = cv2.connectedComponentsWithStats(enclosed.astype(np.uint8), connectivity=4)
+        small = statistics[:count, cv2.CC_STAT_AREA] <= largest
+        small[0] = False
+        grown[k] = here | (small[parts] & (hu[k] > MARROW_HU))
+    return grown

@@ -70,7 +70,7 @@ def draw_framing(
     (front, back), (right, left) = anatomy.lungs[1], anatomy.lungs[2]
     top = (len(heights) - 1) * row_mm
     width = (left - right) * dx
-    side = max((high - low) + rng.uniform(50, 130), width + rng.uniform(30, 110))
+    side = max((high - low) + rng.uniform(40, 110), width + rng.uniform(30, 100))
     most = min(END_MARGIN * top, END_MARGIN * anatomy.size[2] * dx if anatomy.cut else np.inf)
     side = float(min(np.clip(side, *SIDE_MM), most))
     rest = max(0.0, (top - side) / 2 - 0.03 * side)

@@ -19,6 +19,7 @@ from train.drr.volume import Mask, Spacing, Volume3D
 
 REPLACED_HU = 50  # soft tissue in the place of bone
 ENHANCED_HU = 60  # and in the place of contrast medium
+GLARING_BONE_HU = 1500  # with contrast medium in the vessels: what is denser is its glare
 STREAK_MM = 15.0  # dark glare of metal and contrast medium reaches this far
 STREAK_HU, REPAIRED_HU = -200, 0
 SCALE = 1000.0  # stored units per 1: water is 1000
@@ -53,7 +54,8 @@ def split_materials(hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spa
     repaired[streaks] = REPAIRED_HU
     soft = np.where(tissues.bone, np.int16(REPLACED_HU), repaired) + np.int16(SCALE)
     soft[~body] = 0
-    excess = np.where(tissues.bone & body, np.maximum(hu - np.int16(REPLACED_HU), 0), np.int16(0))
+    most = GLARING_BONE_HU if tissues.contrast.any() else int(hu.max())
+    excess = np.where(tissues.bone & body, np.clip(hu, REPLACED_HU, most) - np.int16(REPLACED_HU), np.int16(0))
     volumes = (np.clip(soft, 0, None), excess, lungs * np.int16(SCALE))
     return Materials(*(np.ascontiguousarray(volume.transpose(1, 0, 2)) for volume in volumes))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -17,7 +18,7 @@ def ellipse(shape, centre, radii):
     return ((rows - centre[0]) / radii[0]) ** 2 + ((columns - centre[1]) / radii[1]) ** 2 <= 1
 
 
-def made_chest(slices: int = 80, contrast: bool = False, table: bool = False) -> np.ndarray:
+def make_chest(slices: int = 80, contrast: bool = False, table: bool = False) -> np.ndarray:
     """Return a chest [slices, 100, 120] int16 HU, z feet to head, y front to back, x right to left, of SPACING.
 
     The heart lies on the patient's left (larger x), the liver on the right, below the lungs.
@@ -54,8 +55,7 @@ def write_npz(path: Path, hu: np.ndarray, spacing=SPACING, **more) -> Path:
 
 def write_nifti(path: Path, hu: np.ndarray, spacing=SPACING, flip: tuple[int, ...] = ()) -> Path:
     """Write NIfTI whose header puts the voxels where they belong; axes in `flip` (of x, y, z) run backwards in it."""
-    import SimpleITK as sitk
-
+    path.parent.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(hu)
     image.SetSpacing(spacing[::-1])
     image.SetOrigin((-170.0, -120.0, 30.0))
