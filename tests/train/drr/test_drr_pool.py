@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.formats.raster import find_pairs
 from train.__main__ import app
-from train.drr.command import parse_labels
+from train.commands.drr import parse_labels
 from train.drr.framing import Anatomy, draw_framing
 from train.drr.pool import DrrOptions, Labels, draw_pair, make_pool
 from train.drr.prepare import coarsen, prepare_ct

@@ -42,7 +42,7 @@ def describe_entry(entry: Entry) -> str:
     return f"{entry.name}: {entry.pairs} pairs{made}"
 
 
-def make_drr_pool(
+def drr_command(
     cts: Annotated[
         list[Path], typer.Argument(metavar="CT...", help="Chest CTs: folders of DICOM series, NIfTI or npz files.")
     ],
