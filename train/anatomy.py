@@ -132,27 +132,27 @@ FALL = np.array([0.06, 0.065, 0.085, 0.12, 0.165, 0.205, 0.23, 0.24, 0.24, 0.23,
 END = np.array([2.3, 2.45, 2.5, 2.5, 2.5, 2.5, 2.45, 2.2, 2.05, 1.9, 1.5, 1.0])  # angle of the front end, per rib
 
 
-def rib_sides(build: Build) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def locate_rib_sides(build: Build) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where each rib turns: y [12] and distance from the middle line [12], patient units."""
     return build.apex + build.pitch * (np.arange(12) - 0.1) + build.fall * FALL, build.width * REACH
 
 
-def cage_half_width(build: Build, y: Array) -> Array:
+def measure_cage(build: Build, y: Array) -> Array:
     """Half width of the inside of the cage at height y (any shape), patient units."""
-    level, side = rib_sides(build)
+    level, side = locate_rib_sides(build)
     top = build.apex + (level[0] - build.apex) * np.array([0.0, 0.03, 0.12, 0.3, 0.6])
     reach = side[0] * np.array([0.0, 0.45, 0.68, 0.84, 0.95])
     knots, value = np.concatenate([top, level[:10]]), np.concatenate([reach, side[:10]])
     return np.interp(y, knots, value - 0.006).astype(np.float32)
 
 
-def ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
+def draw_ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
     """Twelve pairs of ribs: tilted loops in space, so that the sides, seen end-on, are bright by themselves."""
     count = int(rng.choice([11, 12, 12, 12]))
     thick, gauge = rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.15)
     k = np.tile(np.arange(12), 2)
     side = np.repeat([-1.0, 1.0], 12)[:, None]
-    level, reach = (np.tile(v, 2)[:, None] for v in rib_sides(build))
+    level, reach = (np.tile(v, 2)[:, None] for v in locate_rib_sides(build))
     reach = reach * rng.normal(1, 0.010, (24, 1)) + side * rng.normal(0, 0.006)
     fall = (build.fall * FALL[k])[:, None] * rng.normal(1, 0.03, (24, 1))
     end = (END[k] + rng.normal(0, 0.06, 24))[:, None]
@@ -186,10 +186,12 @@ def ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
     canvas.tubes(edge[2:10], 0.0022, 2.0 * build.density, 1.0, 1.0)
     canvas.tubes(edge[14:22], 0.0022, 2.0 * build.density, 1.0, 1.0)
     if rng.random() < 0.3:
-        calcify(canvas, centre[:, -1], side[:, 0], rng)
+        draw_calcifications(canvas, centre[:, -1], side[:, 0], rng)
 
 
-def calcify(canvas: Canvas, tips: NDArray[np.float64], side: NDArray[np.float64], rng: np.random.Generator) -> None:
+def draw_calcifications(
+    canvas: Canvas, tips: NDArray[np.float64], side: NDArray[np.float64], rng: np.random.Generator
+) -> None:
     """Patches of calcified costal cartilage from the front ends (tips [24, 2]) towards the sternum."""
     count = int(rng.integers(20, 90))
     rib = rng.integers(0, len(tips), count)
@@ -199,10 +201,10 @@ def calcify(canvas: Canvas, tips: NDArray[np.float64], side: NDArray[np.float64]
     reach = np.linspace(-1, 1, 5) * size[:, None]
     path = np.stack([x[:, None] + reach, y[:, None] + reach * rng.normal(0, 0.4, (count, 1))], 2)
     amount = rng.uniform(1.0, 5.0) * rng.random((count, 1))
-    canvas.tubes(path, size[:, None] * 0.5 * cap(5), amount, 1.0, 1.0)
+    canvas.tubes(path, size[:, None] * 0.5 * taper(5), amount, 1.0, 1.0)
 
 
-def curve(*points: tuple[float, float], samples: int = 24) -> Array:
+def fit_curve(*points: tuple[float, float], samples: int = 24) -> Array:
     """A smooth curve [samples, 2] through a few points, evenly sampled (cubic Hermite, central-difference slopes)."""
     p = np.asarray(points, np.float64)
     t = np.linspace(0, len(p) - 1, 3 * samples)
@@ -217,12 +219,12 @@ def curve(*points: tuple[float, float], samples: int = 24) -> Array:
     return np.stack([np.interp(even, arc, path[:, 0]), np.interp(even, arc, path[:, 1])], 1).astype(np.float32)
 
 
-def cap(samples: int) -> NDArray[np.float64]:
+def taper(samples: int) -> NDArray[np.float64]:
     """Width factors [samples] that round both ends of a tube."""
     return np.sqrt(1 - np.linspace(-1, 1, samples) ** 12 * 0.97)
 
 
-def rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: float = 0.0) -> Array:
+def make_rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: float = 0.0) -> Array:
     """Closed ellipses [K, 28, 2]."""
     a = np.linspace(0, 2 * np.pi, 28)
     x, y, rx, ry = (np.atleast_1d(v)[:, None] for v in (x, y, rx, ry))
@@ -231,7 +233,7 @@ def rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: float 
     return np.stack(np.broadcast_arrays(x + c * px - s * py, y + s * px + c * py), 2).astype(np.float32)
 
 
-def spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
+def draw_spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
     """Vertebral bodies, end plates, pedicles, spinous and transverse processes, from the neck to the lumbar spine."""
     k = np.arange(-7, 17)
     pitch = build.pitch * np.interp(k, [-7, -1, 0, 8, 14], [0.70, 0.78, 0.95, 1.0, 1.2])
@@ -249,14 +251,14 @@ def spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
         plate = (y + where * pitch)[:, None] + sign * 0.002 * (1 - across**2)
         canvas.tubes(np.stack([x[:, None] + half[:, None] * across, plate], 2), 0.0035, 8.0 * strong, 0.6, 0.5)
     drop = y + pitch * rng.uniform(0.75, 1.05, 24)
-    canvas.tubes(rings(x, drop, 0.009, 0.28 * pitch), 0.0028, 5.0 * strong, 0.7, 0.4)
+    canvas.tubes(make_rings(x, drop, 0.009, 0.28 * pitch), 0.0028, 5.0 * strong, 0.7, 0.4)
     for side in (-1.0, 1.0):
         eye = x + side * half * 0.62
-        canvas.tubes(rings(eye, y + pitch * 0.36, 0.0085, 0.2 * pitch), 0.0028, 5.0 * strong, 0.7, 0.4)
+        canvas.tubes(make_rings(eye, y + pitch * 0.36, 0.0085, 0.2 * pitch), 0.0028, 5.0 * strong, 0.7, 0.4)
         out = half * 0.75 + (0.032 + rng.normal(0, 0.003, 24)) * np.linspace(0, 1, 9)[:, None]
         rise = (y + pitch * 0.38)[:, None] - 0.14 * pitch[:, None] * np.linspace(0, 1, 9)
         wing = np.stack([x[:, None] + side * out.T, rise], 2)
-        canvas.tubes(wing, 0.0095 * (1 + 0.25 * np.linspace(-1, 1, 9) ** 2) * cap(9), 6.0, 0.25 * strong, 0.30)
+        canvas.tubes(wing, 0.0095 * (1 + 0.25 * np.linspace(-1, 1, 9) ** 2) * taper(9), 6.0, 0.25 * strong, 0.30)
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Girdle:
         return 0.5 + self.side * x * self.spread + self.shift[0], y + self.shift[1]
 
 
-def clavicle(canvas: Canvas, g: Girdle, tilt: float, thick: float) -> None:
+def draw_clavicle(canvas: Canvas, g: Girdle, tilt: float, thick: float) -> None:
     """The S of the collar bone, from the breastbone up to the shoulder."""
     bend = [
         (0.045, 0.25 - tilt / 3),
@@ -282,37 +284,37 @@ def clavicle(canvas: Canvas, g: Girdle, tilt: float, thick: float) -> None:
         (0.31, 0.12 + tilt),
         (0.385, 0.125 + tilt),
     ]
-    path = curve(*(g.at(*point) for point in bend))
+    path = fit_curve(*(g.at(*point) for point in bend))
     width = np.interp(np.linspace(0, 1, 24), [0, 0.12, 0.5, 0.8, 1], [0.022, 0.0175, 0.0145, 0.015, 0.018])
-    canvas.tube(path, width * thick * cap(24), 12.0, 0.20 * g.strong, 0.34)
+    canvas.tube(path, width * thick * taper(24), 12.0, 0.20 * g.strong, 0.34)
 
 
-def scapula(canvas: Canvas, g: Girdle, neck: float, low: float) -> None:
+def draw_scapula(canvas: Canvas, g: Girdle, neck: float, low: float) -> None:
     """Shoulder blade: strong lateral border, thin medial one, blade, spine, coracoid and socket."""
     t, at, strong = np.linspace(0, 1, 24), g.at, g.strong
-    border = curve(at(neck, 0.24), at(neck + 0.005, 0.32), at(neck - 0.01, 0.40), at(neck - 0.035, low))
-    canvas.tube(border, np.linspace(0.019, 0.010, 24) * cap(24), 9.0 * strong, 0.25, 0.30)
-    inner = curve(at(neck - 0.035, low), at(neck - 0.085, 0.37), at(neck - 0.115, 0.25), at(neck - 0.11, 0.16))
-    canvas.tube(inner, 0.0045 * cap(24), 4.0 * strong, 0.6, 0.5)
-    blade = curve(at(neck - 0.03, low - 0.02), at(neck - 0.055, 0.31), at(neck - 0.06, 0.17))
-    canvas.tube(blade, np.interp(t, [0, 0.6, 1], [0.012, 0.052, 0.048]) * cap(24), 1.8 * strong)
-    ridge = curve(at(neck - 0.11, 0.215), at(neck - 0.04, 0.18), at(neck + 0.04, 0.13), at(neck + 0.075, 0.135))
-    canvas.tube(ridge, np.linspace(0.006, 0.020, 24) * cap(24), 8.0, 0.22 * strong, 0.34)
-    canvas.tubes(rings(*at(neck - 0.025, 0.185), 0.017, 0.013), 0.0045, 6.0 * strong, 0.6, 0.4)
-    canvas.tubes(rings(*at(neck + 0.012, 0.225), 0.010, 0.034, 0.12 * g.side), 0.0035, 6.0 * strong, 0.6, 0.4)
+    border = fit_curve(at(neck, 0.24), at(neck + 0.005, 0.32), at(neck - 0.01, 0.40), at(neck - 0.035, low))
+    canvas.tube(border, np.linspace(0.019, 0.010, 24) * taper(24), 9.0 * strong, 0.25, 0.30)
+    inner = fit_curve(at(neck - 0.035, low), at(neck - 0.085, 0.37), at(neck - 0.115, 0.25), at(neck - 0.11, 0.16))
+    canvas.tube(inner, 0.0045 * taper(24), 4.0 * strong, 0.6, 0.5)
+    blade = fit_curve(at(neck - 0.03, low - 0.02), at(neck - 0.055, 0.31), at(neck - 0.06, 0.17))
+    canvas.tube(blade, np.interp(t, [0, 0.6, 1], [0.012, 0.052, 0.048]) * taper(24), 1.8 * strong)
+    ridge = fit_curve(at(neck - 0.11, 0.215), at(neck - 0.04, 0.18), at(neck + 0.04, 0.13), at(neck + 0.075, 0.135))
+    canvas.tube(ridge, np.linspace(0.006, 0.020, 24) * taper(24), 8.0, 0.22 * strong, 0.34)
+    canvas.tubes(make_rings(*at(neck - 0.025, 0.185), 0.017, 0.013), 0.0045, 6.0 * strong, 0.6, 0.4)
+    canvas.tubes(make_rings(*at(neck + 0.012, 0.225), 0.010, 0.034, 0.12 * g.side), 0.0035, 6.0 * strong, 0.6, 0.4)
 
 
-def humerus(canvas: Canvas, g: Girdle, neck: float, swing: float) -> None:
+def draw_humerus(canvas: Canvas, g: Girdle, neck: float, swing: float) -> None:
     """Upper arm bone with its head."""
     (hx, hy), out = g.at(neck + 0.05, 0.215), g.side
     steps = [(-0.01, -0.05), (0.008, 0.0), (0.03 + swing / 4, 0.10), (0.09 + swing, 0.30), (0.18 + 2 * swing, 0.70)]
-    path = curve(*((hx + out * x, hy + y) for x, y in steps), samples=64)
+    path = fit_curve(*((hx + out * x, hy + y) for x, y in steps), samples=64)
     t = np.linspace(0, 1, 64)
     knots, value = [0, 0.01, 0.03, 0.06, 0.10, 0.17, 0.23, 1], [0.008, 0.022, 0.036, 0.046, 0.048, 0.040, 0.029, 0.025]
     canvas.tube(path, np.interp(t, knots, value), np.interp(t, [0, 0.12, 0.5], [14, 26, 20]), 0.13 * g.strong, 0.20)
 
 
-def shoulders(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
+def draw_shoulders(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
     """Clavicles, scapulae and upper arms of both sides."""
     lift, tilt = rng.uniform(-0.02, 0.03), rng.uniform(-0.05, 0.06)
     spread, turn = build.width / 0.35 * rng.uniform(0.97, 1.1), rng.normal(0, 0.008)
@@ -320,18 +322,18 @@ def shoulders(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
     for side in (-1.0, 1.0):
         jitter = rng.normal(0, 0.004, 2)
         g = Girdle(side, spread, (turn + jitter[0], lift + build.apex - 0.13 + jitter[1]), build.density)
-        clavicle(canvas, g, tilt, thick)
-        scapula(canvas, g, neck, 0.45 + rng.uniform(-0.03, 0.06))
-        humerus(canvas, g, neck, rng.uniform(-0.02, 0.08))
+        draw_clavicle(canvas, g, tilt, thick)
+        draw_scapula(canvas, g, neck, 0.45 + rng.uniform(-0.03, 0.06))
+        draw_humerus(canvas, g, neck, rng.uniform(-0.02, 0.08))
 
 
-def skeleton(pixels: int, build: Build, rng: np.random.Generator) -> Array:
+def draw_skeleton(pixels: int, build: Build, rng: np.random.Generator) -> Array:
     """Cortex-equivalent bone thickness [pixels, pixels], millimetres."""
     canvas = Canvas(pixels)
-    ribs(canvas, build, rng)
-    spine(canvas, build, rng)
-    shoulders(canvas, build, rng)
-    breastbone = curve((0.5, build.apex + 0.15), (0.5, build.apex + 0.22), (0.5, build.apex + 0.50))
+    draw_ribs(canvas, build, rng)
+    draw_spine(canvas, build, rng)
+    draw_shoulders(canvas, build, rng)
+    breastbone = fit_curve((0.5, build.apex + 0.15), (0.5, build.apex + 0.22), (0.5, build.apex + 0.50))
     width = np.interp(np.linspace(0, 1, 24), [0, 0.25, 0.4, 1], [0.055, 0.048, 0.033, 0.038])
     canvas.tube(breastbone, width, 3.0, 0.05, 0.25)
     return canvas.render()

@@ -23,13 +23,13 @@ def last_checkpoint(folder: Path, name: str) -> Path | None:
     return next((path for path in (unjudged_path(folder, name), folder / f"{name}.pt") if path.exists()), None)
 
 
-def tensors_of(part: Any) -> Iterator[torch.Tensor]:
+def list_tensors(part: Any) -> Iterator[torch.Tensor]:
     """The tensors of nested dictionaries."""
     if isinstance(part, torch.Tensor):
         yield part
     elif isinstance(part, dict):
         for value in part.values():
-            yield from tensors_of(value)
+            yield from list_tensors(value)
 
 
 def write_checkpoint(state: dict[str, Any], path: Path, last_step: int | None) -> None:
@@ -48,7 +48,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, last_step: int | None) -
     except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
         partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e6
+        needed = sum(tensor.nbytes for tensor in list_tensors(state)) / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6
         last = "there is no checkpoint yet" if last_step is None else f"the last checkpoint is of step {last_step}"
         raise SettingsError(

@@ -24,7 +24,7 @@ from bsdiff_rt.sampling.schedule import alpha_bar
 from train.checkpoint import last_checkpoint
 from train.data import Batches
 from train.dry_run import Estimate, Part, estimate
-from train.loop import Trainee, TrainOptions, pieces
+from train.loop import Trainee, TrainOptions, split_batch
 from train.run import Run
 from train.start import start_from
 from train.validation import Validation
@@ -106,7 +106,7 @@ def denoiser_losses(
     `weights` are those of `bone_weights`, [B, 2].
     """
     options = trainee.options
-    for noisy, condition, times, goal, weight in pieces(options.accumulate, x_t, cxr, t, wanted, weights):
+    for noisy, condition, times, goal, weight in split_batch(options.accumulate, x_t, cxr, t, wanted, weights):
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=options.bf16):
             out = trainee.model(noisy, condition, times)
         error = out.float() - goal

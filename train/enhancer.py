@@ -33,7 +33,7 @@ from train.loop import Trainee, TrainOptions, make_accelerator
 from train.losses import HybridLoss, LossWeights, optimise
 from train.perceptual import VGG16, VGG16_PASSES
 from train.run import Run
-from train.validation import Validation, few_step
+from train.validation import Validation, run_stage_one
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def make_stage_one_outputs(
         if not np.isnan(outputs[i]).any():
             continue
         cxr, soft_tissue = batches.batch(i, 1, size, size)[0]
-        made = few_step(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
+        made = run_stage_one(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
         if not np.isfinite(made).all():
             raise SettingsError(
                 f"{folder / 'denoiser.pt'}: what it makes of sample {i} is not finite; train stage 1 anew, with a "

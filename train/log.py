@@ -28,7 +28,7 @@ class Log:
         columns = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "step": str(step)}
         columns |= {name: f"{value:.6f}" for name, value in losses.items()}
         columns |= {name: f"{value:.4f}" for name, value in quality.items()}
-        append(self._csv, columns)
+        append_row(self._csv, columns)
         for name, value in losses.items():
             self._board.add_scalar(f"loss/{name}", value, step)
         for name, value in quality.items():
@@ -40,7 +40,7 @@ class Log:
         self._board.flush()
 
 
-def append(path: Path, columns: dict[str, str]) -> None:
+def append_row(path: Path, columns: dict[str, str]) -> None:
     """Add one row to a CSV file under the columns it has; a new or empty one gets these columns as its header.
 
     A step that it has already, from a validation that was interrupted after it was logged, gets no second row.

@@ -26,7 +26,7 @@ from torch import distributed, nn
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners.devices import computes_bf16, resolve_device
-from train.checkpoint import load_checkpoint, tensors_of, write_checkpoint
+from train.checkpoint import list_tensors, load_checkpoint, write_checkpoint
 
 CROP_MULTIPLE_PX = 16  # four levels of halving, as in the presets
 # Processes wait while one of them validates or draws phantoms; NCCL's default of ten minutes would end the run.
@@ -206,7 +206,7 @@ class Trainee:
             "options": asdict(self.options),
             **extra,
         }
-        broken = [name for name, part in state.items() if not all(bool(t.isfinite().all()) for t in tensors_of(part))]
+        broken = [name for name, part in state.items() if not all(bool(t.isfinite().all()) for t in list_tensors(part))]
         if broken:
             raise SettingsError(f"not finite after step {self.step}, and not saved: {', '.join(broken)}. {DIVERGED}")
         write_checkpoint(state, path, self.saved_step)
@@ -240,7 +240,7 @@ def choose_bf16(asked: bool | None) -> bool:
     return computes_bf16(resolve_device("auto"))
 
 
-def pieces(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def split_batch(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The batches cut alike into `count` pieces along their first axis, fewer where they hold fewer samples."""
     return zip(*(batch.tensor_split(min(count, len(batch))) for batch in batches), strict=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsdiff_rt.errors import SettingsError
 from train.discriminator import Critic
-from train.loop import Trainee, pieces
+from train.loop import Trainee, split_batch
 from train.perceptual import VGG16, perceptual_distance
 
 # Wang, Simoncelli, Bovik 2003, table of weights per scale, finest first.
@@ -95,7 +95,7 @@ def optimise(trainee: Trainee, loss: HybridLoss, x: Tensor, soft_tissue: Tensor)
     predictions: list[Tensor] = []
 
     def losses() -> Iterator[Tensor]:
-        for given, wanted in pieces(options.accumulate, x, soft_tissue):
+        for given, wanted in split_batch(options.accumulate, x, soft_tissue):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bf16):
                 predicted = trainee.model(given)
             terms = loss.terms(predicted.float(), wanted, given)

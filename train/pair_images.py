@@ -13,7 +13,7 @@ from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
 from bsdiff_rt.formats.raster import read_raster, read_together
 from bsdiff_rt.imaging.network_input import resize
-from train.registration import Image, reduced
+from train.registration import Image, reduce_image
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,21 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
     return cxr, np.clip(resize(soft_tissue, cxr.shape), 0, 1)
 
 
-def same_image(cxr: Image, soft_tissue: Image) -> str | None:
+def explain_same_image(cxr: Image, soft_tissue: Image) -> str | None:
     """What to say where both, [H, W] in [0, 1], are one picture; None where they are not."""
     return "X-ray and soft tissue are the same image" if np.abs(cxr - soft_tissue).max() < SAME_IMAGE else None
 
 
-def swapped(cxr: Image, soft_tissue: Image) -> str | None:
+def explain_swap(cxr: Image, soft_tissue: Image) -> str | None:
     """What to say where the soft tissue shows the bones and the X-ray none; None where it does not.
 
     Args:
         cxr: [H, W] float32 in [0, 1].
         soft_tissue: the same, registered.
     """
-    lines = _bright_lines(reduced(cxr), reduced(soft_tissue)) - _bright_lines(reduced(soft_tissue), reduced(cxr))
+    lines = _bright_lines(reduce_image(cxr), reduce_image(soft_tissue)) - _bright_lines(
+        reduce_image(soft_tissue), reduce_image(cxr)
+    )
     return "the soft tissue shows the bones, not the X-ray: are they swapped?" if lines < SWAPPED else None
 
 

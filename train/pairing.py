@@ -92,22 +92,23 @@ def pair_files(
         if not folder.is_dir():
             raise SettingsError(f"{folder}: no such folder")
     if cxr_folder.resolve() != soft_tissue_folder.resolve():
-        return match(sources(cxr_folder, cxr_suffix), sources(soft_tissue_folder, soft_tissue_suffix))
+        return match_sources(find_sources(cxr_folder, cxr_suffix), find_sources(soft_tissue_folder, soft_tissue_suffix))
     if not cxr_suffix or not soft_tissue_suffix or cxr_suffix == soft_tissue_suffix:
         raise SettingsError(
             f"{cxr_folder} is to hold X-rays and soft-tissue images: give two different suffixes to tell them apart"
         )
     cxrs, soft_tissues = (
-        [each for each in sources(cxr_folder, suffix) if each.labelled] for suffix in (cxr_suffix, soft_tissue_suffix)
+        [each for each in find_sources(cxr_folder, suffix) if each.labelled]
+        for suffix in (cxr_suffix, soft_tissue_suffix)
     )
-    matches, unmatched = match(cxrs, soft_tissues)
+    matches, unmatched = match_sources(cxrs, soft_tissues)
     known = {each.relative for each in (*cxrs, *soft_tissues)}
     reason = f"its name ends neither in {cxr_suffix} nor in {soft_tissue_suffix}"
-    others = (each.relative for each in sources(cxr_folder, "") if each.relative not in known)
+    others = (each.relative for each in find_sources(cxr_folder, "") if each.relative not in known)
     return matches, unmatched + [Unmatched(relative, "unknown", reason) for relative in others]
 
 
-def sources(folder: Path, suffix: str) -> list[Source]:
+def find_sources(folder: Path, suffix: str) -> list[Source]:
     """Every image and DICOM file below `folder`, sorted by path.
 
     As in `infer`, hidden folders are left out, and links to folders are told, not followed.
@@ -126,7 +127,7 @@ def sources(folder: Path, suffix: str) -> list[Source]:
     return found
 
 
-def match(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], list[Unmatched]]:
+def match_sources(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], list[Unmatched]]:
     """Pairs, and the files left over."""
     partner_of: dict[str, tuple[Source, str]] = {}  # by the X-ray's relative path
     taken: set[str] = set()

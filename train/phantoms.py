@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from train.anatomy import MARGIN, Array, draw_build, skeleton
-from train.tissue import devices_mm, octaves, soft_tissue_mm
+from train.anatomy import MARGIN, Array, draw_build, draw_skeleton
+from train.tissue import draw_devices, draw_octaves, draw_soft_tissue
 
 SMALLEST_PX = 64  # a phantom's side
 SOFT_PER_MM = 0.019  # attenuation of soft tissue at the standard exposure
@@ -30,7 +30,7 @@ class Phantom:
     soft_tissue: Array
 
 
-def place(maps: list[Array], size: int, rng: np.random.Generator) -> list[Array]:
+def place_maps(maps: list[Array], size: int, rng: np.random.Generator) -> list[Array]:
     """Turn, zoom, shift and stretch the maps into the detector's [size, size]."""
     n = maps[0].shape[0]
     angle = np.deg2rad(np.clip(rng.normal(0, 2.0), -6, 6))
@@ -46,7 +46,7 @@ def place(maps: list[Array], size: int, rng: np.random.Generator) -> list[Array]
     return [np.maximum(m, 0) for m in moved]
 
 
-def expose(soft_mm: Array, bone_mm: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+def expose_maps(soft_mm: Array, bone_mm: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """Log images (cxr, soft), without and with bone, under the scatter of the X-ray; both [size, size]."""
     beam_soft = np.exp(soft_mm * np.float32(-SOFT_PER_MM))
     beam_all = beam_soft * np.exp(bone_mm * np.float32(-BONE_EXCESS_PER_MM))
@@ -57,14 +57,14 @@ def expose(soft_mm: Array, bone_mm: Array, rng: np.random.Generator) -> tuple[Ar
     return -np.log(beam_all + haze), -np.log(beam_soft + haze)
 
 
-def grain(log_soft: Array, rng: np.random.Generator, level: float) -> Array:
+def draw_grain(log_soft: Array, rng: np.random.Generator, level: float) -> Array:
     """Quantum noise of a log image: grows with attenuation; finer pixels count fewer photons."""
     n = log_soft.shape[0]
     noise = rng.standard_normal((n, n), dtype=np.float32) * np.float32(level * (n / 256) ** 0.7)
     return noise * np.exp(0.5 * np.clip(log_soft - 2.0, -2.0, 2.5)).astype(np.float32)
 
 
-def local_curves(source: Array, tiles: int, clip: float, bins: int = 64) -> Array:
+def compute_local_curves(source: Array, tiles: int, clip: float, bins: int = 64) -> Array:
     """Contrast-limited equalisation curves of `source` [n, n] in [0, 1]: [tiles, tiles, bins + 1] in [0, 1]."""
     n = source.shape[0]
     level = np.minimum((source * bins).astype(np.int64), bins - 1)
@@ -123,7 +123,7 @@ def draw_display(rng: np.random.Generator) -> Display:
     )
 
 
-def tone(logs: list[Array], guide: Array, display: Display) -> list[Array]:
+def apply_display(logs: list[Array], guide: Array, display: Display) -> list[Array]:
     """Show log images [n, n] with the curves computed for `guide`; values in [0, 1]."""
     n = guide.shape[0]
     if display.sharpen:
@@ -133,7 +133,7 @@ def tone(logs: list[Array], guide: Array, display: Display) -> list[Array]:
     span = np.float32(1 / (high - low))
     *shown, guide = (np.clip((m - np.float32(low)) * span, 0, 1) ** np.float32(display.gamma) for m in (*logs, guide))
     if display.local:
-        curves = local_curves(guide, display.tiles, display.clip)
+        curves = compute_local_curves(guide, display.tiles, display.clip)
         shown = [m + np.float32(display.local) * (apply_curves(m, curves) - m) for m in shown]
     return [m * np.float32(display.white - display.black) + np.float32(display.black) for m in shown]
 
@@ -153,16 +153,16 @@ def draw_phantom(seed: int, size: int = 256) -> Phantom:
     streams = [np.random.default_rng([seed, part]) for part in range(7)]
     pixels = 2 * round(size * (1 + 2 * MARGIN) * (1.2 if size <= 384 else 1.0) / 2)
     build = draw_build(streams[0])
-    bone = skeleton(pixels, build, streams[1])
-    bone *= np.maximum(1 + np.float32(0.07) * octaves(pixels, streams[2], 128, 1024, -0.1), np.float32(0.3))
-    soft = soft_tissue_mm(pixels, build, streams[3])
+    bone = draw_skeleton(pixels, build, streams[1])
+    bone *= np.maximum(1 + np.float32(0.07) * draw_octaves(pixels, streams[2], 128, 1024, -0.1), np.float32(0.3))
+    soft = draw_soft_tissue(pixels, build, streams[3])
     exposure = streams[4]
-    soft, bone = place([soft + devices_mm(pixels, build, streams[5]), bone], size, exposure)
-    log_cxr, log_soft = expose(soft, bone * np.float32(exposure.uniform(0.4, 1.6)), exposure)
-    noise = grain(log_soft, streams[6], exposure.uniform(0.002, 0.012))
+    soft, bone = place_maps([soft + draw_devices(pixels, build, streams[5]), bone], size, exposure)
+    log_cxr, log_soft = expose_maps(soft, bone * np.float32(exposure.uniform(0.4, 1.6)), exposure)
+    noise = draw_grain(log_soft, streams[6], exposure.uniform(0.002, 0.012))
     log_cxr, log_soft = log_cxr + noise, log_soft + noise
     display = draw_display(exposure)
-    cxr, soft = tone([log_cxr, log_soft], log_cxr, display)
+    cxr, soft = apply_display([log_cxr, log_soft], log_cxr, display)
     return Phantom(*(np.ascontiguousarray(np.clip(m, 0, 1), np.float32) for m in (cxr, soft)))
 
 

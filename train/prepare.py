@@ -36,9 +36,9 @@ from bsdiff_rt.imaging.view import remove_borders
 from train.contact_sheet import Row, contact_sheet
 from train.data import DATASET_BITS, DATASET_FILE, PARTS, xray_digest
 from train.folders import require_empty
-from train.pair_images import read_pair, same_image, swapped
+from train.pair_images import explain_same_image, explain_swap, read_pair
 from train.pairing import Match, Unmatched, pair_files
-from train.registration import MIN_CORRELATION, Image, apply, register, unregistered
+from train.registration import MIN_CORRELATION, Image, apply_motion, measure_unregistered, register
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class PrepareOptions:
         seed: of the split.
         cxr_suffix, soft_tissue_suffix: ends of stems that say the role.
         patient_pattern: regular expression whose first group, in an X-ray's stem or its path, says the patient; see
-            `patient_of` for what does without it.
+            `identify_patient` for what does without it.
     """
 
     size: int = 256
@@ -151,7 +151,7 @@ def prepare(
                 entry.status, entry.reason = "excluded", reasons[one.name]
             else:
                 try:
-                    patients[one.name] = patient_of(one, pattern)
+                    patients[one.name] = identify_patient(one, pattern)
                     rows.append(_make(one, entry, work, options, seen))
                 except BsdiffError as error:
                     entry.status, entry.reason = "bad", str(error)
@@ -167,7 +167,7 @@ def prepare(
     return dataset
 
 
-def patient_of(one: Match, pattern: re.Pattern[str] | None) -> str:
+def identify_patient(one: Match, pattern: re.Pattern[str] | None) -> str:
     """Who a pair is of: what `pattern` finds in the X-ray's name, where given; else PatientID, study, folder, or stem.
 
     The folder is that of the X-ray below the one named by the user: archives often keep one for each patient.
@@ -203,7 +203,7 @@ def _warn_of_split_patients(matches: list[Match], patients: dict[str, str]) -> N
         )
 
 
-def divide(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
+def split_patients(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
     """The part of each patient: ordered by SHA-256 of seed and patient, cut at the shares in whole patients."""
     order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
     borders = np.floor(np.cumsum(shares) / sum(shares) * len(order) + 0.5).astype(int)
@@ -279,17 +279,17 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
     entry.digest = xray_digest(cxr)
     if (first := seen.setdefault(entry.digest, one.name)) != one.name:
         logger.warning("%s: the same X-ray as %s; --exclude one, or training may be judged on it", one.name, first)
-    reason = same_image(cxr, soft_tissue)
+    reason = explain_same_image(cxr, soft_tissue)
     if options.register and reason is None:
         try:
             found = register(cxr, soft_tissue)
         except InputFailed as error:
-            found, reason = unregistered(cxr, soft_tissue), str(error)
+            found, reason = measure_unregistered(cxr, soft_tissue), str(error)
     else:
-        found = unregistered(cxr, soft_tissue)
+        found = measure_unregistered(cxr, soft_tissue)
     applied = not found.negligible
     if applied:
-        soft_tissue = apply(soft_tissue, found.matrix)
+        soft_tissue = apply_motion(soft_tissue, found.matrix)
     after = found.correlation_after if applied else found.correlation_before
     entry.registration = {
         "correlation_before": round(found.correlation_before, 4),
@@ -303,7 +303,7 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
         reason = f"edges of X-ray and soft tissue correlate with {after:.2f}, less than {options.min_correlation:.2f}"
         reason += ": not one patient's, mirrored, or moved apart"
     if reason is None and options.min_correlation > -1:
-        reason = swapped(cxr, soft_tissue)
+        reason = explain_swap(cxr, soft_tissue)
     if reason:
         entry.status, entry.reason = "bad", reason
     pictures = remove_borders([cxr, soft_tissue]) if options.trim else [cxr, soft_tissue]
@@ -326,7 +326,7 @@ def _divide(
     """Give each used pair its part and put its files there; number the patients."""
     numbers = {patient: f"p{i:04d}" for i, patient in enumerate(dict.fromkeys(patients.values()), 1)}
     used = {patients[entry.name] for entry in entries if entry.status == "used"}
-    part_of = divide(used, options.split, options.seed)
+    part_of = split_patients(used, options.split, options.seed)
     for entry in entries:
         entry.patient = numbers.get(patients.get(entry.name, ""))
         if entry.status == "used":

@@ -66,13 +66,13 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
     Raises:
         InputFailed: the estimate does not converge.
     """
-    fixed, moving = reduced(cxr), reduced(soft_tissue)
+    fixed, moving = reduce_image(cxr), reduce_image(soft_tissue)
     warp = np.eye(2, 3, dtype=np.float32)
     try:
         for scale in COARSE_SCALES:
             size = tuple(max(1, round(side * scale)) for side in fixed.shape)
             warp = _ecc(_smooth(resize(fixed, size)), _smooth(resize(moving, size)), warp, scale)
-        warp = _ecc(edges(fixed), edges(moving), warp, 1.0)
+        warp = _ecc(find_edges(fixed), find_edges(moving), warp, 1.0)
     except cv2.error:
         raise InputFailed("X-ray and soft tissue cannot be registered: the estimate does not converge") from None
     found = np.vstack([warp.astype(np.float64), [0.0, 0.0, 1.0]])
@@ -80,27 +80,29 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
     matrix = (to_source @ found @ np.linalg.inv(to_source))[:2]
     return Registration(
         matrix,
-        unregistered(cxr, soft_tissue).correlation_before,
-        _correlation(edges(fixed), edges(moving), warp),
-        displacement(matrix, cxr.shape),
+        measure_unregistered(cxr, soft_tissue).correlation_before,
+        _correlation(find_edges(fixed), find_edges(moving), warp),
+        measure_displacement(matrix, cxr.shape),
         float(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0]))),
     )
 
 
-def unregistered(cxr: Image, soft_tissue: Image) -> Registration:
+def measure_unregistered(cxr: Image, soft_tissue: Image) -> Registration:
     """Two images of one size as they lie."""
-    as_it_lies = _correlation(edges(reduced(cxr)), edges(reduced(soft_tissue)), np.eye(2, 3, dtype=np.float32))
+    as_it_lies = _correlation(
+        find_edges(reduce_image(cxr)), find_edges(reduce_image(soft_tissue)), np.eye(2, 3, dtype=np.float32)
+    )
     return Registration(np.eye(2, 3), as_it_lies, as_it_lies, 0.0, 0.0)
 
 
-def apply(soft_tissue: Image, matrix: Matrix) -> Image:
+def apply_motion(soft_tissue: Image, matrix: Matrix) -> Image:
     """The soft-tissue image as seen from its X-ray, [H, W] float32 in [0, 1] (bicubic; what lies outside repeats)."""
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     moved = cv2.warpAffine(soft_tissue, matrix, soft_tissue.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(np.clip(moved, 0, 1), dtype=np.float32)
 
 
-def displacement(matrix: Matrix, shape: tuple[int, ...]) -> float:
+def measure_displacement(matrix: Matrix, shape: tuple[int, ...]) -> float:
     """Farthest that `matrix` moves a corner of a picture of `shape`, as a share of its longer side."""
     rows, columns = shape
     corners = np.array([[x, y, 1.0] for x in (0, columns - 1) for y in (0, rows - 1)])
@@ -108,7 +110,7 @@ def displacement(matrix: Matrix, shape: tuple[int, ...]) -> float:
     return float(np.linalg.norm(moves, axis=1).max()) / max(shape)
 
 
-def edges(image: Image) -> Image:
+def find_edges(image: Image) -> Image:
     """Steepness of the smoothed image: [H, W] float32, not negative."""
     smooth = _smooth(image)
     steep: Image = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
@@ -136,7 +138,7 @@ def _correlation(fixed: Image, moving: Image, warp: NDArray[np.float32]) -> floa
     return float(np.corrcoef(fixed[inside], seen[inside])[0, 1])
 
 
-def reduced(image: Image) -> Image:
+def reduce_image(image: Image) -> Image:
     """The image with its longer side at REGISTRATION_PX."""
     placement = place(image.shape, REGISTRATION_PX)
     return resize(image, (placement.height, placement.width))

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.imaging.network_input import resize
-from train.anatomy import MARGIN, MM, Array, Build, Canvas, cage_half_width, curve
+from train.anatomy import MARGIN, MM, Array, Build, Canvas, fit_curve, measure_cage
 
 
-def octaves(pixels: int, rng: np.random.Generator, first: int, last: int, slope: float) -> Array:
+def draw_octaves(pixels: int, rng: np.random.Generator, first: int, last: int, slope: float) -> Array:
     """Noise [pixels, pixels]: octaves of `first`..`last` cells, standard deviation of each (first / cells) ** slope.
 
     Cells finer than the picture are not drawn; they come last, so a generator of its own keeps the texture of a seed
@@ -32,12 +32,12 @@ def chord(q: Array) -> Array:
     return np.sqrt(np.maximum(1.0 - q, 0.0))
 
 
-def by_row(y: Array, knots: Sequence[float], values: Sequence[float] | NDArray[np.float64]) -> Array:
+def interpolate_rows(y: Array, knots: Sequence[float], values: Sequence[float] | NDArray[np.float64]) -> Array:
     """Values [n, 1] interpolated at the rows y [n, 1] of a canvas."""
-    return no_corners(np.interp(y, knots, values).astype(np.float32))
+    return round_corners(np.interp(y, knots, values).astype(np.float32))
 
 
-def no_corners(value: Array) -> Array:
+def round_corners(value: Array) -> Array:
     """Values [n, 1] along a canvas with the corners of an interpolation rounded."""
     return np.asarray(cv2.GaussianBlur(value, (1, 2 * (len(value) // 40) + 1), 0.01 * len(value)), dtype=np.float32)
 
@@ -46,7 +46,7 @@ Box = tuple[slice, slice]  # rows, columns
 Solid = tuple[float, float, float, float, float, float]  # x, y, two radii in patient units, tilt, depth in millimetres
 
 
-def ellipsoid(canvas: Canvas, solid: Solid) -> tuple[Box, Array]:
+def draw_ellipsoid(canvas: Canvas, solid: Solid) -> tuple[Box, Array]:
     """Where a solid ellipsoid lies, and its depth there in millimetres."""
     x0, y0, rx, ry, tilt, depth = solid
     reach, n = max(rx, ry), canvas.pixels
@@ -62,15 +62,15 @@ def ellipsoid(canvas: Canvas, solid: Solid) -> tuple[Box, Array]:
     return (box[0], box[1]), np.float32(depth) * chord(u * u + v * v)
 
 
-def body_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
+def draw_body(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     """Torso, neck, shoulders and arms, millimetres."""
     x, y = canvas.grid()
     dx = np.abs(x - 0.5)
     side = build.width + 0.022 + 0.045 * build.bulk
-    half = by_row(y, [0.0, 0.35, 0.6, 0.85, 1.1], [side * 1.02, side * 1.05, side * 1.01, side * 0.97, side])
+    half = interpolate_rows(y, [0.0, 0.35, 0.6, 0.85, 1.1], [side * 1.02, side * 1.05, side * 1.01, side * 0.97, side])
     r = dx / half
     r *= r
-    torso = chord(r * r) * by_row(y, [0, 0.3, 0.7, 1.1], [125, 185, 215, 230]) * np.float32(build.bulk**0.5)
+    torso = chord(r * r) * interpolate_rows(y, [0, 0.3, 0.7, 1.1], [125, 185, 215, 230]) * np.float32(build.bulk**0.5)
     radius = rng.uniform(0.085, 0.115) * build.bulk**0.5
     axis = side - radius * rng.uniform(0.1, 0.6) + rng.uniform(0.15, 0.55) * np.maximum(y - 0.2, -0.1)
     r = (dx - axis) * np.float32(1 / radius)
@@ -82,16 +82,16 @@ def body_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     under = np.clip((y - top) / 0.20, 0, 1)
     arm = np.maximum(arm, outer)
     trunk = (np.maximum(torso, arm) + 0.2 * np.minimum(torso, arm)) * np.sqrt(under * (2 - under))
-    neck = 120.0 * chord(np.square(dx / (0.145 * build.bulk**0.4))) * by_row(y, [-0.1, 0.1, 0.25], [1, 1, 0])
+    neck = 120.0 * chord(np.square(dx / (0.145 * build.bulk**0.4))) * interpolate_rows(y, [-0.1, 0.1, 0.25], [1, 1, 0])
     return np.maximum(trunk, neck)
 
 
-def lungs_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
+def draw_lungs(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     """Depth of lung along the ray, mediastinum not yet taken out, millimetres."""
     x, y = canvas.grid()
     dx = x - 0.5
-    depth = 150.0 * chord(np.square(dx / (no_corners(cage_half_width(build, y)) + np.float32(1e-4))))
-    depth *= by_row((y - build.apex) / 0.25, [0, 0.25, 1], [0.35, 0.6, 1.0])
+    depth = 150.0 * chord(np.square(dx / (round_corners(measure_cage(build, y)) + np.float32(1e-4))))
+    depth *= interpolate_rows((y - build.apex) / 0.25, [0, 0.25, 1], [0.35, 0.6, 1.0])
     lift, angle = rng.uniform(-0.01, 0.035), rng.uniform(0.10, 0.19)
     s = np.abs(dx) / build.width
     edge = (
@@ -101,13 +101,15 @@ def lungs_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     return depth * (1 - np.sqrt(np.clip((y - edge) / (rng.uniform(0.06, 0.14) * np.minimum(0.3 + s, 1)), 0, 1)))
 
 
-def mediastinum_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
+def draw_mediastinum(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     """Heart, great vessels and the central band that displace lung, millimetres."""
     x, y = canvas.grid()
     w, big = build.width / 0.345, rng.uniform(0.85, 1.2)
     a, base = build.apex, build.dome
     knots = [a, a + 0.06, a + 0.12, a + 0.2, a + 0.28, base]
-    left, right = (by_row(y, knots, 0.052 * rng.uniform(0.85, 1.2) * rng.normal(1.0, 0.10, 6)) for _ in range(2))
+    left, right = (
+        interpolate_rows(y, knots, 0.052 * rng.uniform(0.85, 1.2) * rng.normal(1.0, 0.10, 6)) for _ in range(2)
+    )
     dx = x - 0.5
     q = np.where(dx > 0, dx / left, dx / right)
     total = 150 * chord(q * q)
@@ -122,14 +124,14 @@ def mediastinum_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Ar
     ]
     total *= total  # squares add, so that one organ's edge fades inside a deeper one
     for part in parts:
-        where, depth = ellipsoid(canvas, part)
+        where, depth = draw_ellipsoid(canvas, part)
         total[where] += depth * depth
     total = np.sqrt(total)
     hila = np.exp(-np.square((np.abs(dx) - 0.085) / 0.03)) * np.exp(-np.square((y - a - 0.28) / 0.06))
-    return total + 25.0 * hila * (0.6 + np.maximum(octaves(canvas.pixels, rng, 16, 64, 0.4), -0.6))
+    return total + 25.0 * hila * (0.6 + np.maximum(draw_octaves(canvas.pixels, rng, 16, 64, 0.4), -0.6))
 
 
-def branches(build: Build, rng: np.random.Generator) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+def grow_branches(build: Build, rng: np.random.Generator) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Vessel trees of both lungs: per generation diameters [K] and polylines [K, 6, 2], patient units."""
     count = 46
     side = np.repeat([-1.0, 1.0], count // 2)
@@ -155,11 +157,11 @@ def branches(build: Build, rng: np.random.Generator) -> list[tuple[NDArray[np.fl
     return found
 
 
-def vessels_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
+def draw_vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     """Pulmonary vessels, millimetres of blood."""
     n = canvas.pixels
     total = np.zeros((n, n), np.float32)
-    found = branches(build, rng)
+    found = grow_branches(build, rng)
     diameter = np.concatenate([d for d, _ in found])
     path = np.concatenate([p for _, p in found])
     dots = rng.random(len(path)) < 0.03  # seen end-on
@@ -178,24 +180,24 @@ def vessels_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     return total
 
 
-def smooth_tubes_mm(pixels: int, build: Build, rng: np.random.Generator) -> tuple[Array, Array]:
+def draw_smooth_tubes(pixels: int, build: Build, rng: np.random.Generator) -> tuple[Array, Array]:
     """Millimetres (air of trachea and main bronchi, soft tissue of aorta and muscle folds), both [pixels, pixels]."""
     air, flesh = Canvas(pixels // 2), Canvas(pixels // 2)
     a, lean = build.apex, rng.normal(0, 0.006)
     fork = (0.5 - 0.012 + lean, a + rng.uniform(0.20, 0.24))
     half = rng.uniform(0.018, 0.024)
     ends = np.minimum(1, 4 * (1 - np.linspace(0, 1, 24)))
-    air.tube(curve((0.5, -0.1), (0.5 + lean / 2, a), fork), half, 14.0)
+    air.tube(fit_curve((0.5, -0.1), (0.5 + lean / 2, a), fork), half, 14.0)
     for side, drop in ((-1, 0.07), (1, 0.05)):
         far = (0.5 + side * 0.085, fork[1] + drop)
-        air.tube(curve(fork, (fork[0] + side * 0.035, fork[1] + drop * 0.6), far), half * 0.6, 9.0 * ends)
+        air.tube(fit_curve(fork, (fork[0] + side * 0.035, fork[1] + drop * 0.6), far), half * 0.6, 9.0 * ends)
     swell = np.sin(np.pi * np.linspace(0, 1, 24)) ** 0.7
-    aorta = curve((0.55, a + 0.10), (0.55, a + 0.3), (0.525, build.dome + 0.15))
+    aorta = fit_curve((0.55, a + 0.10), (0.55, a + 0.3), (0.525, build.dome + 0.15))
     flesh.tube(aorta, 0.028, rng.uniform(10, 28) * swell)
     for side in (-1, 1):
         for _ in range(2):
             side_x = build.width + rng.uniform(-0.02, 0.03)
-            fold = curve(
+            fold = fit_curve(
                 (0.5 + side * rng.uniform(0.38, 0.5), a + 0.02),
                 (0.5 + side * side_x, a + 0.22),
                 (0.5 + side * (side_x + rng.uniform(-0.04, 0.02)), a + rng.uniform(0.5, 0.8)),
@@ -207,7 +209,7 @@ def smooth_tubes_mm(pixels: int, build: Build, rng: np.random.Generator) -> tupl
     return air_mm, flesh_mm
 
 
-def solids(build: Build, rng: np.random.Generator) -> list[Solid]:
+def draw_solids(build: Build, rng: np.random.Generator) -> list[Solid]:
     """Stomach bubble and bowel gas (negative depth), nodules: drawn anew for each patient, often none."""
     found: list[Solid] = []
     x, y = 0.5, build.dome
@@ -226,7 +228,7 @@ def solids(build: Build, rng: np.random.Generator) -> list[Solid]:
     return found
 
 
-def variants_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
+def draw_variants(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
     """What patients differ by: breasts, gas, nodules, a hazy opacity; millimetres of soft tissue, gas negative."""
     total = np.zeros((canvas.pixels, canvas.pixels), np.float32)
     x, y = canvas.grid()
@@ -235,37 +237,37 @@ def variants_mm(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array
         level, out = build.apex + rng.uniform(0.42, 0.52), build.width * rng.uniform(0.58, 0.68)
         for side in (-1, 1):
             y0 = level + rng.normal(0, 0.01)
-            where, value = ellipsoid(canvas, (0.5 + side * out + rng.normal(0, 0.01), y0, r, r * 0.85, 0.0, depth))
+            where, value = draw_ellipsoid(canvas, (0.5 + side * out + rng.normal(0, 0.01), y0, r, r * 0.85, 0.0, depth))
             total[where] += value * np.clip((y[where[0]] - y0) / r * 0.6 + 0.5, 0, 1)
-    for solid in solids(build, rng):
-        where, value = ellipsoid(canvas, solid)
+    for solid in draw_solids(build, rng):
+        where, value = draw_ellipsoid(canvas, solid)
         total[where] += value
     if rng.random() < 0.2:
         x0, y0, r = rng.uniform(0.2, 0.8), build.apex + rng.uniform(0.15, 0.5), rng.uniform(0.04, 0.12)
         cloud = np.exp(-np.square((x - x0) / r)) * np.exp(-np.square((y - y0) / r))
-        cloud = cloud * np.maximum(1 + 0.5 * octaves(canvas.pixels, rng, 16, 128, 0.4), 0)
+        cloud = cloud * np.maximum(1 + 0.5 * draw_octaves(canvas.pixels, rng, 16, 128, 0.4), 0)
         total += np.float32(rng.uniform(8, 45)) * cloud
     return total
 
 
-def soft_tissue_mm(pixels: int, build: Build, rng: np.random.Generator) -> Array:
+def draw_soft_tissue(pixels: int, build: Build, rng: np.random.Generator) -> Array:
     """Everything but bone as equivalent soft tissue [pixels, pixels], millimetres."""
     canvas = Canvas(pixels)
     streams = rng.spawn(8)
-    body = body_mm(canvas, build, streams[0])
-    windpipe, flesh = smooth_tubes_mm(pixels, build, streams[4])
-    lung = np.minimum(lungs_mm(canvas, build, streams[1]), body * np.float32(0.9))
-    air = np.maximum(lung - mediastinum_mm(canvas, build, streams[2]), 0)
-    vessel = vessels_mm(canvas, build, streams[3]) * np.float32(streams[4].uniform(1.0, 2.2))
-    texture = 1 + np.float32(0.035) * octaves(pixels, streams[5], 8, 512, 0.35)
+    body = draw_body(canvas, build, streams[0])
+    windpipe, flesh = draw_smooth_tubes(pixels, build, streams[4])
+    lung = np.minimum(draw_lungs(canvas, build, streams[1]), body * np.float32(0.9))
+    air = np.maximum(lung - draw_mediastinum(canvas, build, streams[2]), 0)
+    vessel = draw_vessels(canvas, build, streams[3]) * np.float32(streams[4].uniform(1.0, 2.2))
+    texture = 1 + np.float32(0.035) * draw_octaves(pixels, streams[5], 8, 512, 0.35)
     total = body - air * np.float32(1 - streams[4].uniform(0.20, 0.38)) * texture
     total += np.minimum(vessel, air) - np.minimum(windpipe, body * np.float32(0.2))
-    total += (variants_mm(canvas, build, streams[6]) + flesh) * np.minimum(body * np.float32(0.02), 1)
-    total += body * np.float32(0.012) * octaves(pixels, streams[7], 4, 512, 0.6)
+    total += (draw_variants(canvas, build, streams[6]) + flesh) * np.minimum(body * np.float32(0.02), 1)
+    total += body * np.float32(0.012) * draw_octaves(pixels, streams[7], 4, 512, 0.6)
     return np.maximum(total, 0)
 
 
-def stroke(total: Array, canvas: Canvas, path: Array, width: float, depth: float) -> None:
+def draw_stroke(total: Array, canvas: Canvas, path: Array, width: float, depth: float) -> None:
     """Add a thin line to `total`: path [N, 2] and width in patient units, depth in millimetres."""
     layer = np.zeros(total.shape, np.uint8)
     wide = width * canvas.scale
@@ -275,7 +277,7 @@ def stroke(total: Array, canvas: Canvas, path: Array, width: float, depth: float
     cv2.scaleAdd(layer.astype(np.float32), depth * min(1.0, wide / pen) / 255, total, total)
 
 
-def letter(total: Array, canvas: Canvas, rng: np.random.Generator) -> None:
+def draw_letter(total: Array, canvas: Canvas, rng: np.random.Generator) -> None:
     """Add the side marker, in a corner of the film."""
     layer = np.zeros(total.shape, np.uint8)
     x, y = rng.choice([0.05, 0.9]) + rng.normal(0, 0.02), rng.uniform(0.04, 0.25)
@@ -286,7 +288,7 @@ def letter(total: Array, canvas: Canvas, rng: np.random.Generator) -> None:
     total += layer * np.float32(rng.uniform(60, 300) / 255)
 
 
-def devices_mm(pixels: int, build: Build, rng: np.random.Generator) -> Array:
+def draw_devices(pixels: int, build: Build, rng: np.random.Generator) -> Array:
     """Catheters, leads, electrodes and side markers, as equivalent soft tissue, millimetres; often none."""
     canvas, a = Canvas(pixels), build.apex
     total = np.zeros((pixels, pixels), np.float32)
@@ -294,15 +296,17 @@ def devices_mm(pixels: int, build: Build, rng: np.random.Generator) -> Array:
         side = rng.choice([-1, 1])
         first = (0.5 + side * rng.uniform(0.2, 0.4), a + rng.uniform(-0.05, 0.2))
         turn = (0.5 + side * 0.15, a + rng.uniform(0, 0.08))
-        path = curve(first, turn, (0.47, a + 0.12), (0.46, a + rng.uniform(0.2, 0.35)), samples=60)
-        stroke(total, canvas, path, rng.uniform(0.003, 0.006), rng.uniform(5, 20))
+        path = fit_curve(first, turn, (0.47, a + 0.12), (0.46, a + rng.uniform(0.2, 0.35)), samples=60)
+        draw_stroke(total, canvas, path, rng.uniform(0.003, 0.006), rng.uniform(5, 20))
     if rng.random() < 0.15:
         for _ in range(int(rng.integers(1, 5))):
             x, y, depth = rng.uniform(0.1, 0.9), a + rng.uniform(0, 0.7), rng.uniform(5, 25)
             end = (rng.uniform(0, 1), rng.uniform(0.7, 1.2))
-            stroke(total, canvas, curve((x, y), (x + rng.normal(0, 0.1), y + 0.1), end, samples=60), 0.003, depth)
-            where, value = ellipsoid(canvas, (x, y, 0.012, 0.012, 0.0, depth))
+            draw_stroke(
+                total, canvas, fit_curve((x, y), (x + rng.normal(0, 0.1), y + 0.1), end, samples=60), 0.003, depth
+            )
+            where, value = draw_ellipsoid(canvas, (x, y, 0.012, 0.012, 0.0, depth))
             total[where] += value
     if rng.random() < 0.3:
-        letter(total, canvas, rng)
+        draw_letter(total, canvas, rng)
     return total

@@ -52,19 +52,19 @@ class Validation:
         """Stage 1 alone: BSR and PSNR per group after a few steps; and, for real pairs shown with a foreign tone, the
         tone-matched BSR of what `--detail source` makes of them.
         """
-        return self._judge(lambda cxr: few_step(network, self.schedule, cxr, self.sampler), picture)
+        return self._judge(lambda cxr: run_stage_one(network, self.schedule, cxr, self.sampler), picture)
 
     def both(self, denoiser: nn.Module, enhancer: nn.Module, picture: Path) -> dict[str, float]:
         """Both stages, the same figures."""
 
         def predict(cxr: Image) -> Image:
-            return apply(enhancer, few_step(denoiser, self.schedule, cxr, self.sampler))
+            return run_network(enhancer, run_stage_one(denoiser, self.schedule, cxr, self.sampler))
 
         return self._judge(predict, picture)
 
     def direct(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """A network that maps an X-ray to soft tissue in one go, the same figures."""
-        return self._judge(lambda cxr: apply(network, cxr), picture)
+        return self._judge(lambda cxr: run_network(network, cxr), picture)
 
     def _judge(self, predict: Predict, picture: Path) -> dict[str, float]:
         rows: list[Image] = []
@@ -86,16 +86,16 @@ class Validation:
 
 
 @torch.no_grad()
-def apply(network: nn.Module, image: Image) -> Image:
+def run_network(network: nn.Module, image: Image) -> Image:
     """An image through a network of one input, on the network's device: [S, S] float32 in [0, 1] to the same."""
-    x = torch.from_numpy(image * 2 - 1)[None, None].to(device_of(network))
+    x = torch.from_numpy(image * 2 - 1)[None, None].to(find_device(network))
     made: Tensor = network(x).clamp(-1, 1)
     return (made[0, 0].cpu().numpy() + np.float32(1)) / np.float32(2)
 
 
-def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
+def run_stage_one(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
     """Stage 1, on its network's device: [S, S] float32 in [0, 1] to the same."""
-    runner = EagerRunner(network, nn.Identity(), cxr.shape[0], device_of(network))
+    runner = EagerRunner(network, nn.Identity(), cxr.shape[0], find_device(network))
     noise = [ImageNoise(0, grey_digest(cxr))]
 
     def draw(number: int) -> Tensor:
@@ -106,7 +106,7 @@ def few_step(network: nn.Module, schedule: Schedule, cxr: Image, sampler: Sample
     return (x_0[0, 0].cpu().numpy() + np.float32(1)) / np.float32(2)
 
 
-def device_of(network: nn.Module) -> torch.device:
+def find_device(network: nn.Module) -> torch.device:
     """Where a network's parameters are."""
     return next(network.parameters()).device
 

@@ -13,7 +13,7 @@ from train.commands.comparator import comparator
 from train.comparator import choose_crop, dry_run_comparator, train_comparator
 from train.comparators import COMPARATORS
 from train.comparators.gusarev import Gusarev
-from train.comparators.mca_net import McaNet, levels_of, with_gradients
+from train.comparators.mca_net import McaNet, add_gradients, count_levels
 from train.comparators.resnet_bs import Block, ResNetBS
 from train.data import Augmentation, Batches
 from train.loop import TrainOptions
@@ -63,12 +63,12 @@ def test_every_scale_of_mca_net_reaches_its_image():
 
 
 def test_levels_leave_two_pixels_at_the_lowest():
-    assert [levels_of(size) for size in (32, 64, 256, 1024)] == [4, 5, 7, 7]
+    assert [count_levels(size) for size in (32, 64, 256, 1024)] == [4, 5, 7, 7]
 
 
 def test_the_discriminator_sees_images_and_gradients():
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    seen = with_gradients(ramp, ramp.transpose(2, 3) * 2)[0, :, 1:-1, 1:-1]
+    seen = add_gradients(ramp, ramp.transpose(2, 3) * 2)[0, :, 1:-1, 1:-1]
     assert seen.shape[0] == 6
     assert torch.equal(seen[0], torch.full((6, 6), 8.0))  # Sobel of a slope of 1
     assert not seen[1].any()

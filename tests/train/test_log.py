@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.log import Log, append
+from train.log import Log, append_row
 
 
 def test_rows_and_pictures_are_logged(tmp_path):
@@ -28,22 +28,22 @@ def test_rows_and_pictures_are_logged(tmp_path):
 
 def test_a_row_keeps_to_the_columns_of_its_file(tmp_path):
     path = tmp_path / "x.csv"
-    append(path, {"step": "1", "loss": "2"})
-    append(path, {"loss": "4", "step": "3", "new": "5"})
-    append(path, {"step": "6"})
+    append_row(path, {"step": "1", "loss": "2"})
+    append_row(path, {"loss": "4", "step": "3", "new": "5"})
+    append_row(path, {"step": "6"})
     assert path.read_text().split() == ["step,loss", "1,2", "3,4", "6,"]
 
 
 def test_a_step_has_one_row(tmp_path):
     path = tmp_path / "x.csv"
     for _ in range(2):  # a run killed between the row and the removal of the checkpoint not judged yet
-        append(path, {"step": "1", "loss": "2"})
-    append(path, {"step": "2", "loss": "2"})
+        append_row(path, {"step": "1", "loss": "2"})
+    append_row(path, {"step": "2", "loss": "2"})
     assert path.read_text().split() == ["step,loss", "1,2", "2,2"]
 
 
 def test_a_log_that_a_full_disk_left_empty_is_a_new_one(tmp_path):
     path = tmp_path / "x.csv"
     path.touch()
-    append(path, {"step": "1", "loss": "2"})
+    append_row(path, {"step": "1", "loss": "2"})
     assert path.read_text().split() == ["step,loss", "1,2"]

@@ -13,7 +13,7 @@ from torch import nn
 from bsdiff_rt.errors import SettingsError
 from train import run as run_module
 from train.checkpoint import load_checkpoint
-from train.loop import Trainee, TrainOptions, choose_bf16, fix_crop, make_accelerator, pieces, prefetch
+from train.loop import Trainee, TrainOptions, choose_bf16, fix_crop, make_accelerator, prefetch, split_batch
 from train.run import Run
 
 
@@ -32,7 +32,7 @@ def advance(trainee, steps):
 
 
 def summands(trainee, x):
-    for (piece,) in pieces(trainee.options.accumulate, x):
+    for (piece,) in split_batch(trainee.options.accumulate, x):
         error = trainee.model(piece) - piece[:, :, 2:-2, 2:-2]
         yield error.square().mean() * (len(piece) / len(x))
 
@@ -122,8 +122,8 @@ def test_a_batch_in_pieces_has_the_same_gradient():
 
 def test_a_batch_is_never_cut_into_empty_pieces():
     x, y = torch.arange(3), torch.arange(3) * 2
-    assert [(len(a), len(b)) for a, b in pieces(5, x, y)] == [(1, 1)] * 3
-    assert [a.tolist() for a, _ in pieces(2, x, y)] == [[0, 1], [2]]
+    assert [(len(a), len(b)) for a, b in split_batch(5, x, y)] == [(1, 1)] * 3
+    assert [a.tolist() for a, _ in split_batch(2, x, y)] == [[0, 1], [2]]
 
 
 def test_drops_replace_the_cosine():

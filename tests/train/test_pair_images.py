@@ -6,7 +6,7 @@ import pytest
 from synthetic import dataset, save, stored
 
 from bsdiff_rt.errors import InputRefused
-from train.pair_images import read_pair, same_image, swapped
+from train.pair_images import explain_same_image, explain_swap, read_pair
 from train.phantoms import draw_phantom
 
 
@@ -64,15 +64,17 @@ def test_two_grey_scales_are_warned_of(drawn, tmp_path, caplog):
 def test_bones_tell_the_x_ray_from_the_soft_tissue(drawn, seed, power, strength):
     cxr = drawn[seed].cxr
     soft_tissue = (cxr - strength * (cxr - drawn[seed].soft_tissue)) ** power
-    assert swapped(cxr, soft_tissue) is None
-    assert "are they swapped?" in swapped(soft_tissue, cxr)
+    assert explain_swap(cxr, soft_tissue) is None
+    assert "are they swapped?" in explain_swap(soft_tissue, cxr)
 
 
 @pytest.mark.filterwarnings("ignore:The fit may be poorly conditioned")
 def test_flat_pictures_are_no_swapped_pair():
-    assert swapped(np.full((64, 64), 0.5, np.float32), np.full((64, 64), 0.4, np.float32)) is None
+    assert explain_swap(np.full((64, 64), 0.5, np.float32), np.full((64, 64), 0.4, np.float32)) is None
 
 
 def test_one_picture_is_no_pair(drawn):
-    assert same_image(drawn[0].cxr, drawn[0].cxr + np.float32(2e-5)) == "X-ray and soft tissue are the same image"
-    assert same_image(drawn[0].cxr, drawn[0].soft_tissue) is None
+    assert (
+        explain_same_image(drawn[0].cxr, drawn[0].cxr + np.float32(2e-5)) == "X-ray and soft tissue are the same image"
+    )
+    assert explain_same_image(drawn[0].cxr, drawn[0].soft_tissue) is None

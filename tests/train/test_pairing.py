@@ -9,7 +9,7 @@ import pytest
 from synthetic import chest, dataset, save, stored
 
 from bsdiff_rt.errors import SettingsError
-from train.pairing import Source, match, pair_files
+from train.pairing import Source, match_sources, pair_files
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_thousands_without_partner_take_no_time():
     """4000 of each kind took 43 s while each file looked at all others."""
     ours, theirs = ([Source(Path(n), n, n) for n in (f"{kind}{i}" for i in range(4000))] for kind in "cs")
     started = time.process_time()
-    matches, left = match(ours, theirs)
+    matches, left = match_sources(ours, theirs)
     assert (len(matches), len(left)) == (0, 8000)
-    assert len(match(ours, ours)[0]) == 4000
+    assert len(match_sources(ours, ours)[0]) == 4000
     assert time.process_time() - started < 5

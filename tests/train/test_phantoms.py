@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from train.anatomy import MARGIN, Canvas, curve
-from train.phantoms import apply_curves, draw_phantom, local_curves, write_pairs
+from train.anatomy import MARGIN, Canvas, fit_curve
+from train.phantoms import apply_curves, compute_local_curves, draw_phantom, write_pairs
 
 SEEDS = range(12)
 
@@ -81,21 +81,21 @@ def test_a_seed_is_one_patient_at_every_size():
 def test_a_solid_tube_has_the_mass_of_its_section():
     """A straight solid tube of length l, half width w and depth d holds l * w * d * pi / 2."""
     canvas = Canvas(240)
-    canvas.tube(curve((0.2, 0.3), (0.8, 0.5)), 0.03, 10.0)
+    canvas.tube(fit_curve((0.2, 0.3), (0.8, 0.5)), 0.03, 10.0)
     mass = canvas.render().sum() / canvas.scale**2
     assert mass == pytest.approx(np.hypot(0.6, 0.2) * 0.03 * 10.0 * np.pi / 2, rel=0.02)
 
 
 def test_what_lies_outside_the_canvas_leaves_no_mark():
     canvas = Canvas(60)
-    canvas.tube(curve((-1.0, 1.5), (2.0, 1.5)), 0.02, 5.0)
+    canvas.tube(fit_curve((-1.0, 1.5), (2.0, 1.5)), 0.02, 5.0)
     assert canvas.scale == pytest.approx(60 / (1 + 2 * MARGIN))
     assert canvas.render().max() == 0.0
 
 
 def test_local_curves_are_monotone_and_span_the_range():
     image = np.random.default_rng(0).random((64, 64), dtype=np.float32) ** 2
-    curves = local_curves(image, 4, 2.0)
+    curves = compute_local_curves(image, 4, 2.0)
     assert (np.diff(curves, axis=2) >= 0).all()
     np.testing.assert_allclose(curves[..., -1], 1.0, atol=1e-5)
     low, high = apply_curves(image, curves), apply_curves(np.minimum(image + 0.1, 1), curves)

@@ -21,7 +21,7 @@ from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
 from train.data import Augmentation, load_dataset, xray_digest
 from train.pairing import Match, Source
 from train.phantoms import draw_phantom
-from train.prepare import PrepareOptions, divide, parse_split, patient_of, prepare, read_exclusions
+from train.prepare import PrepareOptions, identify_patient, parse_split, prepare, read_exclusions, split_patients
 
 SIZE_PX = 64
 OPTIONS = PrepareOptions(size=SIZE_PX)
@@ -246,20 +246,20 @@ def test_a_pair_that_cannot_be_registered_is_bad_and_shown(drawn, tmp_path):
 
 def test_shares_of_patients():
     people = {f"stem {i}" for i in range(120)}
-    part_of = divide(people, (7, 2, 1), 0)
+    part_of = split_patients(people, (7, 2, 1), 0)
     counts = [sum(part == name for part in part_of.values()) for name in ("train", "val", "test")]
     assert counts == [84, 24, 12]
-    ten = list(divide({f"stem {i}" for i in range(10)}, (7, 2, 1), 0).values())
+    ten = list(split_patients({f"stem {i}" for i in range(10)}, (7, 2, 1), 0).values())
     assert [ten.count(part) for part in ("train", "val", "test")] == [7, 2, 1]
-    assert divide(people, (7, 2, 1), 1) != part_of
-    assert set(divide(people, (1, 0, 0), 0).values()) == {"train"}
+    assert split_patients(people, (7, 2, 1), 1) != part_of
+    assert set(split_patients(people, (1, 0, 0), 0).values()) == {"train"}
 
 
 def test_a_new_patient_moves_at_most_one_over_each_border():
     people = {f"stem {i}" for i in range(50)}
-    before = divide(people, (7, 2, 1), 3)
+    before = split_patients(people, (7, 2, 1), 3)
     for i in range(20):
-        after = divide(people | {f"new {i}"}, (7, 2, 1), 3)
+        after = split_patients(people | {f"new {i}"}, (7, 2, 1), 3)
         assert sum(after[one] != before[one] for one in people) <= 2
 
 
@@ -268,18 +268,18 @@ def test_who_a_pair_is_of():
         cxr = Source(Path("x"), f"{key}.png", key, patient=cxr_patient, study=study)
         return Match("a_p7_1", cxr, Source(Path("y"), "b", "b", patient=soft_patient), "path")
 
-    assert patient_of(match("1", "1"), None) == "PatientID 1"
-    assert patient_of(match(None, "2", study="1.2"), None) == "PatientID 2"
-    assert patient_of(match(study="1.2"), None) == "study 1.2"
+    assert identify_patient(match("1", "1"), None) == "PatientID 1"
+    assert identify_patient(match(None, "2", study="1.2"), None) == "PatientID 2"
+    assert identify_patient(match(study="1.2"), None) == "study 1.2"
     # Asked for, it wins: a de-identified archive may have one PatientID for all.
-    assert patient_of(match("ANONYMOUS"), re.compile(r"(p\d+)_")) == "pattern p7"
-    assert patient_of(match(), re.compile(r"^(a\d)/")) == "pattern a5"
-    assert patient_of(match(), re.compile(r"(p\d+)_")) == "pattern p7"
-    assert patient_of(match(), None) == "folder a5"
-    assert patient_of(match(key="p7_1"), None) == "stem p7_1"
+    assert identify_patient(match("ANONYMOUS"), re.compile(r"(p\d+)_")) == "pattern p7"
+    assert identify_patient(match(), re.compile(r"^(a\d)/")) == "pattern a5"
+    assert identify_patient(match(), re.compile(r"(p\d+)_")) == "pattern p7"
+    assert identify_patient(match(), None) == "folder a5"
+    assert identify_patient(match(key="p7_1"), None) == "stem p7_1"
     for unfit in ("(q)", "(q?)p"):
         with pytest.raises(InputRefused, match="does not fit its name"):
-            patient_of(match(), re.compile(unfit))
+            identify_patient(match(), re.compile(unfit))
 
 
 def test_a_pattern_that_does_not_fit_refuses_the_pair(drawn, tmp_path):

@@ -11,11 +11,11 @@ from train.registration import (
     MIN_MOVE_PX,
     REGISTRATION_PX,
     Registration,
-    apply,
-    displacement,
-    edges,
+    apply_motion,
+    find_edges,
+    measure_displacement,
+    measure_unregistered,
     register,
-    unregistered,
 )
 
 WINDOW_PX, WHOLE_PX = 384, 512  # a window of a larger picture: what moves in from outside is anatomy, not border
@@ -50,7 +50,7 @@ def difference_px(one, other, shape):
     """Farthest two motions are apart at a corner, in px at REGISTRATION_PX."""
     apart = one - other
     apart[:, :2] += np.eye(2)
-    return displacement(apart, shape) * REGISTRATION_PX
+    return measure_displacement(apart, shape) * REGISTRATION_PX
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ def test_a_known_motion_is_found(pair, put_in):
     expected = (np.vstack([true, [0, 0, 1]]) @ np.vstack([at_rest.matrix, [0, 0, 1]]))[:2]
     assert difference_px(found.matrix, expected, cxr.shape) < TOLERANCE_PX
     assert found.rotation_deg == pytest.approx(put_in[2], abs=0.15)
-    assert found.displacement == pytest.approx(displacement(true, cxr.shape), abs=2 * TOLERANCE_PX / REGISTRATION_PX)
+    assert found.displacement == pytest.approx(
+        measure_displacement(true, cxr.shape), abs=2 * TOLERANCE_PX / REGISTRATION_PX
+    )
     assert not found.negligible
     assert found.correlation_before < at_rest.correlation_before
     assert found.correlation_after == pytest.approx(at_rest.correlation_after, abs=0.05)
@@ -83,7 +85,7 @@ def test_a_motion_is_found_through_another_tone_and_a_picture_that_is_not_square
 def test_applying_what_was_found_lays_the_images_on_each_other(pair):
     true = motion(20, -10, 2)
     plain, moved = window(pair[1]), window(pair[1], cv2.invertAffineTransform(true))
-    back = apply(moved, register(plain, moved).matrix)
+    back = apply_motion(moved, register(plain, moved).matrix)
     assert back.dtype == np.float32
     assert back.min() >= 0
     assert back.max() <= 1
@@ -115,14 +117,14 @@ def test_two_patients_and_a_mirrored_image_do_not_correlate(pair):
 
 
 def test_as_it_lies(pair):
-    same = unregistered(pair[1], pair[1])
+    same = measure_unregistered(pair[1], pair[1])
     assert same.correlation_before == same.correlation_after == pytest.approx(1.0)
     assert same.negligible
     np.testing.assert_array_equal(same.matrix, np.eye(2, 3))
 
 
 def test_nothing_correlates_with_a_picture_without_edges(pair):
-    assert unregistered(pair[0], np.full_like(pair[1], 0.5)).correlation_before == 0.0
+    assert measure_unregistered(pair[0], np.full_like(pair[1], 0.5)).correlation_before == 0.0
 
 
 def test_what_does_not_converge_is_said_so(pair):
@@ -133,13 +135,13 @@ def test_what_does_not_converge_is_said_so(pair):
 
 def test_displacement_is_the_farthest_corner():
     """3, 4, 5; a quarter turn about the first pixel takes the opposite corner by the diagonal times sqrt 2."""
-    assert displacement(np.array([[1.0, 0, 3], [0, 1, 4]]), (50, 100)) == pytest.approx(0.05)
-    assert displacement(np.array([[0.0, -1, 0], [1, 0, 0]]), (11, 11)) == pytest.approx(20 / 11)
+    assert measure_displacement(np.array([[1.0, 0, 3], [0, 1, 4]]), (50, 100)) == pytest.approx(0.05)
+    assert measure_displacement(np.array([[0.0, -1, 0], [1, 0, 0]]), (11, 11)) == pytest.approx(20 / 11)
 
 
 def test_edges_are_where_grey_changes():
     step = np.zeros((32, 32), np.float32)
     step[:, 16:] = 1
-    found = edges(step)
+    found = find_edges(step)
     assert found[:, :10].max() < 1e-6
     assert found[16].argmax() in (15, 16)

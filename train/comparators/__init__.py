@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from train.comparators.gusarev import Gusarev
-from train.comparators.mca_net import McaNet, levels_of, with_gradients
+from train.comparators.mca_net import McaNet, add_gradients, count_levels
 from train.comparators.resnet_bs import ResNetBS
 from train.discriminator import View, image_alone
 from train.losses import LossWeights
@@ -46,10 +46,10 @@ COMPARATORS: dict[str, Comparator] = {
     "gusarev": Comparator("Gusarev", lambda _: Gusarev(), lambda _: 8, LossWeights(mae=0.0, mse=0.16, ms_ssim=0.84)),
     "mca-net": Comparator(
         "MCA-Net",
-        lambda size: McaNet(levels_of(size)),
-        lambda size: 2 ** levels_of(size),
+        lambda size: McaNet(count_levels(size)),
+        lambda size: 2 ** count_levels(size),
         LossWeights(mae=100.0, ms_ssim=0.0, adversarial=1.0),
-        with_gradients,
+        add_gradients,
         6,
     ),
 }

@@ -18,7 +18,7 @@ LAST_CHANNELS = 32  # at the image's own side
 SCALES = 4  # full, half, quarter, eighth
 
 
-def levels_of(size: int) -> int:
+def count_levels(size: int) -> int:
     """How many of the seven levels images of `size` px a side have room for: 2 x 2 px at the lowest."""
     return min(len(CHANNELS), int(math.log2(size)) - 1)
 
@@ -85,7 +85,7 @@ class McaNet(nn.Module):
         return torch.tanh(total)
 
 
-def with_gradients(image: Tensor, cxr: Tensor | None) -> Tensor:
+def add_gradients(image: Tensor, cxr: Tensor | None) -> Tensor:
     """What the discriminator sees: image and X-ray, each behind its two Sobel gradients, [B, 6, H, W]."""
     assert cxr is not None, "MCA-Net's discriminator is shown the X-ray"
     sobel = image.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
