@@ -1,4 +1,4 @@
-"""ONNX graphs whose weights are the bytes of the safetensors file beside them, so that weights exist once."""
+"""Write ONNX graphs whose weights are the bytes of the safetensors file beside them, so that weights exist once."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ SMALL_BYTES = 256  # constants below this stay in the graph: shapes, scales, a f
 
 
 def export_graph(network: nn.Module, inputs: dict[str, torch.Tensor], weights: Path, graph: Path) -> None:
-    """Write `network`'s weights to `weights` (safetensors) and its graph to `graph` (ONNX), output name `out`.
+    """Write a network's weights as safetensors and its graph as ONNX, with the output `out`.
 
     Args:
         network: in evaluation mode, fp32, on the CPU.
-        inputs: example inputs by name, in the order of `forward`; the first axis of each is the batch, made dynamic.
-        weights, graph: files in one folder.
+        inputs: example inputs by name, in the order of `forward`. The first axis of each is the batch, which is
+            dynamic.
+        weights: the safetensors file to write.
+        graph: the ONNX file to write, in the same folder.
 
     Raises:
-        BundleError: a weight of the graph is not one of the network's, so it could not be shared.
+        BundleError: a weight of the graph is not one of the network's, so it cannot be shared.
     """
     parameters = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     save_file(parameters, weights)
@@ -66,11 +68,11 @@ def export_graph(network: nn.Module, inputs: dict[str, torch.Tensor], weights: P
 def share_weights(model: onnx.ModelProto, weights: Path) -> None:
     """Make every large initialiser of `model` external data inside the safetensors file `weights`.
 
-    The exporter renames, reshapes and transposes weights; the bytes tell which is which. A transposed one becomes a
+    The exporter renames, reshapes and transposes weights. The bytes tell which is which. A transposed weight becomes a
     Transpose node on the shared bytes, which every runtime folds when it loads the graph.
 
     Raises:
-        BundleError: an initialiser that is no weight of the file.
+        BundleError: an initialiser is no weight of the file.
     """
     by_bytes: dict[bytes, tuple[int, list[int]]] = {}
     by_transpose: dict[bytes, tuple[str, int, list[int]]] = {}
@@ -99,7 +101,7 @@ def share_weights(model: onnx.ModelProto, weights: Path) -> None:
 
 
 def read_tensors(weights: Path) -> Iterator[tuple[str, np.dtype[np.float32], list[int], int, bytes]]:
-    """Name, dtype, shape, offset in the file and bytes of every tensor of a safetensors file (fp32 only)."""
+    """Yield name, dtype, shape, offset in the file and bytes of every tensor of a safetensors file (fp32 only)."""
     content = weights.read_bytes()
     (header_bytes,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + header_bytes])
@@ -123,7 +125,7 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's warnings about packages we do not use, and its progress prints, help nobody."""
+    """Silence the exporter's progress and its warnings about packages that are not used here."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,10 +1,10 @@
-"""Published checkpoints: their weights, without running or importing anything the file names.
+"""Read the weights of published checkpoints without running or importing anything that the file names.
 
-Stage 1 was published as a dictionary (`model`, a state dict; `ema`, the state of torch_ema; `optimizer`; `epoch`),
-stage 2 as a whole pickled network. A pickle is a program: it names functions and says what to call them with. Here
-nothing it names is looked up. Every name on a short list becomes a note of that name and of what it was to be given
-(`Note`); any other name ends the reading. Notes are then searched for tensors, and only the tensors asked for are read
-from the file, so that an optimiser's state, twice as large as the weights, costs no memory.
+Stage 1 was published as a dictionary: `model`, a state dict; `ema`, the state of torch_ema; `optimizer`; `epoch`. Stage
+2 was published as a whole pickled network. A pickle is a program: it names functions and the arguments to call them
+with. Here, no name is looked up. A name on a short list becomes a note of the name and its arguments (`Note`). Any
+other name ends the reading. The notes are then searched for tensors. Only the requested tensors are read from the file,
+so the optimiser's state costs no memory.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _DTYPES = {
 
 
 class Note(dict[Any, Any]):
-    """What a file says of one object: the name of its class or function, the arguments, the state, the items.
+    """What a file says about one object: name of its class or function, arguments, state, items.
 
-    Creating one, giving it a state and setting items is all that unpickling does, and none of it calls anything.
+    Unpickling creates notes, gives them a state and sets items. None of this calls anything.
     """
 
     name: str = ""
@@ -57,14 +57,14 @@ class Note(dict[Any, Any]):
         return note
 
     def __init__(self, *args: Any, **_: Any) -> None:
-        """Unlike dict's: arguments are no items."""
+        """Ignore the arguments: unlike a dict's, they are no items."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
 class _NoteTaker(pickle.Unpickler):
-    """Unpickles into notes, lists, tuples, dictionaries and plain values."""
+    """Unpickle into notes, lists, tuples, dictionaries and plain values."""
 
     def find_class(self, module: str, name: str) -> type[Note]:
         full_name = f"{module}.{name}"
@@ -80,19 +80,19 @@ class _NoteTaker(pickle.Unpickler):
 
 
 def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[str, torch.Tensor]:
-    """The weights in a published checkpoint, by their published keys, float32, on the CPU.
+    """Return the weights in a published checkpoint by their published keys, float32, on the CPU.
 
-    The file may hold a whole pickled network, a state dict, or a dictionary with either under `model`. Keys that all
-    begin with `module.` (torch.nn.DataParallel) lose it.
+    The file may hold a whole pickled network, a state dict, or a dictionary with either under `model`. If all keys
+    begin with `module.` (torch.nn.DataParallel), the prefix is removed.
 
     Args:
         path: a file written by torch.save, in the zip format that is torch's default since 1.6.
-        weights: of a dictionary: `model`, the entry that the published Test.py loads; `ema`, the averaged weights;
-            `raw`, the optimiser's: those set aside while the averages were in place, else `model`.
+        weights: which weights of a dictionary. `model`: the entry that the published Test.py loads. `ema`: the averaged
+            weights. `raw`: the optimiser's, those set aside while the averages were in place, else `model`.
 
     Raises:
-        SettingsError: no such file.
-        BundleError: not such a checkpoint, damaged, or it names something that no such checkpoint contains.
+        SettingsError: there is no such file.
+        BundleError: it is no such checkpoint, is damaged, or names something that no such checkpoint contains.
     """
     if not path.is_file():
         raise SettingsError(f"{path}: no such checkpoint")
@@ -117,7 +117,7 @@ def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[s
 
 
 def _chosen(content: Any, weights: WeightsName) -> dict[str, Any]:
-    """The chosen weights' notes by published key."""
+    """Return the notes of the chosen weights by published key."""
     wrapped = isinstance(content, dict) and "model" in content
     model = content["model"] if wrapped else content
     if not isinstance(model, dict):
@@ -137,12 +137,12 @@ def _chosen(content: Any, weights: WeightsName) -> dict[str, Any]:
 
 
 def _is_network(content: Any) -> TypeGuard[Note]:
-    """Whether a note is that of a torch.nn.Module."""
+    """Return whether a note describes a torch.nn.Module."""
     return isinstance(content, Note) and isinstance(content.state, dict) and "_modules" in content.state
 
 
 def _parameters(module: Note, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Keys and notes as `state_dict` would list them: own parameters and buffers, then those of the modules inside."""
+    """Yield keys and notes as `state_dict` lists them: own parameters and buffers, then those of the modules inside."""
     for kind in ("_parameters", "_buffers"):
         for key, value in module.state[kind].items():
             if value is not None:
@@ -153,7 +153,7 @@ def _parameters(module: Note, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _tensor(archive: zipfile.ZipFile, folder: str, key: str, value: Any) -> torch.Tensor:
-    """The tensor that a note describes, read from the archive."""
+    """Read the tensor that a note describes from the archive."""
     if isinstance(value, Note) and value.name == "torch._utils._rebuild_parameter":
         value = value.args[0]
     if not isinstance(value, Note) or value.name != "torch._utils._rebuild_tensor_v2":

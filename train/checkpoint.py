@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without executing anything; which one a stage goes on from."""
+"""Checkpoint files: written whole or not at all, and read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from bsdiff_rt.errors import SettingsError, one_line
 
 
 def unjudged_path(folder: Path, name: str) -> Path:
-    """Where a stage's checkpoint lies until it was validated."""
+    """Return the path of a stage's checkpoint that is not validated yet."""
     return folder / f"{name}_unjudged.pt"
 
 
 def last_checkpoint(folder: Path, name: str) -> Path | None:
-    """The file a stage goes on from: the checkpoint not validated yet, else NAME.pt, else none."""
+    """Return the file that a stage continues from, or None.
+
+    This is the checkpoint that is not validated yet, if there is one, else NAME.pt.
+    """
     return next((path for path in (unjudged_path(folder, name), folder / f"{name}.pt") if path.exists()), None)
 
 
 def list_tensors(part: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested dictionaries."""
+    """Yield the tensors of nested dictionaries."""
     if isinstance(part, torch.Tensor):
         yield part
     elif isinstance(part, dict):
@@ -33,10 +36,15 @@ def list_tensors(part: Any) -> Iterator[torch.Tensor]:
 
 
 def write_checkpoint(state: dict[str, Any], path: Path, last_step: int | None) -> None:
-    """Write a checkpoint whole or not at all; `last_step` is that of the last one, None where there is none.
+    """Write a checkpoint. It appears whole or not at all.
+
+    Args:
+        state: content of the checkpoint.
+        path: the file to write.
+        last_step: step of the last checkpoint, for the message; None if there is none.
 
     Raises:
-        SettingsError: it cannot be written; what was at `path` is as it was.
+        SettingsError: it cannot be written. A file that was at `path` is unchanged.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -58,7 +66,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, last_step: int | None) -
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and plain values only, nothing in it can execute.
+    """Return a checkpoint's content: tensors and plain values. Nothing in the file is executed.
 
     Raises:
         SettingsError: there is no such file, or it is not a checkpoint of this program.

@@ -1,4 +1,4 @@
-"""Train a comparator of the paper's Table 1 on the same pairs as BS-Diff, and export it for benchmarks/table1.py."""
+"""Train a network of the paper's Table 1 on the same pairs as BS-Diff, and export it for benchmarks/table1.py."""
 
 from __future__ import annotations
 
@@ -31,11 +31,19 @@ OPSET = 18
 def train_comparator(
     folder: Path, name: str, batches: Batches, validation: Validation, options: TrainOptions, size: int, crop: int
 ) -> Path:
-    """Train until `options.steps`, `options.images` crops of side `crop` px a step, from images of side `size` px.
+    """Train a comparator, or continue the training in `folder`.
 
-    Resumes from the checkpoint in `folder` where there is one.
+    Args:
+        folder: of the run.
+        name: of the comparator, a key of COMPARATORS.
+        batches: makes the samples.
+        validation: judges checkpoints.
+        options: of the run.
+        size: side of the images, px.
+        crop: side of the crops trained on, px.
 
-    Returns: path of NAME.onnx, the averaged network at the end. Also writes what the other stages write.
+    Returns:
+        The path of NAME.onnx, which holds the averaged network. The checkpoint and the log are in the same folder.
     """
     torch.manual_seed(options.seed)
     comparator = COMPARATORS[name]
@@ -80,10 +88,15 @@ def dry_run_comparator(name: str, options: TrainOptions, size: int, crop: int) -
 
 
 def choose_crop(name: str, size: int, crop: int | None) -> int:
-    """Side in px of what comparator `name` is trained on: `crop`, or all of images of side `size`.
+    """Return the side of the crops that a comparator is trained on, px.
+
+    Args:
+        name: of the comparator.
+        size: side of the images, px.
+        crop: the side asked for; None for whole images.
 
     Raises:
-        SettingsError: larger than the image, or not a side the network takes.
+        SettingsError: it is larger than the image, or the network does not take such images.
     """
     side, multiple = crop or size, COMPARATORS[name].multiple(size)
     if side > size:
@@ -94,7 +107,7 @@ def choose_crop(name: str, size: int, crop: int | None) -> int:
 
 
 def build_loss(comparator: Comparator, trainee: Trainee) -> HybridLoss:
-    """Its loss, with a discriminator where it has one."""
+    """Return the comparator's loss, with a discriminator if it has one."""
     weights, critic = comparator.losses, None
     if weights.adversarial:
         critic = Critic(weights.adversarial, trainee.accelerator, comparator.view_channels, comparator.view)
@@ -102,7 +115,10 @@ def build_loss(comparator: Comparator, trainee: Trainee) -> HybridLoss:
 
 
 def export(network: nn.Module, path: Path, size: int) -> None:
-    """Write a network to one ONNX file: input `cxr`, output `out`, [B, 1, size, size] float32 in [-1, 1], any B."""
+    """Write a network to one ONNX file.
+
+    The input `cxr` and the output `out` are [B, 1, size, size], float32, in [-1, 1], for any batch size B.
+    """
     example = torch.zeros(2, 1, size, size)
     partial = path.with_suffix(".partial")
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # their housekeeping helps nobody

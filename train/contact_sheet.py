@@ -1,4 +1,4 @@
-"""A picture of all pairs to look at before training: X-ray | soft tissue | difference, the worst registered first."""
+"""Draw all pairs of a data set as one picture, to look at before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ _USED, _BAD = (230, 230, 230), (80, 80, 255)  # BGR
 
 @dataclass(frozen=True)
 class Row:
-    """One pair: both pictures [S, S] float32 in [0, 1], and `registration` as in dataset.json."""
+    """One pair of the sheet. Both images are reduced at once, so that large data sets fit into memory.
+
+    Attributes:
+        name: of the pair.
+        used: whether it is in the data set.
+        registration: its entry in dataset.json.
+        cxr: X-ray, [S, S] float32 in [0, 1].
+        soft_tissue: soft-tissue image, as `cxr`.
+    """
 
     name: str
     used: bool
@@ -34,13 +42,13 @@ class Row:
     soft_tissue: Image
 
     def __post_init__(self) -> None:
-        """Keep only what is shown: a data set of thousands would not fit into memory."""
+        """Reduce both images to the size they are shown at."""
         for role in ("cxr", "soft_tissue"):
             object.__setattr__(self, role, resize(getattr(self, role), (CELL_PX, CELL_PX)))
 
 
 def contact_sheet(rows: list[Row]) -> bytes:
-    """The PNG file of the sheet: bad pairs in red, before the used ones; of each, the lowest correlation first."""
+    """Return the sheet as a PNG file. Bad pairs come first, in red; then the lowest correlation first."""
     ordered = sorted(rows, key=lambda row: (row.used, row.registration["correlation_after"]))
     if len(ordered) > PAIRS:
         logger.warning("the contact sheet shows the worst %d of %d pairs", PAIRS, len(ordered))
@@ -52,10 +60,10 @@ def contact_sheet(rows: list[Row]) -> bytes:
 
 
 def _strip(row: Row) -> NDArray[np.uint8]:
-    """One pair with its line of text, [CELL_PX + TEXT_PX + GAP_PX, 3 CELL_PX + GAP_PX, 3] uint8.
+    """Return one pair with its line of text: [CELL_PX + TEXT_PX + GAP_PX, 3 CELL_PX + GAP_PX, 3] uint8.
 
-    The difference has its median at mid-grey: what moved shows as a bright and a dark edge beside each other, bone as
-    bright alone.
+    The third picture is the difference, with its median at mid-grey. What moved shows as a bright and a dark edge side
+    by side. Bone shows as bright only.
     """
     difference = row.cxr - row.soft_tissue
     shown = 0.5 + DIFFERENCE_GAIN * (difference - np.median(difference))

@@ -1,4 +1,4 @@
-"""The adversarial term: a patch discriminator after pix2pixHD (Wang et al. 2018) and its own optimiser."""
+"""The adversarial term of the loss: a patch discriminator after pix2pixHD (Wang et al. 2018) and its optimiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ View = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def image_alone(image: Tensor, _: Tensor | None) -> Tensor:
-    """What the paper's discriminator sees: the image, [B, 1, H, W]."""
+    """Return what the paper's discriminator sees: the image, [B, 1, H, W]."""
     return image
 
 
@@ -29,15 +29,17 @@ def build_critic(channels: int = 1) -> PatchDiscriminator:
 
 
 class Critic:
-    """Learns to tell true soft tissue from predictions, by least squares (Mao et al. 2017): true 1, predicted 0.
+    """A discriminator that learns to tell true soft-tissue images from predictions, by least squares (Mao et al. 2017).
 
-    Three layers, 64 channels, batch norm, AdamW: the paper's. Its own loss is multiplied by `weight` too, as published;
-    AdamW all but undoes that. (The published code's scores pass a leaky ReLU before they are squared; not here.)
+    True images should score 1, predictions 0. Layers, channels, batch norm and AdamW are the paper's. The
+    discriminator's own loss is multiplied by `weight`, too, as published; AdamW almost cancels that. In the published
+    code the scores pass a leaky ReLU before they are squared. Here they do not.
 
     Args:
-        weight: of its loss.
-        channels: of what it sees.
-        view: (image, X-ray it is conditioned on or None) -> what it sees, [B, channels, H, W].
+        weight: of the adversarial term.
+        accelerator: places the network and averages its gradients over processes.
+        channels: of the discriminator's input.
+        view: makes that input, [B, channels, H, W], from an image and the X-ray it is conditioned on, or None.
     """
 
     def __init__(self, weight: float, accelerator: Accelerator, channels: int = 1, view: View = image_alone) -> None:
@@ -46,11 +48,11 @@ class Critic:
         self.weight, self.view, self._accelerator = weight, view, accelerator
 
     def against(self, predicted: Tensor, cxr: Tensor | None = None) -> Tensor:
-        """How far a prediction is from passing as true; scalar, in the prediction's graph."""
+        """Return how far a prediction is from passing as true. A scalar in the prediction's graph."""
         return (self._score(predicted, cxr) - 1).square().mean()
 
     def update(self, predicted: Tensor, soft_tissue: Tensor, cxr: Tensor | None = None) -> float:
-        """One step of the discriminator on a detached prediction. Returns its loss before the weight."""
+        """Make one optimiser step of the discriminator on a detached prediction. Return its loss before the weight."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = (self._score(predicted, cxr).square().mean() + (self._score(soft_tissue, cxr) - 1).square().mean()) / 2
         (self.weight * loss).backward()
@@ -60,11 +62,11 @@ class Critic:
         return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs."""
+        """Return what a checkpoint needs to continue."""
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 

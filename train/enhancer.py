@@ -1,6 +1,7 @@
-"""Stage 2: train the enhancer on what stage 1 makes. One loop, readable from top to bottom.
+"""Train stage 2, the enhancer, on the outputs of stage 1. The training loop reads from top to bottom.
 
-Stage 1 is run once over a fixed set of augmented samples; its results are cached with the hash of its weights.
+Stage 1 is run once over a fixed set of augmented samples. The results are kept in a file named by the hash of its
+weights.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageOne:
-    """A trained stage 1: its averaged weights, in evaluation mode, and what it was trained for."""
+    """A trained stage 1.
+
+    Attributes:
+        network: with its averaged weights, in evaluation mode.
+        preset: shape of the networks.
+        schedule: the diffusion it was trained for.
+        sha256: of its averaged weights.
+        trained_on: digests of the X-rays it was trained on (`xray_digest`).
+    """
 
     network: Denoiser
     preset: Preset
@@ -50,10 +59,10 @@ class StageOne:
 
     @classmethod
     def load(cls, path: Path, preset: Preset) -> StageOne:
-        """From a checkpoint of `python -m train denoiser`.
+        """Load a checkpoint of `python -m train denoiser`.
 
         Raises:
-            SettingsError: there is none, or it is of another network than the preset's.
+            SettingsError: there is none, or it does not fit the preset.
         """
         state = load_checkpoint(path)
         network = Denoiser(preset.denoiser).eval()
@@ -69,10 +78,10 @@ class StageOne:
         return cls(network, preset, schedule, digest.hexdigest(), trained_on)
 
     def check_held_out(self, held_out: Iterable[Pair]) -> None:
-        """What it learned from is no measure of it.
+        """Check that no held-out pair trained this stage 1.
 
         Raises:
-            SettingsError: one of the pairs held out trained this stage 1.
+            SettingsError: one did.
         """
         known = [pair.name for pair in held_out if pair.digest in self.trained_on]
         if known:
@@ -83,11 +92,12 @@ class StageOne:
 
 
 def _claim(partial: Path, path: Path) -> None:
-    """Have the disk keep room for a file that was only given its length: written through memory where there is none, it
-    would end the process with a bus error.
+    """Reserve disk space for a file that has its full length but no content yet.
+
+    Without it, a full disk would end the process with a bus error when the file is written through memory.
 
     Raises:
-        SettingsError: there is none; the file is gone.
+        SettingsError: there is no space. The file is removed.
     """
     bytes_wanted = partial.stat().st_size
     try:
@@ -104,13 +114,24 @@ def _claim(partial: Path, path: Path) -> None:
 def make_stage_one_outputs(
     folder: Path, stage: StageOne, batches: Batches, count: int, size: int, sampler: SamplerSettings
 ) -> NDArray[np.float16]:
-    """Stage 1 outputs and truths of `count` augmented samples, [N, 2, S, S] float16 in [-1, 1]; cached in `folder`.
+    """Run stage 1 on augmented samples, or read the results from `folder`.
 
-    The cache is known by stage 1's weights, the sampler and what the samples are made of. What is missing of it is
-    made: an interrupted run goes on, and several processes share the work.
+    The file is named by stage 1's weights, the sampler and the samples. An interrupted call continues, and several
+    processes share the work.
+
+    Args:
+        folder: of the run.
+        stage: the stage 1 to run.
+        batches: makes the samples.
+        count: number of samples, N.
+        size: side of the images, S, px.
+        sampler: of stage 1.
+
+    Returns:
+        Outputs and truths, [N, 2, S, S] float16 in [-1, 1].
 
     Raises:
-        SettingsError: the disk has no room for the cache, it is damaged, or an output of stage 1 is not finite.
+        SettingsError: the disk is full, the file is damaged, or an output of stage 1 is not finite.
     """
     key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
@@ -143,10 +164,10 @@ def make_stage_one_outputs(
 
 
 def _open_outputs(path: Path) -> np.memmap[Any, np.dtype[np.float16]]:
-    """The cache, to be written to.
+    """Open the file of stage 1's outputs for writing.
 
     Raises:
-        SettingsError: it was cut off, or is no array.
+        SettingsError: it is cut off, or no array.
     """
     try:
         np.load(path, mmap_mode="r")  # opened to be written to, a file that was cut off would be filled up with zeros
@@ -166,19 +187,22 @@ def train_enhancer(
     clean_share: float = 0.0,
     samples: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Train until `options.steps`, resuming from the checkpoint in `folder` where there is one.
+    """Train stage 2, or continue the training in `folder`. Also writes enhancer.csv, enhancer_samples.png and
+    tensorboard/.
 
     Args:
         folder: of the run.
-        stage: the stage 1 whose `outputs` these are ([N, 2, S, S] float16: output, truth).
-        validation: what checkpoints are judged on.
+        stage: the stage 1 that made `outputs`.
+        outputs: stage 1's outputs and truths, [N, 2, S, S] float16 in [-1, 1].
+        validation: judges checkpoints.
         options: of the run.
-        weights: of the loss; `vgg` is needed where the perceptual one is not 0.
-        vgg: see `load_vgg16`.
-        clean_share: share of the samples whose input is the truth itself.
-        samples: what the checkpoint says of what `outputs` were made of (`Batches.description`).
+        weights: of the loss. The perceptual term needs `vgg`.
+        vgg: VGG-16 with its weights (`load_vgg16`).
+        clean_share: share of the samples whose input is the truth.
+        samples: description of the samples behind `outputs`, for the checkpoint.
 
-    Returns: the checkpoint's path. Also writes enhancer.csv (losses, quality), enhancer_samples.png, tensorboard/.
+    Returns:
+        The path of the checkpoint.
 
     Raises:
         SettingsError: the checkpoint in `folder` belongs to another stage 1, other outputs or another loss.
@@ -221,7 +245,9 @@ def dry_run_enhancer(
 
 
 def hybrid_loss(weights: LossWeights, vgg: VGG16 | None, accelerator: Accelerator) -> HybridLoss:
-    """The loss with what it needs on the accelerator's device; a critic where the adversarial weight is not 0."""
+    """Return the loss with its networks on the accelerator's device. It has a critic if the adversarial weight is not
+    0.
+    """
     critic = Critic(weights.adversarial, accelerator) if weights.adversarial else None
     return HybridLoss(weights, vgg.to(accelerator.device) if vgg else None, critic)
 
@@ -229,7 +255,7 @@ def hybrid_loss(weights: LossWeights, vgg: VGG16 | None, accelerator: Accelerato
 def _crops(
     rng: np.random.Generator, outputs: NDArray[np.float16], count: int, crop: int, clean_share: float
 ) -> NDArray[np.float32]:
-    """`count` random windows, flipped half the time, [count, 2, crop, crop] float32: input and truth."""
+    """Cut `count` random windows, half of them flipped: [count, 2, crop, crop] float32, input and truth."""
     batch = np.empty((count, 2, crop, crop), np.float32)
     free = outputs.shape[-1] - crop
     for sample in batch:

@@ -1,4 +1,4 @@
-"""The log of a training run: one row per checkpoint in a CSV file, the same and the sample grid in TensorBoard."""
+"""The log of a training run: one row per checkpoint in a CSV file; the same and the sample images in TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
-    """Writes NAME.csv and tensorboard/NAME in a folder; a resumed run appends to both.
+    """Write NAME.csv and tensorboard/NAME in a folder. A continued run appends to both.
 
     Args:
         folder: of the run.
         name: of the stage.
-        step: the run continues after it; what TensorBoard holds of later steps, from before an interruption, is hidden.
+        step: last finished step. TensorBoard hides what it holds of later steps, from before an interruption.
     """
 
     def __init__(self, folder: Path, name: str, step: int) -> None:
@@ -24,7 +24,14 @@ class Log:
         self._board = SummaryWriter(folder / "tensorboard" / name, purge_step=step + 1)
 
     def write(self, step: int, rate: float, losses: dict[str, float], quality: dict[str, float]) -> None:
-        """Add a row: mean losses since the last one, validation figures, learning rate, and the picture beside it."""
+        """Add a row for a checkpoint.
+
+        Args:
+            step: of the checkpoint.
+            rate: learning rate.
+            losses: means since the last row, by name.
+            quality: validation figures by name.
+        """
         columns = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "step": str(step)}
         columns |= {name: f"{value:.6f}" for name, value in losses.items()}
         columns |= {name: f"{value:.4f}" for name, value in quality.items()}
@@ -41,9 +48,10 @@ class Log:
 
 
 def append_row(path: Path, columns: dict[str, str]) -> None:
-    """Add one row to a CSV file under the columns it has; a new or empty one gets these columns as its header.
+    """Add one row to a CSV file under the file's own columns. A new or empty file gets these columns as its header.
 
-    A step that it has already, from a validation that was interrupted after it was logged, gets no second row.
+    A step that is in the file already gets no second row. This happens after a validation that was interrupted once
+    logged.
     """
     if not path.exists() or not path.stat().st_size:  # a full disk leaves it empty
         path.write_text(",".join(columns) + "\n")

@@ -1,8 +1,8 @@
-"""What every training loop shares: options, learning rate, averaged weights, checkpoints, batches made ahead.
+"""What the training loops share: options, learning rate, averaged weights, several processes, batches made ahead.
 
-accelerate chooses the device and, started by `accelerate launch`, spreads a run over several GPUs; on one device it
-changes nothing. Mixed precision is an explicit autocast in each loop, and accumulation a plain sum of gradients,
-so that a run resumes exactly.
+accelerate chooses the device and, with `accelerate launch`, spreads a run over several GPUs. Mixed precision is an
+explicit autocast in each loop, and accumulation is a plain sum of gradients, so that a continued run gives the same
+numbers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TrainOptions:
     patience: int = 0
 
     def crop(self, step: int, size: int) -> tuple[int, int]:
-        """Number of crops and their side in px for `step`, from images of side `size`."""
+        """Return the number of crops and their side in px for `step`, from images of side `size`."""
         part = self.crops[min(step * len(self.crops) // self.steps, len(self.crops) - 1)]
         if size % CROP_MULTIPLE_PX:
             raise SettingsError(f"--size {size}: give a multiple of {CROP_MULTIPLE_PX} px")
@@ -81,7 +81,7 @@ class TrainOptions:
         return max(1, round(self.images * size**2 / side**2)), side
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step`."""
+        """Return the learning rate of `step`."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         if self.drops:
@@ -91,10 +91,14 @@ class TrainOptions:
 
 
 def fix_crop(side: int, size: int) -> tuple[tuple[float, ...], ...]:
-    """`TrainOptions.crops` of one side in px, all through the run, from images of side `size`.
+    """Return the `TrainOptions.crops` that keep one side throughout the run.
+
+    Args:
+        side: of the crops, px.
+        size: side of the images, px.
 
     Raises:
-        SettingsError: larger than the image, or not a side the networks take.
+        SettingsError: the crop is larger than the image, or no multiple of 16 px.
     """
     if side > size:
         raise SettingsError(f"--crop {side} is more than --size {size}. Choose at most that.")
@@ -123,10 +127,10 @@ def make_accelerator() -> Accelerator:
 
 
 def leave_processes(*_: object, **__: object) -> None:
-    """End what this process shares with others, its trainings being over and let go; alone, do nothing.
+    """End the connection to other processes after a run. With one process, do nothing.
 
-    gloo's threads, left to the end of the interpreter, abort it now and then: a finished run would count as failed.
-    They end with the last reference to the group, and what trained may hold one in a cycle.
+    gloo's threads sometimes abort the interpreter at its end, and a finished run would count as failed. They end with
+    the last reference to the process group, which a reference cycle may hold.
     """
     if distributed.is_initialized():
         gc.collect()
@@ -156,18 +160,21 @@ class Trainee:
         self.saved_step: int | None = None
 
     def sample_index(self, step: int) -> int:
-        """What this process's batch and noise of `step` are drawn from: `step` itself where there is one process."""
+        """Return the seed of this process's batch and noise of `step`. With one process it is `step` itself."""
         return step * self.accelerator.num_processes + self.accelerator.process_index
 
     def update(self, losses: Iterable[torch.Tensor]) -> float:
-        """One optimiser step down the gradient of the sum of `losses`, then the weights' running average.
+        """Make one optimiser step down the gradient of the sum of `losses`, then update the averaged weights.
 
-        Each loss is asked for when the graph of the one before is freed, so a generator needs memory for one only.
+        Args:
+            losses: scalars. Each one is requested after the graph of the previous one is freed, so a generator saves
+                memory.
 
-        Returns: the sum.
+        Returns:
+            The sum.
 
         Raises:
-            SettingsError: it, or its gradient, is not finite; the weights are as they were.
+            SettingsError: the sum or its gradient is not finite. The weights are unchanged.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
@@ -193,10 +200,14 @@ class Trainee:
         return total
 
     def save(self, path: Path, **extra: Any) -> None:
-        """Write a checkpoint atomically; `extra` (tensors and plain values) travels with it.
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            path: the file to write.
+            **extra: tensors and plain values to store with it.
 
         Raises:
-            SettingsError: something in it is not finite, or it cannot be written; what was at `path` is as it was.
+            SettingsError: a value is not finite, or the file cannot be written. A file that was at `path` is unchanged.
         """
         state = {
             "network": self.network.state_dict(),
@@ -215,7 +226,8 @@ class Trainee:
     def restore(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint written by `save`, with this run's options.
 
-        Returns: what else it holds; weights and optimiser would take their memory twice.
+        Returns:
+            The rest of the checkpoint, without weights and optimiser.
 
         Raises:
             SettingsError: the checkpoint is of another network.
@@ -234,21 +246,21 @@ class Trainee:
 
 
 def choose_bf16(asked: bool | None) -> bool:
-    """Whether to train in bf16: what was asked for, else where the device computes it (emulated it is slower)."""
+    """Return whether to train in bf16: as asked for, else if the device computes it. Emulated, it is slower."""
     if asked is not None:
         return asked
     return computes_bf16(resolve_device("auto"))
 
 
 def split_batch(count: int, *batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches cut alike into `count` pieces along their first axis, fewer where they hold fewer samples."""
+    """Split batches alike into `count` parts along their first axis, or fewer if they hold fewer samples."""
     return zip(*(batch.tensor_split(min(count, len(batch))) for batch in batches), strict=True)
 
 
 def prefetch(
     make: Callable[[int], NDArray[Any]], first: int, last: int, depth: int = 4
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """`(step, make(step))` for first <= step < last, made by a worker thread up to `depth` steps ahead."""
+    """Yield `(step, make(step))` for first <= step < last. A worker thread makes up to `depth` batches ahead."""
     with ThreadPoolExecutor(1) as worker:
         pending = [worker.submit(make, step) for step in range(first, min(first + depth, last))]
         for step in range(first, last):

@@ -1,4 +1,4 @@
-"""The hybrid loss, and a step down it. Every image is [B, 1, H, W] float32 in [-1, 1]."""
+"""The hybrid loss and an optimiser step down it. Every image is [B, 1, H, W] float32 in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MS_SSIM_KERNEL_PX = 11
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of each term; 0 leaves it out."""
+    """Weight of each term. 0 leaves a term out."""
 
     mae: float = 1.0
     mse: float = 0.0
@@ -33,14 +33,20 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class HybridLoss:
-    """Weighted terms of a loss, and the networks two of them need."""
+    """Weighted terms of a loss, and the networks that two of them need."""
 
     weights: LossWeights
     vgg: VGG16 | None = None
     critic: Critic | None = None
 
     def terms(self, predicted: Tensor, soft_tissue: Tensor, cxr: Tensor | None = None) -> dict[str, Tensor]:
-        """The weighted terms by name, scalars; the loss is their sum. `cxr` is for a critic that is shown it."""
+        """Return the weighted terms by name, scalars. The loss is their sum.
+
+        Args:
+            predicted: the model's image.
+            soft_tissue: the truth.
+            cxr: the X-ray, for a critic that sees it.
+        """
         weights, error = self.weights, predicted - soft_tissue
         terms = {}
         if weights.mae:
@@ -58,11 +64,11 @@ class HybridLoss:
         return terms
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the loss to resume."""
+        """Return what a checkpoint must hold so that the loss can continue."""
         return {"critic": self.critic.state_dict()} if self.critic else {}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's content; nothing in it, nothing to do.
+        """Continue from a checkpoint's content. An empty one changes nothing.
 
         Raises:
             SettingsError: the checkpoint was trained without a critic.
@@ -74,7 +80,7 @@ class HybridLoss:
 
 
 def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
-    """1 - MS-SSIM, averaged over the batch; scalar. Small images use as many scales as the kernel fits in."""
+    """Return 1 - MS-SSIM, averaged over the batch; scalar. Small images use as many scales as the kernel fits in."""
     side = min(predicted.shape[-2:])
     # The second term is MONAI's own demand, stricter than the kernel at some sides.
     scales = sum(
@@ -86,9 +92,10 @@ def ms_ssim_loss(predicted: Tensor, soft_tissue: Tensor) -> Tensor:
 
 
 def optimise(trainee: Trainee, loss: HybridLoss, x: Tensor, soft_tissue: Tensor) -> dict[str, float]:
-    """One optimiser step of a network that maps x to soft tissue, then one of the critic where the loss has one.
+    """Make one optimiser step of a network that maps `x` to soft tissue, then one of the critic if the loss has one.
 
-    Returns: the loss, each of its weighted terms, and the critic's own loss, by name.
+    Returns:
+        By name: the loss, each weighted term, and the critic's own loss.
     """
     options = trainee.options
     terms_seen: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The two pictures of a pair: read onto one matrix and grey scale; whether they can be X-ray and soft tissue."""
+"""The two images of a pair: read them onto one matrix and grey scale, and check that they can be X-ray and soft tissue."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ SWAPPED = -0.4
 
 
 def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
-    """Both pictures as inference reads them, at the X-ray's matrix, [H, W] float32 in [0, 1].
+    """Read both images of a pair as inference reads them, at the X-ray's matrix.
 
-    Image files share the deeper one's grey scale; DICOM files say their own.
+    Image files share the grey scale of the one with more bits. DICOM files state their own.
+
+    Returns:
+        X-ray and soft-tissue image, [H, W] float32 in [0, 1].
 
     Raises:
-        InputRefused, InputFailed: a file that cannot be read, or two that do not show the same field.
+        InputRefused: a file is no radiograph, or the two differ in aspect ratio.
+        InputFailed: a file cannot be read.
     """
     if not is_dicom(cxr_path) and not is_dicom(soft_tissue_path):
         cxr, soft_tissue = (picture.cxr for picture in read_together([cxr_path, soft_tissue_path]))
@@ -58,16 +62,21 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
 
 
 def explain_same_image(cxr: Image, soft_tissue: Image) -> str | None:
-    """What to say where both, [H, W] in [0, 1], are one picture; None where they are not."""
+    """Return the reason for refusal if both images are the same, else None.
+
+    Args:
+        cxr: [H, W] in [0, 1].
+        soft_tissue: as `cxr`.
+    """
     return "X-ray and soft tissue are the same image" if np.abs(cxr - soft_tissue).max() < SAME_IMAGE else None
 
 
 def explain_swap(cxr: Image, soft_tissue: Image) -> str | None:
-    """What to say where the soft tissue shows the bones and the X-ray none; None where it does not.
+    """Return the reason for refusal if the soft-tissue image shows the bones and the X-ray does not, else None.
 
     Args:
         cxr: [H, W] float32 in [0, 1].
-        soft_tissue: the same, registered.
+        soft_tissue: as `cxr`, registered.
     """
     lines = _bright_lines(reduce_image(cxr), reduce_image(soft_tissue)) - _bright_lines(
         reduce_image(soft_tissue), reduce_image(cxr)
@@ -76,9 +85,9 @@ def explain_swap(cxr: Image, soft_tissue: Image) -> str | None:
 
 
 def _bright_lines(image: Image, other: Image) -> float:
-    """Skewness of what is finer than a sixteenth of the image and in it alone: ribs are bright, narrow and sharp.
+    """Return the skewness of the fine detail that is in `image` only. Ribs are bright, narrow and sharp.
 
-    The other's grey levels are fitted to the image's by a cubic first: a tone is no bone.
+    The other image's grey levels are first fitted by a cubic, because a different tone is no bone.
     """
     tone = np.polynomial.Polynomial.fit(other.ravel(), image.ravel(), 3)
     alone = image - tone(other).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Which X-ray belongs to which soft-tissue image: by relative path, then stem, then StudyInstanceUID; never guessed.
+"""Match X-rays and soft-tissue images: by relative path, then stem, then StudyInstanceUID.
 
-A name or a study counts only where exactly one file of each folder has it. Two DICOM files whose headers name different
-studies or patients are no pair, whatever their names.
+A name or study counts only if exactly one file of each folder has it. Two DICOM files of different studies or patients
+are never a pair, whatever their names.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ KINDS = ("X-ray", "soft-tissue image")
 
 @dataclass(frozen=True)
 class Source:
-    """One file that may be half of a pair.
+    """A file that may be half of a pair.
 
     Attributes:
         path: the file.
-        relative: its path below the folder given, as written into records.
+        relative: its path below the searched folder, as written into records.
         key: `relative` without image suffix and role suffix.
         labelled: whether it had the role suffix.
-        study, patient: StudyInstanceUID and PatientID; None for images and where absent. Never written anywhere.
+        study: StudyInstanceUID, or None. Never written anywhere.
+        patient: PatientID, or None. Never written anywhere.
     """
 
     path: Path
@@ -51,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Match:
-    """A pair: `name` is unique among the pairs and has no slashes."""
+    """A pair. Its `name` is unique among the pairs and has no slashes."""
 
     name: str
     cxr: Source
@@ -61,7 +62,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A file that belongs to no pair, its role (cxr, soft_tissue or unknown), and why."""
+    """A file that belongs to no pair, its role (cxr, soft_tissue or unknown), and the reason."""
 
     file: str
     role: str
@@ -80,13 +81,22 @@ LEVELS: dict[str, Callable[[Source], str | None]] = {
 def pair_files(
     cxr_folder: Path, soft_tissue_folder: Path, cxr_suffix: str, soft_tissue_suffix: str
 ) -> tuple[list[Match], list[Unmatched]]:
-    """Pairs of two folders, searched recursively, and every file left over with the reason; both sorted by path.
+    """Match the files of two folders, searched recursively.
 
-    A suffix at the end of a stem says the role and does not count as name. Where one folder holds both roles, the
-    suffixes alone tell them apart.
+    A suffix at the end of a stem states the role and is not part of the name. If one folder holds both roles, the
+    suffixes tell them apart.
+
+    Args:
+        cxr_folder: folder of X-rays.
+        soft_tissue_folder: folder of soft-tissue images; may be the same.
+        cxr_suffix: ending of an X-ray's stem.
+        soft_tissue_suffix: ending of a soft-tissue image's stem.
+
+    Returns:
+        The pairs, and the files left over with the reason; both sorted by path.
 
     Raises:
-        SettingsError: a folder that is not there, or suffixes that do not tell two roles in one folder apart.
+        SettingsError: a folder does not exist, or the suffixes do not tell the roles in one folder apart.
     """
     for folder in (cxr_folder, soft_tissue_folder):
         if not folder.is_dir():
@@ -109,9 +119,9 @@ def pair_files(
 
 
 def find_sources(folder: Path, suffix: str) -> list[Source]:
-    """Every image and DICOM file below `folder`, sorted by path.
+    """Return every image and DICOM file below `folder`, sorted by path.
 
-    As in `infer`, hidden folders are left out, and links to folders are told, not followed.
+    Hidden folders are left out. Links to folders are reported, not followed.
     """
     found = []
     for path in sorted(folder.rglob("*")):
@@ -128,7 +138,7 @@ def find_sources(folder: Path, suffix: str) -> list[Source]:
 
 
 def match_sources(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[Match], list[Unmatched]]:
-    """Pairs, and the files left over."""
+    """Return the pairs, and the files left over."""
     partner_of: dict[str, tuple[Source, str]] = {}  # by the X-ray's relative path
     taken: set[str] = set()
     by_level = _by_level(cxrs), _by_level(soft_tissues)
@@ -161,9 +171,13 @@ def match_sources(cxrs: list[Source], soft_tissues: list[Source]) -> tuple[list[
 
 
 def _reason(source: Source, ours: dict[str, Groups], theirs: dict[str, Groups], role: str) -> str:
-    """Why a file has no partner: the most certain thing it shares with a file of the other kind, and what is wrong.
+    """Return why a file has no partner.
 
-    `ours` and `theirs` are all files of its kind and of the other one, by level and what they are called there.
+    Args:
+        source: the file.
+        ours: all files of its kind, by level and key.
+        theirs: all files of the other kind, by level and key.
+        role: of the file.
     """
     kind, other = KINDS if role == "cxr" else KINDS[::-1]
     for level, key_of in LEVELS.items():
@@ -180,7 +194,7 @@ def _reason(source: Source, ours: dict[str, Groups], theirs: dict[str, Groups], 
 
 
 def _by_level(files: list[Source]) -> dict[str, Groups]:
-    """The files of each level by what they are called there."""
+    """Group files by their key on each level."""
     groups: dict[str, Groups] = {level: defaultdict(list) for level in LEVELS}
     for level, key_of in LEVELS.items():
         for each in files:
@@ -195,13 +209,13 @@ def _compatible(one: Source, other: Source) -> bool:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """`name`, numbered where it is taken: `a/b_c` and `a_b/c` are two pairs."""
+    """Return `name`, with a number if it is taken: `a/b_c` and `a_b/c` are two pairs."""
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(each for each in candidates if each not in taken)
 
 
 def _identity(path: Path) -> tuple[str | None, str | None]:
-    """StudyInstanceUID and PatientID; None for what is no DICOM file or cannot be read (preparing it says why)."""
+    """Return StudyInstanceUID and PatientID. Each is None if absent, or if the file is no DICOM file or cannot be read."""
     if not is_dicom(path):
         return None, None
     try:

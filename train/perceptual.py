@@ -1,7 +1,7 @@
-"""The perceptual term of stage 2's loss: distance in the features of VGG-16 (Simonyan and Zisserman 2015).
+"""The perceptual term of stage 2's loss: distance of VGG-16 features (Simonyan and Zisserman 2015).
 
-The thirteen convolutions are built here under the names of torchvision's published weights file, which is read from
-disk: nothing is downloaded, and torchvision need not be installed.
+The thirteen convolutions are built here under the names of torchvision's published weights. That file is read from
+disk. Nothing is downloaded, and torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VGG16_PASSES = 3  # work of the perceptual term, in forward passes: prediction, 
 
 
 class VGG16(nn.Module):
-    """The convolutional part of VGG-16; its parameters are named features.N.weight and features.N.bias as published."""
+    """The convolutional part of VGG-16. Its parameters are named features.N.weight and features.N.bias, as published."""
 
     mean: Tensor
     deviation: Tensor
@@ -43,7 +43,9 @@ class VGG16(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Last ReLU of each stage, [B, C, H / 2^i, W / 2^i], of grey images [B, 1, H, W] float32 in [-1, 1]."""
+        """Return the last ReLU of each stage, [B, C, H / 2^i, W / 2^i], for grey images [B, 1, H, W] float32 in [-1,
+        1].
+        """
         x = ((x + 1) / 2 - self.mean) / self.deviation
         found = []
         for index, layer in enumerate(self.features):
@@ -54,10 +56,13 @@ class VGG16(nn.Module):
 
 
 def load_vgg16(path: Path | None) -> VGG16:
-    """VGG-16 with the weights of `path`, or without it of torch.hub's cache, frozen.
+    """Load VGG-16 with its weights, frozen.
+
+    Args:
+        path: file of torchvision's weights. None: in torch.hub's cache.
 
     Raises:
-        SettingsError: no such file, or not the weights of VGG-16.
+        SettingsError: there is no such file, or it does not hold the weights of VGG-16.
     """
     path = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     if not path.is_file():
@@ -75,10 +80,11 @@ def load_vgg16(path: Path | None) -> VGG16:
 
 
 def perceptual_distance(vgg: VGG16, predicted: Tensor, soft_tissue: Tensor) -> Tensor:
-    """Squared distance of unit-length features, summed over channels and stages, averaged over pixels; scalar.
+    """Return the squared distance of unit-length features, summed over channels and stages, averaged over pixels;
+    scalar.
 
-    The distance of Zhang et al. 2018 (LPIPS) without its learned weights per channel: the paper says "VGG-16 features";
-    its published code has those weights.
+    It is the distance of Zhang et al. 2018 (LPIPS) without its learned weights per channel. The paper says "VGG-16
+    features". Its published code has those weights.
     """
     with torch.no_grad():
         wanted = vgg(soft_tissue)

@@ -1,4 +1,4 @@
-"""A phantom's X-ray as the DICOM file a CR reader would write, to try the DICOM path on: 14 bits, MONOCHROME1."""
+"""Write a phantom's X-ray as the DICOM file of a CR reader, to test reading DICOM: 14 bits, MONOCHROME1."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ FIELD_OF_VIEW_MM = 400.0
 
 
 def write_cr(path: Path, cxr: NDArray[np.float32], name: str) -> None:
-    """Write `cxr`, [H, W] float32 in [0, 1], air dark, as a CR image (PS3.3 A.2) of the phantom `name`.
+    """Write an X-ray as a CR image (PS3.3 A.2), inverted as MONOCHROME1 requires. The file is the same on every run.
 
-    Stored inverted, as MONOCHROME1 asks, with a window over the full range. The file is the same on every run.
+    Args:
+        path: the file to write.
+        cxr: [H, W] float32 in [0, 1], air dark.
+        name: of the phantom.
     """
     top = 2**BITS - 1
     stored = np.rint((1.0 - np.clip(cxr, 0, 1)) * top).astype("<u2")
@@ -43,6 +46,6 @@ def write_cr(path: Path, cxr: NDArray[np.float32], name: str) -> None:
 
 
 def _uid(name: str, part: int) -> UID:
-    """2.25 and a 128-bit number (PS3.5 B.2), the same for the same phantom."""
+    """Return a UID of 2.25 and a 128-bit number (PS3.5 B.2), always the same for the same phantom."""
     digest = hashlib.sha256(f"bsdiff-rt phantom {name} {part}".encode()).digest()
     return UID(f"2.25.{int.from_bytes(digest[:16], 'big')}")

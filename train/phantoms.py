@@ -1,9 +1,8 @@
 """Dual-energy chest phantoms: thickness maps, X-ray physics, display tone.
 
-A phantom is drawn in three steps. Anatomy gives two thickness maps, bone and everything else. Physics turns them into
-two log images, the X-ray and the one in which soft tissue stands where bone was, under the same scatter and noise.
-Display gives both the look of a chest film, under the same tone curves, so that they differ by bone alone. A real
-scanner tones its soft-tissue image for itself; that is no property of the bone, and only real pairs can teach it.
+A phantom is drawn in three steps. Anatomy gives two thickness maps, bone and everything else. Physics makes two log
+images of them under the same scatter and noise: the X-ray, and the one with soft tissue in place of bone. Display
+applies the same tone curves to both, so that they differ only by bone.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ BONE_EXCESS_PER_MM = 0.060  # cortical bone minus the soft tissue it displaces
 
 @dataclass(frozen=True)
 class Phantom:
-    """One pair: float32 [size, size] in [0, 1], air dark; bone = cxr - soft_tissue."""
+    """A pair: float32 [size, size] in [0, 1], air dark. The bone image is cxr - soft_tissue."""
 
     cxr: Array
     soft_tissue: Array
 
 
 def place_maps(maps: list[Array], size: int, rng: np.random.Generator) -> list[Array]:
-    """Turn, zoom, shift and stretch the maps into the detector's [size, size]."""
+    """Rotate, zoom, shift and stretch maps onto the detector, [size, size]."""
     n = maps[0].shape[0]
     angle = np.deg2rad(np.clip(rng.normal(0, 2.0), -6, 6))
     zoom, aspect, shift = rng.uniform(0.90, 1.18), rng.uniform(0.95, 1.05), rng.normal(0, 0.012, 2)
@@ -47,7 +46,13 @@ def place_maps(maps: list[Array], size: int, rng: np.random.Generator) -> list[A
 
 
 def expose_maps(soft_mm: Array, bone_mm: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Log images (cxr, soft), without and with bone, under the scatter of the X-ray; both [size, size]."""
+    """Return the log images of the X-ray and of its soft tissue, both [size, size], under the scatter of the X-ray.
+
+    Args:
+        soft_mm: thickness of soft tissue, [size, size], mm.
+        bone_mm: thickness of bone, [size, size], mm.
+        rng: draws the scatter.
+    """
     beam_soft = np.exp(soft_mm * np.float32(-SOFT_PER_MM))
     beam_all = beam_soft * np.exp(bone_mm * np.float32(-BONE_EXCESS_PER_MM))
     n = soft_mm.shape[0]
@@ -58,14 +63,16 @@ def expose_maps(soft_mm: Array, bone_mm: Array, rng: np.random.Generator) -> tup
 
 
 def draw_grain(log_soft: Array, rng: np.random.Generator, level: float) -> Array:
-    """Quantum noise of a log image: grows with attenuation; finer pixels count fewer photons."""
+    """Draw the quantum noise of a log image. It grows with attenuation, and with finer pixels, which count fewer
+    photons.
+    """
     n = log_soft.shape[0]
     noise = rng.standard_normal((n, n), dtype=np.float32) * np.float32(level * (n / 256) ** 0.7)
     return noise * np.exp(0.5 * np.clip(log_soft - 2.0, -2.0, 2.5)).astype(np.float32)
 
 
 def compute_local_curves(source: Array, tiles: int, clip: float, bins: int = 64) -> Array:
-    """Contrast-limited equalisation curves of `source` [n, n] in [0, 1]: [tiles, tiles, bins + 1] in [0, 1]."""
+    """Return contrast-limited equalisation curves of `source`, [n, n] in [0, 1]: [tiles, tiles, bins + 1] in [0, 1]."""
     n = source.shape[0]
     level = np.minimum((source * bins).astype(np.int64), bins - 1)
     tile = np.arange(n) * tiles // n
@@ -77,7 +84,7 @@ def compute_local_curves(source: Array, tiles: int, clip: float, bins: int = 64)
 
 
 def apply_curves(image: Array, curves: Array) -> Array:
-    """Map [n, n] in [0, 1] through the curves of its place, linear between tiles and between bins."""
+    """Map an image [n, n] in [0, 1] through the curves of its place, linear between tiles and between bins."""
     n, tiles, bins = image.shape[0], curves.shape[0], curves.shape[2] - 1
     value = np.clip(image, 0, 1) * np.float32(bins - 0.001)
     level = value.astype(np.int32)
@@ -97,7 +104,7 @@ def apply_curves(image: Array, curves: Array) -> Array:
 
 @dataclass(frozen=True)
 class Display:
-    """How a film is shown; every curve is monotone, air stays dark."""
+    """How a film is shown. Every curve is monotone, and air stays dark."""
 
     gamma: float
     sharpen: float  # weight of the unsharp mask
@@ -124,7 +131,7 @@ def draw_display(rng: np.random.Generator) -> Display:
 
 
 def apply_display(logs: list[Array], guide: Array, display: Display) -> list[Array]:
-    """Show log images [n, n] with the curves computed for `guide`; values in [0, 1]."""
+    """Show log images [n, n] with the curves computed for `guide`. Returns values in [0, 1]."""
     n = guide.shape[0]
     if display.sharpen:
         size = (0, 0), display.radius * n
@@ -167,7 +174,17 @@ def draw_phantom(seed: int, size: int = 256) -> Phantom:
 
 
 def write_pairs(folder: Path | str, count: int, first_seed: int = 0, size: int = 256) -> list[str]:
-    """Write `count` pairs as NAME_cxr.png and NAME_soft_tissue.png, 16 bit; returns the names."""
+    """Write pairs as NAME_cxr.png and NAME_soft_tissue.png, 16 bits.
+
+    Args:
+        folder: is made if it does not exist.
+        count: number of pairs.
+        first_seed: seed of the first phantom.
+        size: side of the images, px.
+
+    Returns:
+        The names.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = []

@@ -1,13 +1,12 @@
-"""Make a data set of dual-energy pairs: matched, registered, at the networks' size, split by patient, written down.
+"""Make a data set of dual-energy pairs: match, register and resize them, split them by patient, and record it.
 
     DATASET/train/ val/ test/    NAME_cxr.png, NAME_soft_tissue.png: 16 bits, the full range is [0, 1]
-    DATASET/dataset.json         settings, patients of each part, and each pair's fate
-    DATASET/contact_sheet.png    what to look at before training
+    DATASET/dataset.json         settings, patients of each part, and what became of each pair
+    DATASET/contact_sheet.png    to look at before training
 
-Reading and placing are those of inference (bsdiff_rt.formats, bsdiff_rt.imaging), so a model sees in training what it
-is given later. The split comes before any augmentation, which training does as it goes (train/data.py): no patient, and
-no variant of a patient, is in two parts. Patients are ordered by a hash of the seed and who they are, and the order is
-cut at the shares asked for: a patient added later moves at most one other over each of the two borders.
+Images are read and resized as in inference, so the model sees in training what it sees later. The split comes before
+any augmentation, so no patient is in two parts. Patients are ordered by a hash of seed and identity, and the order is
+cut at the requested shares. A patient added later moves at most one other over each border.
 """
 
 from __future__ import annotations
@@ -47,19 +46,19 @@ CONTACT_SHEET = "contact_sheet.png"
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How a data set is made; recorded in it.
+    """How a data set is made. Recorded in it.
 
     Attributes:
         size: side of the images, px.
-        clahe: OpenCV's clip limit, 0 for none; X-ray and soft tissue are equalised each for itself.
-        register: move the soft tissue onto its X-ray; without it only the correlation is looked at.
-        trim: leave out uniform borders of the X-ray, in both, as inference does.
-        min_correlation: of the edges of a pair; below it, the pair is bad. At -1 no pair is called bad by its look.
+        clahe: CLAHE clip limit, 0 for none. X-ray and soft-tissue image are equalised separately.
+        register: register the soft-tissue image to its X-ray. Without it, only their correlation is measured.
+        trim: cut off uniform borders of the X-ray in both images, as inference does.
+        min_correlation: of a pair's edges. Below it, a pair is bad. At -1 no pair is called bad by its look.
         split: shares of train, val and test.
         seed: of the split.
-        cxr_suffix, soft_tissue_suffix: ends of stems that say the role.
-        patient_pattern: regular expression whose first group, in an X-ray's stem or its path, says the patient; see
-            `identify_patient` for what does without it.
+        cxr_suffix: ending of an X-ray's stem.
+        soft_tissue_suffix: ending of a soft-tissue image's stem.
+        patient_pattern: regular expression whose first group, in an X-ray's stem or path, is the patient.
     """
 
     size: int = 256
@@ -76,7 +75,7 @@ class PrepareOptions:
 
 @dataclass
 class Entry:
-    """One pair in dataset.json: `status` is used, excluded (as asked) or bad; patients are numbered, not named."""
+    """One pair in dataset.json. `status` is used, excluded (as asked) or bad. Patients are numbered, not named."""
 
     name: str
     cxr: str
@@ -92,7 +91,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `prepare` made: every pair, every file that is none, and the number of used patients in each part."""
+    """The result of `prepare`: every pair, every unmatched file, and the number of used patients in each part."""
 
     pairs: list[Entry]
     unmatched: list[Unmatched]
@@ -100,11 +99,11 @@ class Dataset:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing was refused that was not to be excluded."""
+        """Whether every file was used or excluded on request."""
         return not self.unmatched and all(entry.status != "bad" for entry in self.pairs)
 
     def summarise(self) -> str:
-        """One line per part, then one for each pair and file that is in none, with the reason."""
+        """Return one line per part, then one for each pair and file that is in no part, with the reason."""
         lines = []
         for part in PARTS:
             pairs = sum(entry.part == part for entry in self.pairs)
@@ -117,13 +116,17 @@ class Dataset:
 def prepare(
     cxr_folder: Path, soft_tissue_folder: Path, output: Path, options: PrepareOptions, exclude: dict[str, str]
 ) -> Dataset:
-    """Make the data set in `output`, which appears whole or not at all.
+    """Make a data set in `output`. It appears whole or not at all.
 
     Args:
-        exclude: names, file names or stems to leave out, with the reason (`read_exclusions`).
+        cxr_folder: folder of X-rays.
+        soft_tissue_folder: folder of soft-tissue images; may be the same.
+        output: new or empty folder.
+        options: see `PrepareOptions`.
+        exclude: names, file names or stems to leave out, with the reason.
 
     Raises:
-        SettingsError: folders or options that cannot be used, no pair found, or nothing of a name to exclude.
+        SettingsError: folders or options cannot be used, no pair is found, or an excluded name does not exist.
     """
     require_empty(output)
     for folder in (cxr_folder, soft_tissue_folder):
@@ -168,9 +171,10 @@ def prepare(
 
 
 def identify_patient(one: Match, pattern: re.Pattern[str] | None) -> str:
-    """Who a pair is of: what `pattern` finds in the X-ray's name, where given; else PatientID, study, folder, or stem.
+    """Return what identifies the patient of a pair.
 
-    The folder is that of the X-ray below the one named by the user: archives often keep one for each patient.
+    This is the match of `pattern`, if given. Else it is PatientID, study, the folder of the X-ray, or its stem,
+    whichever exists first.
 
     Raises:
         InputRefused: the pattern fits neither the stem nor the path.
@@ -189,7 +193,7 @@ def identify_patient(one: Match, pattern: re.Pattern[str] | None) -> str:
 
 
 def _warn_of_split_patients(matches: list[Match], patients: dict[str, str]) -> None:
-    """A pattern goes before PatientID, which anonymised archives fill with one word: whether it parts a patient."""
+    """Warn if the pattern splits files of one PatientID into several patients."""
     behind: dict[str, set[str]] = {}
     for one in matches:
         if one.cxr.patient and one.name in patients:
@@ -204,14 +208,16 @@ def _warn_of_split_patients(matches: list[Match], patients: dict[str, str]) -> N
 
 
 def split_patients(patients: set[str], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
-    """The part of each patient: ordered by SHA-256 of seed and patient, cut at the shares in whole patients."""
+    """Return the part of each patient: ordered by SHA-256 of seed and patient, cut at the shares in whole patients."""
     order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
     borders = np.floor(np.cumsum(shares) / sum(shares) * len(order) + 0.5).astype(int)
     return {patient: PARTS[int(np.searchsorted(borders, i, side="right"))] for i, patient in enumerate(order)}
 
 
 def read_exclusions(path: Path) -> dict[str, str]:
-    """Names to leave out and why, from a text file: one a line, the reason behind ` #`; lines of `#` are notes.
+    """Read the names to leave out and the reasons from a text file: one name a line, then ` # reason`.
+
+    Lines that begin with `#` are comments.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -227,7 +233,7 @@ def read_exclusions(path: Path) -> dict[str, str]:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """Shares of train, val and test from a text such as 7:2:1.
+    """Return the shares of train, val and test from a text such as 7:2:1.
 
     Raises:
         SettingsError: not three numbers of 0 or more, the first more than 0.
@@ -254,10 +260,10 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def _exclusions(matches: list[Match], exclude: dict[str, str]) -> dict[str, str]:
-    """The reason by name of each pair to leave out.
+    """Return the reason for each pair to leave out, by name.
 
     Raises:
-        SettingsError: a line that names no pair: a slip of the pen would put a bad pair into the training.
+        SettingsError: a line names no pair. A typing error must not put a bad pair into the training.
     """
     reasons: dict[str, str] = {}
     for line, reason in exclude.items():
@@ -274,7 +280,7 @@ def _called(one: Match) -> set[str]:
 
 
 def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: dict[str, str]) -> Row:
-    """Read, register and write one pair, and say so in its entry; what to show of it."""
+    """Read, register and write one pair, fill in its entry, and return its row of the contact sheet."""
     cxr, soft_tissue = read_pair(one.cxr.path, one.soft_tissue.path)
     entry.digest = xray_digest(cxr)
     if (first := seen.setdefault(entry.digest, one.name)) != one.name:
@@ -315,7 +321,7 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
 
 
 def _at_size(image: Image, options: PrepareOptions) -> Image:
-    """[S, S] float32 in [0, 1], placed and equalised as in inference."""
+    """Return an image as the model sees it: [S, S] float32 in [0, 1], resized and equalised as in inference."""
     square, _ = to_network(image, Preprocessing(size=options.size, clahe_clip_limit=options.clahe))
     return np.asarray((square + 1) / 2, dtype=np.float32)
 
@@ -323,7 +329,7 @@ def _at_size(image: Image, options: PrepareOptions) -> Image:
 def _divide(
     entries: list[Entry], unmatched: list[Unmatched], patients: dict[str, str], work: Path, options: PrepareOptions
 ) -> Dataset:
-    """Give each used pair its part and put its files there; number the patients."""
+    """Assign each used pair to its part, move its files there, and number the patients."""
     numbers = {patient: f"p{i:04d}" for i, patient in enumerate(dict.fromkeys(patients.values()), 1)}
     used = {patients[entry.name] for entry in entries if entry.status == "used"}
     part_of = split_patients(used, options.split, options.seed)

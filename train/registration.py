@@ -1,14 +1,12 @@
-"""Lay a soft-tissue image over its X-ray, and say how well it lies: ECC (Evangelidis and Psarakis 2008) by OpenCV.
+"""Register a soft-tissue image to its X-ray and measure how well they match, with OpenCV's ECC (Evangelidis 2008).
 
-The two exposures of a dual-energy pair are a fraction of a second apart; what moves between them is mostly the patient
-as a whole, so the motion is rotation and shift. It is estimated coarse to fine on grey values, which pulls from far
-away, and finished on edges, which tell better: edges of ribs are in one image alone, but the outlines of lung, heart
-and diaphragm are in both, whatever their tones.
+The two exposures are a fraction of a second apart, so the motion is mostly rotation and shift of the whole patient. It
+is estimated coarse to fine on grey values and finished on edges, which are more precise. Outlines of lung, heart and
+diaphragm are in both images, whatever their tones.
 
-Limits, tried at 256 px: shifts up to 20 px and turns up to 3 degrees of real pairs came back within 0.3 px at the
-corners. What is left pulls the estimate: the ribs, which are in one image alone, by up to 0.6 px in phantoms, whose
-images lie exactly on each other; in one real pair the diaphragm, which had moved with the breath, by 0.6 px, and
-following it laid the vessels of the lungs off each other. So a motion below MIN_MOVE_PX is left alone.
+Tested at 256 px: shifts up to 20 px and rotations up to 3 degrees of real pairs are recovered within 0.3 px at the
+corners. Ribs, which are in one image only, pull the estimate by up to 0.6 px. A breathing diaphragm does the same and
+would shift the vessels of the lungs. So a motion below MIN_MOVE_PX is ignored.
 """
 
 from __future__ import annotations
@@ -43,8 +41,9 @@ class Registration:
 
     Attributes:
         matrix: [2, 3] float64, from X-ray to soft-tissue pixel coordinates (x, y), both at the sources' matrix.
-        correlation_before, correlation_after: of the edges of both images where they overlap, in [-1, 1].
-        displacement: farthest that `matrix` moves a corner of the picture, as a share of its longer side.
+        correlation_before: of the edges of both images as they are, in [-1, 1].
+        correlation_after: of the edges after registration, where the images overlap, in [-1, 1].
+        displacement: largest displacement of an image corner, as a share of the longer side.
         rotation_deg: clockwise on the screen.
     """
 
@@ -56,12 +55,12 @@ class Registration:
 
     @property
     def negligible(self) -> bool:
-        """Whether the motion is too small to be told from none."""
+        """Whether the motion is within the error of the estimate."""
         return self.displacement * REGISTRATION_PX < MIN_MOVE_PX
 
 
 def register(cxr: Image, soft_tissue: Image) -> Registration:
-    """Find the motion between two images of one size, [H, W] float32 in [0, 1].
+    """Estimate the motion between two images of one size, [H, W] float32 in [0, 1].
 
     Raises:
         InputFailed: the estimate does not converge.
@@ -88,7 +87,7 @@ def register(cxr: Image, soft_tissue: Image) -> Registration:
 
 
 def measure_unregistered(cxr: Image, soft_tissue: Image) -> Registration:
-    """Two images of one size as they lie."""
+    """Return the registration of two images of one size as they are, without motion."""
     as_it_lies = _correlation(
         find_edges(reduce_image(cxr)), find_edges(reduce_image(soft_tissue)), np.eye(2, 3, dtype=np.float32)
     )
@@ -96,14 +95,14 @@ def measure_unregistered(cxr: Image, soft_tissue: Image) -> Registration:
 
 
 def apply_motion(soft_tissue: Image, matrix: Matrix) -> Image:
-    """The soft-tissue image as seen from its X-ray, [H, W] float32 in [0, 1] (bicubic; what lies outside repeats)."""
+    """Return the soft-tissue image in the X-ray's coordinates, [H, W] float32 in [0, 1]. Bicubic; edges are repeated."""
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     moved = cv2.warpAffine(soft_tissue, matrix, soft_tissue.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(np.clip(moved, 0, 1), dtype=np.float32)
 
 
 def measure_displacement(matrix: Matrix, shape: tuple[int, ...]) -> float:
-    """Farthest that `matrix` moves a corner of a picture of `shape`, as a share of its longer side."""
+    """Return the largest displacement of a corner of an image of `shape`, as a share of its longer side."""
     rows, columns = shape
     corners = np.array([[x, y, 1.0] for x in (0, columns - 1) for y in (0, rows - 1)])
     moves = corners @ matrix.T - corners[:, :2]
@@ -111,14 +110,14 @@ def measure_displacement(matrix: Matrix, shape: tuple[int, ...]) -> float:
 
 
 def find_edges(image: Image) -> Image:
-    """Steepness of the smoothed image: [H, W] float32, not negative."""
+    """Return the gradient magnitude of the smoothed image, [H, W] float32."""
     smooth = _smooth(image)
     steep: Image = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
     return steep
 
 
 def _ecc(fixed: Image, moving: Image, warp: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    """`warp`, in px at scale 1, improved on images at `scale`."""
+    """Improve `warp`, in px at scale 1, on images at `scale`."""
     # OpenCV maps pixel centres, which lie at (i + 1/2) * scale - 1/2 of the other scale.
     to_scale = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2], [0, 0, 1]])
     square = np.vstack([warp, [0.0, 0.0, 1.0]])
@@ -139,7 +138,7 @@ def _correlation(fixed: Image, moving: Image, warp: NDArray[np.float32]) -> floa
 
 
 def reduce_image(image: Image) -> Image:
-    """The image with its longer side at REGISTRATION_PX."""
+    """Return the image with its longer side at REGISTRATION_PX."""
     placement = place(image.shape, REGISTRATION_PX)
     return resize(image, (placement.height, placement.width))
 
@@ -149,6 +148,6 @@ def _smooth(image: Image) -> Image:
 
 
 def _scaling(shape: tuple[int, ...], source: tuple[int, ...]) -> Matrix:
-    """[3, 3]: pixel coordinates (x, y) in a picture of `shape` to those in `source`; centres to centres."""
+    """Return [3, 3]: from pixel coordinates (x, y) in an image of `shape` to those in `source`, centre to centre."""
     y, x = (ours / theirs for ours, theirs in zip(source, shape, strict=True))
     return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])

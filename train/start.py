@@ -1,4 +1,4 @@
-"""Start stage 1 from the weights of a bundle, with residual blocks added where the preset has more of them."""
+"""Start stage 1 from the weights of a bundle, with residual blocks added if the preset has more of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from bsdiff_rt.runners.eager import load_networks
 
 
 def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> Bundle:
-    """Give a new `denoiser` a bundle's weights; residual blocks that the bundle's has not start as the identity.
+    """Give a new denoiser a bundle's weights. Added residual blocks begin as the identity, so both compute the same.
 
-    Both then compute the same. Blocks can be added to levels without attention.
+    Blocks can be added to levels without attention.
 
     Args:
-        denoiser: as built; its weights are replaced.
-        schedule: it will be trained for.
-        bundle: folder, or name of a bundle of the package.
+        denoiser: as built. Its weights are replaced.
+        schedule: the diffusion it will be trained for.
+        bundle: folder, or name of a bundle in the package.
 
-    Returns: the bundle.
+    Returns:
+        The bundle.
 
     Raises:
-        BundleError: no such bundle, or a damaged one.
+        BundleError: there is no such bundle, or it is damaged.
         SettingsError: its network is no smaller form of this one, or was trained for another schedule.
     """
     opened = open_bundle(bundle)
@@ -60,7 +61,7 @@ def _copy(denoiser: Denoiser, source: Denoiser, bundle: str) -> None:
 
 
 def _copy_down(new: DownBlock, old: DownBlock) -> None:
-    """Added blocks come last and return their input, as every block of a new network does."""
+    """Copy a level of the way down. Added blocks come last and return their input, as every new block does."""
     _load(new.resnets[: len(old.resnets)], old.resnets)
     _load(new.attentions[: len(old.attentions)], old.attentions)
     if new.downsampler is not None and old.downsampler is not None:
@@ -68,7 +69,7 @@ def _copy_down(new: DownBlock, old: DownBlock) -> None:
 
 
 def _copy_up(new: UpBlock, old: UpBlock) -> None:
-    """The first block takes the newest skip, which equals the one it took; the added ones follow and pass it on."""
+    """Copy a level of the way up. The first block takes the newest skip; added blocks follow and pass their input on."""
     added = len(new.resnets) - len(old.resnets)
     _load([new.resnets[0], *new.resnets[1 + added :]], old.resnets)
     for block in new.resnets[1 : 1 + added]:
@@ -84,7 +85,7 @@ def _load(new: Iterable[nn.Module], old: Iterable[nn.Module]) -> None:
 
 
 def _pass_on(block: ResBlock) -> None:
-    """Make a new block of the way up return the first of the two things it is given, whatever the second is."""
+    """Make a new block of the way up return the first of its two inputs, whatever the second one is."""
     shortcut = cast(nn.Conv2d, block.skip_connection)
     nn.init.zeros_(cast(nn.Parameter, shortcut.bias))
     nn.init.dirac_(shortcut.weight)

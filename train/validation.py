@@ -1,4 +1,4 @@
-"""What a network in training is judged on: held-out phantoms and pairs, and a picture of them."""
+"""Judge a model in training on held-out phantoms and pairs, and draw a picture of them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FEW_STEPS = SamplerSettings("ddim", 3)
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out pairs by group name, at the network's size.
+    """Held-out pairs by group name, at the model's size.
 
-    `denoiser`, `both` and `direct` return one flat dict of figures and write a picture: X-ray | truth | prediction |
-    true bone | predicted bone, one row per image.
+    `denoiser`, `both` and `direct` return figures by name and write a picture. It has one row per image: X-ray, truth,
+    prediction, true bone, predicted bone.
     """
 
     groups: dict[str, list[Pair]]
@@ -41,7 +41,9 @@ class Validation:
     sampler: SamplerSettings = FEW_STEPS
 
     def description(self) -> dict[str, str]:
-        """What a checkpoint says of what it is judged on: early stopping compares figures of the same images."""
+        """Return what a checkpoint records of the images it is judged on. Early stopping compares figures of the same
+        images.
+        """
         said = []
         for group, pairs in self.groups.items():
             digests = hashlib.sha256("".join(sorted(pair.digest for pair in pairs)).encode()).hexdigest()
@@ -49,13 +51,19 @@ class Validation:
         return {"judged_on": ", ".join(said)}
 
     def denoiser(self, network: nn.Module, picture: Path) -> dict[str, float]:
-        """Stage 1 alone: BSR and PSNR per group after a few steps; and, for real pairs shown with a foreign tone, the
-        tone-matched BSR of what `--detail source` makes of them.
+        """Judge stage 1 alone after a few steps.
+
+        Args:
+            network: stage 1.
+            picture: file to write.
+
+        Returns:
+            BSR and PSNR per group. For real pairs also the tone-matched BSR in the tone of a foreign scanner.
         """
         return self._judge(lambda cxr: run_stage_one(network, self.schedule, cxr, self.sampler), picture)
 
     def both(self, denoiser: nn.Module, enhancer: nn.Module, picture: Path) -> dict[str, float]:
-        """Both stages, the same figures."""
+        """Judge both stages. Figures and picture are those of stage 1 alone."""
 
         def predict(cxr: Image) -> Image:
             return run_network(enhancer, run_stage_one(denoiser, self.schedule, cxr, self.sampler))
@@ -63,7 +71,7 @@ class Validation:
         return self._judge(predict, picture)
 
     def direct(self, network: nn.Module, picture: Path) -> dict[str, float]:
-        """A network that maps an X-ray to soft tissue in one go, the same figures."""
+        """Judge a network that maps an X-ray to soft tissue in one call."""
         return self._judge(lambda cxr: run_network(network, cxr), picture)
 
     def _judge(self, predict: Predict, picture: Path) -> dict[str, float]:
@@ -87,14 +95,14 @@ class Validation:
 
 @torch.no_grad()
 def run_network(network: nn.Module, image: Image) -> Image:
-    """An image through a network of one input, on the network's device: [S, S] float32 in [0, 1] to the same."""
+    """Run an image through a network of one input, on the network's device: [S, S] float32 in [0, 1] to the same."""
     x = torch.from_numpy(image * 2 - 1)[None, None].to(find_device(network))
     made: Tensor = network(x).clamp(-1, 1)
     return (made[0, 0].cpu().numpy() + np.float32(1)) / np.float32(2)
 
 
 def run_stage_one(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
-    """Stage 1, on its network's device: [S, S] float32 in [0, 1] to the same."""
+    """Run an X-ray through stage 1, on its device: [S, S] float32 in [0, 1] to the same."""
     runner = EagerRunner(network, nn.Identity(), cxr.shape[0], find_device(network))
     noise = [ImageNoise(0, grey_digest(cxr))]
 
@@ -107,12 +115,12 @@ def run_stage_one(network: nn.Module, schedule: Schedule, cxr: Image, sampler: S
 
 
 def find_device(network: nn.Module) -> torch.device:
-    """Where a network's parameters are."""
+    """Return the device of a network's parameters."""
     return next(network.parameters()).device
 
 
 def _foreign(pair: Pair) -> tuple[Image, Image]:
-    """A pair as another scanner might show it: weaker bone, its own tone, a tone curve of a fixed seed."""
+    """Return a pair as another scanner might show it: weaker bone, its own tone, a tone curve of a fixed seed."""
     curve = tone_curve(np.random.default_rng(7))
     weaker = np.clip(pair.tone_matched + 0.6 * (pair.cxr - pair.tone_matched), 0, 1)
     return curve(weaker), curve(pair.tone_matched)

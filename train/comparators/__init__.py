@@ -1,10 +1,12 @@
-"""The networks BS-Diff is compared with in the paper's Table 1: shape, loss and discriminator of each.
+"""The networks that BS-Diff is compared with in the paper's Table 1: shape, loss and discriminator of each.
 
-Written anew from the papers and, for sizes they leave out, from published code. All map an X-ray to soft tissue,
-[B, 1, H, W] float32 in [-1, 1], and are trained by the same loop on the same pairs for the same number of steps.
+They are written from the papers and, for sizes the papers leave out, from published code. All map an X-ray to soft
+tissue, [B, 1, H, W] float32 in [-1, 1]. All are trained by the same loop on the same pairs for the same number of
+steps.
 
-The losses mix the terms their papers name; 0.84 to 0.16 is the mixture of Zhao et al. 2017, on which two of them build,
-and 100 to 1 that of pix2pix. Learning rate and length are the recipe's, not theirs: the comparison is of networks.
+The losses mix the terms that their papers name. 0.84 to 0.16 is the mixture of Zhao et al. 2017, on which two of them
+build; 100 to 1 is that of pix2pix. Learning rate and length are the recipe's, because the comparison is one of
+networks.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from train.losses import LossWeights
 
 @dataclass(frozen=True)
 class Comparator:
-    """One of them.
+    """A network of the comparison.
 
     Attributes:
-        title: as the paper's table calls it.
-        build: the network for images of a side in px.
-        multiple: what their side must be a multiple of, px.
+        title: its name in the paper's table.
+        build: makes the network for images of a side in px.
+        multiple: returns the number that a side in px must be a multiple of.
         losses: its own loss.
-        view, view_channels: what its discriminator sees, where it has one.
+        view: makes the input of its discriminator, if it has one.
+        view_channels: channels of that input.
     """
 
     title: str

@@ -11,7 +11,7 @@ KERNEL_PX = 5
 
 
 class Gusarev(nn.Module):
-    """129 thousand parameters; H and W multiples of 8."""
+    """The network: 129 thousand parameters. H and W must be multiples of 8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +25,6 @@ class Gusarev(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, cxr: Tensor) -> Tensor:
-        """[B, 1, H, W] in [-1, 1] to the same."""
+        """Map an X-ray [B, 1, H, W] in [-1, 1] to soft tissue of the same shape and range."""
         out: Tensor = self.layers(cxr)
         return out

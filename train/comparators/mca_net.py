@@ -19,17 +19,17 @@ SCALES = 4  # full, half, quarter, eighth
 
 
 def count_levels(size: int) -> int:
-    """How many of the seven levels images of `size` px a side have room for: 2 x 2 px at the lowest."""
+    """Return how many of the seven levels images of `size` px have room for. The lowest is 2 x 2 px."""
     return min(len(CHANNELS), int(math.log2(size)) - 1)
 
 
 def _down(before: int, after: int) -> nn.Sequential:
-    """Half the side."""
+    """Return layers that halve the side."""
     return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.LeakyReLU())
 
 
 def _up(before: int, after: int) -> nn.Sequential:
-    """Twice the side."""
+    """Return layers that double the side."""
     return nn.Sequential(
         nn.ConvTranspose2d(before, after, 2, stride=2),
         nn.LeakyReLU(),
@@ -39,7 +39,7 @@ def _up(before: int, after: int) -> nn.Sequential:
 
 
 def _image(channels: int, ratio: int) -> nn.Sequential:
-    """An image at the full side from features `ratio` times smaller."""
+    """Return layers that make an image at the full side from features that are `ratio` times smaller."""
     return nn.Sequential(
         nn.Conv2d(channels, 1, 3, padding=1),
         nn.ReLU(),
@@ -51,10 +51,10 @@ def _image(channels: int, ratio: int) -> nn.Sequential:
 
 
 class McaNet(nn.Module):
-    """The generator; H and W multiples of 2**levels.
+    """The generator. H and W must be multiples of 2**levels.
 
     Args:
-        levels: of CHANNELS that are used, more than the three smaller scales.
+        levels: how many of CHANNELS are used; more than the three smaller scales.
     """
 
     def __init__(self, levels: int = len(CHANNELS)) -> None:
@@ -69,7 +69,7 @@ class McaNet(nn.Module):
         self.images = nn.ModuleList(_image(widths[i], 2 ** (i + 1)) for i in range(SCALES - 1))
 
     def forward(self, cxr: Tensor) -> Tensor:
-        """[B, 1, H, W] in [-1, 1] to the same."""
+        """Map an X-ray [B, 1, H, W] in [-1, 1] to soft tissue of the same shape and range."""
         skips = [cxr]
         for down in self.down:
             skips.append(down(skips[-1]))
@@ -86,7 +86,7 @@ class McaNet(nn.Module):
 
 
 def add_gradients(image: Tensor, cxr: Tensor | None) -> Tensor:
-    """What the discriminator sees: image and X-ray, each behind its two Sobel gradients, [B, 6, H, W]."""
+    """Return the discriminator's input, [B, 6, H, W]: image and X-ray, each after its two Sobel gradients."""
     assert cxr is not None, "MCA-Net's discriminator is shown the X-ray"
     sobel = image.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = torch.stack([sobel, sobel.T])[:, None]

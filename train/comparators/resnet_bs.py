@@ -11,7 +11,7 @@ RESIDUAL_SCALE = 0.1  # keeps sixteen sums without normalisation stable
 
 
 class Block(nn.Module):
-    """x + 0.1 convolution(ReLU(convolution(x))); [B, CHANNELS, H, W] to the same."""
+    """A residual block: x + 0.1 convolution(ReLU(convolution(x))), [B, CHANNELS, H, W]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class ResNetBS(nn.Module):
-    """Features, sixteen blocks around which the features are led, and a linear image: 1.2 M parameters."""
+    """The network: features, sixteen residual blocks with a shortcut around them, and a linear image. 1.2 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ResNetBS(nn.Module):
         self.last = nn.Conv2d(CHANNELS, 1, 3, padding=1)
 
     def forward(self, cxr: Tensor) -> Tensor:
-        """[B, 1, H, W] in [-1, 1] to the same shape, not clamped."""
+        """Map an X-ray [B, 1, H, W] in [-1, 1] to soft tissue of the same shape, not clamped."""
         features = self.first(cxr)
         out: Tensor = self.last(features + self.body(features))
         return out
