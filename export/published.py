@@ -70,8 +70,8 @@ class _NoteTaker(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if not _KNOWN.fullmatch(full_name):
             raise BundleError(
-                f"it names {full_name!r}, which no checkpoint of the published networks contains; nothing in it was "
-                "run. Loading it with torch.load might run it: find out where the file comes from"
+                f"it names {full_name!r}, which no checkpoint of the published networks contains. Nothing in it was "
+                "run. Loading it with torch.load might run it: find out where the file comes from."
             )
         return type("Note", (Note,), {"name": full_name})  # one per use: a file can change no other's
 
@@ -101,7 +101,7 @@ def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[s
             (pickled,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
             folder = pickled.removesuffix("data.pkl")
             if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-                raise BundleError("it was written on a big-endian machine; load and save it on a little-endian one")
+                raise BundleError("it was written on a big-endian machine. Load and save it on a little-endian one.")
             content = _NoteTaker(io.BytesIO(archive.read(pickled))).load()
             entries = _chosen(content, weights)
             if all(key.startswith("module.") for key in entries):
@@ -111,8 +111,8 @@ def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[s
         raise BundleError(f"{path}: {error}") from None
     except Exception as error:  # a damaged or hostile pickle raises anything
         raise BundleError(
-            f"{path}: not a checkpoint that can be read ({one_line(error)}); it should be a file written by torch.save "
-            "of torch 1.6 or newer; an older file that you trust can be loaded and saved again"
+            f"{path}: not a checkpoint that can be read ({one_line(error)}). It must be written by torch.save of "
+            "torch 1.6 or newer. Load and save an older file again if you trust it."
         ) from error
 
 
@@ -130,9 +130,9 @@ def _chosen(content: Any, weights: WeightsName) -> dict[str, Any]:
         return entries
     values = ema.get("shadow_params" if weights == "ema" else "collected_params")
     if not isinstance(values, list):
-        raise BundleError("it holds no averaged weights (ema: shadow_params); choose --weights model")
+        raise BundleError("it holds no averaged weights (ema: shadow_params). Choose --weights model.")
     if len(values) != len(entries):
-        raise BundleError(f"ema holds {len(values)} tensors, model {len(entries)}; choose --weights model")
+        raise BundleError(f"ema holds {len(values)} tensors, model {len(entries)}. Choose --weights model.")
     return dict(zip(entries, values, strict=True))  # torch_ema keeps a list, in the order of model.parameters()
 
 
@@ -157,9 +157,9 @@ def _tensor(archive: zipfile.ZipFile, folder: str, key: str, value: Any) -> torc
     if isinstance(value, Note) and value.name == "torch._utils._rebuild_parameter":
         value = value.args[0]
     if not isinstance(value, Note) or value.name != "torch._utils._rebuild_tensor_v2":
-        raise BundleError(f"{key} is no tensor; the file should hold weights and nothing else at that place")
+        raise BundleError(f"{key} is no tensor. The file must hold only weights there.")
     (_, storage, name, _, _), offset, size, stride = value.args[:4]
     if storage.name not in _DTYPES:
-        raise BundleError(f"{key} is stored as {storage.name}; weights are floating-point numbers")
+        raise BundleError(f"{key} is stored as {storage.name}. Weights must be floating-point numbers.")
     data = bytearray(archive.read(f"{folder}data/{name}"))
     return torch.frombuffer(data, dtype=_DTYPES[storage.name]).as_strided(size, stride, offset).float()

@@ -60,8 +60,8 @@ def write_checkpoint(state: dict[str, Any], path: Path, last_step: int | None) -
         free = shutil.disk_usage(path.parent).free / 1e6
         last = "there is no checkpoint yet" if last_step is None else f"the last checkpoint is of step {last_step}"
         raise SettingsError(
-            f"{path}: cannot be written ({one_line(cause)}); it takes {needed:.1f} MB, "
-            f"{free:.1f} MB are free; make room and run again, {last}"
+            f"{path}: cannot be written ({one_line(cause)}). It takes {needed:.1f} MB, "
+            f"{free:.1f} MB are free. Make room and run again: {last}."
         ) from error
 
 
@@ -72,7 +72,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         SettingsError: there is no such file, or it is not a checkpoint of this program.
     """
     if not path.is_file():
-        raise SettingsError(f"{path}: no such checkpoint; train first")
+        raise SettingsError(f"{path}: no such checkpoint. Train first.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make it raise anything

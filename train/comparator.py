@@ -100,9 +100,9 @@ def choose_crop(name: str, size: int, crop: int | None) -> int:
     """
     side, multiple = crop or size, COMPARATORS[name].multiple(size)
     if side > size:
-        raise SettingsError(f"--crop {side} is more than --size {size}; choose at most that")
+        raise SettingsError(f"--crop {side} is more than --size {size}. Choose at most that.")
     if side % multiple or size % multiple:
-        raise SettingsError(f"{name}: --crop {side} at --size {size}; both must be multiples of {multiple} px")
+        raise SettingsError(f"{name}: --crop {side} at --size {size}. Both must be multiples of {multiple} px.")
     return side
 
 

@@ -97,7 +97,7 @@ class Augmentation:
         chosen = AUGMENTATION_SETS.get(kinds, frozenset(kinds.split(",")))
         if unknown := sorted(chosen - AUGMENTATION_SETS["demo"]):
             known = ", ".join((*AUGMENTATION_SETS, *sorted(AUGMENTATION_SETS["demo"])))
-            raise SettingsError(f"augmentation {unknown[0]!r} is not known; choose from {known}")
+            raise SettingsError(f"augmentation {unknown[0]!r} is not known. Choose from {known}.")
         off: dict[str, Any] = {kind.replace("-", "_"): 0 for kind in AUGMENTATION_SETS["demo"] - chosen}
         return replace(cls(), **off)
 
@@ -121,7 +121,7 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
     if abs(rows / columns * soft_columns / soft_rows - 1) > ONE_SHAPE_WITHIN:
         raise SettingsError(
             f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
-            "shape; `python -m train prepare` registers pairs"
+            "shape. Register the pairs with `python -m train prepare`."
         )
     squares = (to_network(image, Preprocessing(size))[0] for image in remove_borders(images))
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
@@ -172,7 +172,7 @@ def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, 
         return [(entry["name"], entry["part"], entry.get("digest")) for entry in record["pairs"]], settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"{path}: not the record of a data set ({type(error).__name__}); make one with `python -m train prepare`"
+            f"{path}: not the record of a data set ({type(error).__name__}). Make one with `python -m train prepare`."
         ) from None
 
 
@@ -213,13 +213,13 @@ class Batches:
             raise SettingsError("nothing to train on: give a folder of pairs, a number of phantoms, or both")
         if real and len(phantoms) and real_share == 1:
             raise SettingsError(
-                f"{len(phantoms)} phantoms, but all samples are to be real ones; give --real-share below 1, or "
-                "--phantoms 0"
+                f"{len(phantoms)} phantoms, but all samples are to be real ones. Give --real-share below 1, or "
+                "--phantoms 0."
             )
         if clahe and len(phantoms):
             raise SettingsError(
-                f"the data set is equalised (CLAHE {clahe:g}), phantoms are not: give --phantoms 0, or prepare it "
-                "with --clahe 0"
+                f"the data set is equalised (CLAHE {clahe:g}), phantoms are not. Give --phantoms 0, or prepare it "
+                "with --clahe 0."
             )
         self.clahe = clahe
         self.real = real

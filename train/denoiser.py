@@ -157,7 +157,7 @@ def train_denoiser(
     if last:
         began = run.restored.get("start")
         if (began is None) != (start is None):
-            raise SettingsError(f"{last}: trained with start {began}, not {start}; give the same, or another folder")
+            raise SettingsError(f"{last}: trained with start {began}, not {start}. Give the same, or another folder.")
         trained_on = run.restored.get("trained_on", trained_on)
     elif bundle:
         began = bundle.sha256
@@ -186,8 +186,8 @@ def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:
     known = set(trained_on)
     if seen := [pair.name for pairs in validation.groups.values() for pair in pairs if pair.digest in known]:
         raise SettingsError(
-            f"held out here, but trained on, here or in the bundle it starts from: {', '.join(seen)}; hold others out, "
-            "or none"
+            f"held out, but trained on, here or in the bundle it starts from: {', '.join(seen)}. Hold out other pairs, "
+            "or none."
         )
 
 

@@ -70,7 +70,9 @@ class StageOne:
             network.load_state_dict(state["averaged"])
             schedule = Schedule(**state["schedule"])
         except (RuntimeError, TypeError) as error:  # the preset, or the schedule's fields, changed between versions
-            raise SettingsError(f"{path}: does not fit preset {preset.name} of this version; train it anew") from error
+            raise SettingsError(
+                f"{path}: does not fit preset {preset.name} of this version. Train it again."
+            ) from error
         digest = hashlib.sha256()
         for tensor in state["averaged"].values():
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -86,8 +88,8 @@ class StageOne:
         known = [pair.name for pair in held_out if pair.digest in self.trained_on]
         if known:
             raise SettingsError(
-                f"held out here, but stage 1 was trained on: {', '.join(known)}; give both stages the same --dataset, "
-                "or the same --pairs and --hold-out"
+                f"held out here, but stage 1 was trained on: {', '.join(known)}. Give both stages the same --dataset, "
+                "or the same --pairs and --hold-out."
             )
 
 
@@ -106,8 +108,8 @@ def _claim(partial: Path, path: Path) -> None:
     except OSError as error:
         partial.unlink()
         raise SettingsError(
-            f"{path}: stage 1's outputs take {bytes_wanted / 1e6:.0f} MB, which cannot be written ({error.strerror}); "
-            "free some, or give fewer --samples"
+            f"{path}: stage 1's outputs take {bytes_wanted / 1e6:.0f} MB, which cannot be written ({error.strerror}). "
+            "Make room, or give fewer --samples."
         ) from None
 
 
@@ -154,8 +156,8 @@ def make_stage_one_outputs(
         made = run_stage_one(network, stage.schedule, (cxr + 1) / 2, sampler) * 2 - 1
         if not np.isfinite(made).all():
             raise SettingsError(
-                f"{folder / 'denoiser.pt'}: what it makes of sample {i} is not finite; train stage 1 anew, with a "
-                "lower --learning-rate or --no-bf16"
+                f"{folder / 'denoiser.pt'}: its result for sample {i} is not finite. Train stage 1 again with a "
+                "lower --learning-rate or --no-bf16."
             )
         outputs[i] = made, soft_tissue
     outputs.flush()
@@ -172,7 +174,7 @@ def _open_outputs(path: Path) -> np.memmap[Any, np.dtype[np.float16]]:
     try:
         np.load(path, mmap_mode="r")  # opened to be written to, a file that was cut off would be filled up with zeros
     except (EOFError, ValueError) as error:
-        raise SettingsError(f"{path}: damaged ({one_line(error)}); remove it, and it is made anew") from error
+        raise SettingsError(f"{path}: damaged ({one_line(error)}). Remove it, and it is made again.") from error
     return np.lib.format.open_memmap(path, "r+")
 
 

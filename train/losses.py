@@ -75,7 +75,7 @@ class HybridLoss:
         """
         if self.critic and state:
             if "critic" not in state:
-                raise SettingsError("the checkpoint was trained without the adversarial term; give --adversarial 0")
+                raise SettingsError("the checkpoint was trained without the adversarial term. Give --adversarial 0.")
             self.critic.load_state_dict(state["critic"])
 
 

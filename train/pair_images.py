@@ -1,4 +1,4 @@
-"""The two images of a pair: read them onto one matrix and grey scale, and check that they can be X-ray and soft tissue."""
+"""Read the two images of a pair onto one matrix and grey scale, and check that they can be X-ray and soft tissue."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
             soft_tissue = read_result(soft_tissue_path, source.bits_stored)
     if not SAME_SCALE[0] < soft_tissue.mean() / cxr.mean() < SAME_SCALE[1]:
         logger.warning(
-            "%s: its soft tissue is on average %.2f times as bright; are both on one grey scale? (docs/training.md)",
+            "%s: its soft-tissue image is %.2f times as bright on average. Check that both have one grey scale "
+            "(docs/training.md).",
             cxr_path.name,
             soft_tissue.mean() / cxr.mean(),
         )

@@ -128,7 +128,7 @@ def find_sources(folder: Path, suffix: str) -> list[Source]:
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_symlink() and path.is_dir():
-            logger.warning("%s: a link to a folder, which is not followed; put the folder itself there", path)
+            logger.warning("%s: a link to a folder is not followed. Put the folder itself there.", path)
         elif is_input(path):
             relative, stem = path.relative_to(folder), stem_of(path)
             labelled = bool(suffix) and stem.endswith(suffix) and stem != suffix
@@ -215,7 +215,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _identity(path: Path) -> tuple[str | None, str | None]:
-    """Return StudyInstanceUID and PatientID. Each is None if absent, or if the file is no DICOM file or cannot be read."""
+    """Return StudyInstanceUID and PatientID. Each is None if absent, or if the file cannot be read as DICOM."""
     if not is_dicom(path):
         return None, None
     try:

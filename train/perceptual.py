@@ -22,7 +22,7 @@ VGG16_PASSES = 3  # work of the perceptual term, in forward passes: prediction, 
 
 
 class VGG16(nn.Module):
-    """The convolutional part of VGG-16. Its parameters are named features.N.weight and features.N.bias, as published."""
+    """The convolutional part of VGG-16. Its parameters have their published names, features.N.weight and so on."""
 
     mean: Tensor
     deviation: Tensor
@@ -67,8 +67,8 @@ def load_vgg16(path: Path | None) -> VGG16:
     path = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     if not path.is_file():
         raise SettingsError(
-            f"{path}: no such file; the perceptual loss needs VGG-16's weights: put torchvision's {WEIGHTS_FILE} "
-            "there, name it with --vgg16, or train with --perceptual 0"
+            f"{path}: no such file. The perceptual loss needs VGG-16's weights. Put torchvision's {WEIGHTS_FILE} "
+            "there, name it with --vgg16, or train with --perceptual 0."
         )
     network = VGG16().eval().requires_grad_(False)
     try:

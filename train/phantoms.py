@@ -156,7 +156,7 @@ def draw_phantom(seed: int, size: int = 256) -> Phantom:
         The pair. It depends on the arguments alone.
     """
     if size < SMALLEST_PX:
-        raise ValueError(f"phantom size is {size} pixels; at least {SMALLEST_PX} are needed")
+        raise ValueError(f"phantom size is {size} px. At least {SMALLEST_PX} px are needed.")
     streams = [np.random.default_rng([seed, part]) for part in range(7)]
     pixels = 2 * round(size * (1 + 2 * MARGIN) * (1.2 if size <= 384 else 1.0) / 2)
     build = draw_build(streams[0])

@@ -131,7 +131,7 @@ def prepare(
     require_empty(output)
     for folder in (cxr_folder, soft_tissue_folder):
         if output.resolve().is_relative_to(folder.resolve()):
-            raise SettingsError(f"{output}: lies in {folder}, which is searched for images; choose another folder")
+            raise SettingsError(f"{output}: lies in {folder}, which is searched for images. Choose another folder.")
     pattern = _compiled(options.patient_pattern)
     matches, unmatched = pair_files(cxr_folder, soft_tissue_folder, options.cxr_suffix, options.soft_tissue_suffix)
     if not matches:
@@ -200,8 +200,8 @@ def _warn_of_split_patients(matches: list[Match], patients: dict[str, str]) -> N
             behind.setdefault(one.cxr.patient, set()).add(patients[one.name])
     if spread := sum(len(found) > 1 for found in behind.values()):
         logger.warning(
-            "by --patient-pattern %d of %d PatientIDs are more than one patient, and may land in two parts; leave it "
-            "out, unless these DICOM files name no patient",
+            "--patient-pattern splits %d of %d PatientIDs into several patients, which may land in two parts. Leave it "
+            "out, unless PatientID is the same word in all these files.",
             spread,
             len(behind),
         )
@@ -255,7 +255,7 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
     except re.error as error:
         raise SettingsError(f"--patient-pattern {pattern}: not a regular expression ({error})") from None
     if not compiled.groups:
-        raise SettingsError(f"--patient-pattern {pattern}: has no group; put what names the patient in brackets")
+        raise SettingsError(f"--patient-pattern {pattern}: has no group. Put brackets around the patient's part.")
     return compiled
 
 
@@ -284,7 +284,11 @@ def _make(one: Match, entry: Entry, work: Path, options: PrepareOptions, seen: d
     cxr, soft_tissue = read_pair(one.cxr.path, one.soft_tissue.path)
     entry.digest = xray_digest(cxr)
     if (first := seen.setdefault(entry.digest, one.name)) != one.name:
-        logger.warning("%s: the same X-ray as %s; --exclude one, or training may be judged on it", one.name, first)
+        logger.warning(
+            "%s: the same X-ray as %s. Leave one out with --exclude, or training may be validated on it.",
+            one.name,
+            first,
+        )
     reason = explain_same_image(cxr, soft_tissue)
     if options.register and reason is None:
         try:
@@ -343,8 +347,8 @@ def _divide(
     counts = Counter(part_of.values())
     if unnamed := sum(who.startswith(("study ", "stem ", "folder ")) for who in patients.values()):
         logger.warning(
-            "%d pairs name no patient: each study counts as one, without studies each folder, and each file that is in "
-            "none; a patient of two studies may land in two parts (--patient-pattern says better)",
+            "%d pairs name no patient. Each study counts as a patient, else each folder, else each file. A patient of "
+            "two studies may land in two parts: give --patient-pattern.",
             unnamed,
         )
     for part, share in zip(PARTS, options.split, strict=True):

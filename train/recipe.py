@@ -75,7 +75,7 @@ class Recipe:
         if not self.epochs:
             return stage
         if not pairs:
-            raise SettingsError("this recipe counts epochs over real pairs; give --pairs or --dataset, or --steps")
+            raise SettingsError("this recipe counts epochs over real pairs. Give --pairs, --dataset or --steps.")
         steps_per_epoch = max(1, round(VERSIONS_PER_PAIR * pairs / (stage.images * processes)))
         return replace(stage, steps=self.epochs * steps_per_epoch, save_every=CHECK_EPOCHS * steps_per_epoch)
 

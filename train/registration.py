@@ -95,7 +95,7 @@ def measure_unregistered(cxr: Image, soft_tissue: Image) -> Registration:
 
 
 def apply_motion(soft_tissue: Image, matrix: Matrix) -> Image:
-    """Return the soft-tissue image in the X-ray's coordinates, [H, W] float32 in [0, 1]. Bicubic; edges are repeated."""
+    """Return the soft-tissue image in the X-ray's coordinates, [H, W] float32 in [0, 1]. Bicubic, edges repeated."""
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     moved = cv2.warpAffine(soft_tissue, matrix, soft_tissue.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(np.clip(moved, 0, 1), dtype=np.float32)

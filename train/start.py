@@ -37,9 +37,9 @@ def start_from(denoiser: Denoiser, schedule: Schedule, bundle: str) -> Bundle:
     opened = open_bundle(bundle)
     manifest, asked = opened.manifest, denoiser.config
     if replace(manifest.denoiser, res_blocks=asked.res_blocks) != asked:
-        raise SettingsError(f"--start {bundle}: its denoiser is {manifest.denoiser}; asked for is {asked}")
+        raise SettingsError(f"--start {bundle}: its denoiser is {manifest.denoiser}, not {asked}")
     if manifest.schedule != schedule:
-        raise SettingsError(f"--start {bundle}: trained for {manifest.schedule}; asked for is {schedule}")
+        raise SettingsError(f"--start {bundle}: trained for {manifest.schedule}, not {schedule}")
     source, _ = load_networks(opened)
     with torch.no_grad():
         _copy(denoiser, source, bundle)
@@ -53,8 +53,8 @@ def _copy(denoiser: Denoiser, source: Denoiser, bundle: str) -> None:
     for i, (had, has) in enumerate(zip(source.config.res_blocks, config.res_blocks, strict=True)):
         if has < had or (has > had and config.attention[i]):
             raise SettingsError(
-                f"--start {bundle}: {had} residual blocks at level {i + 1}, {has} in this preset; they can only be "
-                "added, and only where there is no attention"
+                f"--start {bundle}: {had} residual blocks at level {i + 1}, {has} in this preset. Blocks can only be "
+                "added, and only to levels without attention."
             )
         _copy_down(cast(DownBlock, denoiser.down_blocks[i]), cast(DownBlock, source.down_blocks[i]))
         _copy_up(cast(UpBlock, denoiser.up_blocks[last - i]), cast(UpBlock, source.up_blocks[last - i]))
@@ -69,7 +69,7 @@ def _copy_down(new: DownBlock, old: DownBlock) -> None:
 
 
 def _copy_up(new: UpBlock, old: UpBlock) -> None:
-    """Copy a level of the way up. The first block takes the newest skip; added blocks follow and pass their input on."""
+    """Copy a level of the way up. The first block takes the newest skip; added ones follow and pass it on."""
     added = len(new.resnets) - len(old.resnets)
     _load([new.resnets[0], *new.resnets[1 + added :]], old.resnets)
     for block in new.resnets[1 : 1 + added]:

@@ -195,7 +195,7 @@ def test_kinds_of_augmentation_by_name():
         assert on == {kind.replace("-", "_")}
         assert getattr(only, kind.replace("-", "_")) == getattr(Augmentation(), kind.replace("-", "_"))
     for wrong in ("", "shear", "flip,", "flip, rotation"):
-        with pytest.raises(SettingsError, match="is not known; choose from demo, paper, none, blur-noise"):
+        with pytest.raises(SettingsError, match=r"is not known\. Choose from demo, paper, none, blur-noise"):
             Augmentation.of(wrong)
 
 
@@ -258,14 +258,14 @@ def test_the_fingerprint_is_of_what_was_read(pair, pool):
 
 
 def test_phantoms_that_would_be_drawn_for_nothing(pair, pool):
-    with pytest.raises(SettingsError, match=r"phantoms, but all samples are to be real ones; give --real-share below"):
+    with pytest.raises(SettingsError, match=r"phantoms, but all samples are to be real ones\. Give --real-share below"):
         Batches([pair], pool, 1.0, PLAIN, 0)
     assert Batches([], pool, 1.0, PLAIN, 0).real_share == 0.0
 
 
 def test_phantoms_beside_equalised_pairs(pair, pool):
     with pytest.raises(
-        SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not: give --phantoms 0"
+        SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not\. Give --phantoms 0"
     ):
         Batches([pair], pool, 0.5, PLAIN, 0, clahe=2.0)
     assert Batches([pair], pool[:0], 0.5, PLAIN, 0, clahe=2.0).description()["clahe"] == 2.0

@@ -319,10 +319,10 @@ def test_a_full_disk_says_what_is_needed_and_leaves_the_last_checkpoint(tmp_path
         run_to_the_end(tmp_path, [1.0], steps=2)
     before = files_of(tmp_path)
     (tmp_path / "x_unjudged.partial").symlink_to("/dev/full")
-    told = (
-        r"x_unjudged\.pt: cannot be written \(OSError: .*No space left.*\); it takes 0.0 MB, [\d.]+ MB are free; .*, "
+    pattern = (
+        r"x_unjudged\.pt: cannot be written \(OSError: .*No space left.*\)\. It takes 0.0 MB, [\d.]+ MB are free\. .*: "
     )
-    with pytest.raises(SettingsError, match=told + last):
+    with pytest.raises(SettingsError, match=pattern + last):
         run_to_the_end(tmp_path, [1.0], steps=4)
     assert files_of(tmp_path) == before
     if before:

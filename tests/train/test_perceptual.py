@@ -68,7 +68,7 @@ def test_the_cache_of_torch_hub_is_looked_into(published, monkeypatch):
 
 def test_a_missing_or_foreign_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(SettingsError, match=f"{WEIGHTS_FILE}: no such file; .*--vgg16, or train with --perceptual 0"):
+    with pytest.raises(SettingsError, match=rf"{WEIGHTS_FILE}: no such file\. .*--vgg16, or train with --perceptual 0"):
         load_vgg16(None)
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(SettingsError, match=r"text.pth: not the weights of torchvision's VGG-16"):

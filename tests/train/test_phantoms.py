@@ -114,5 +114,5 @@ def test_pairs_are_written_16_bit(tmp_path):
 
 
 def test_too_small_a_size_is_refused():
-    with pytest.raises(ValueError, match="16 pixels; at least 64"):
+    with pytest.raises(ValueError, match=r"16 px\. At least 64"):
         draw_phantom(0, 16)

@@ -410,7 +410,7 @@ def test_an_x_ray_paired_with_itself_is_bad_and_one_that_comes_twice_is_told(dra
     done = prepare(tmp_path / "c", tmp_path / "s", tmp_path / "out", PrepareOptions(size=32, split=(1, 0, 0)), {})
     assert [(entry.name, entry.status) for entry in done.pairs] == [("a", "used"), ("b", "used"), ("c", "bad")]
     assert done.pairs[2].reason == "X-ray and soft tissue are the same image"
-    assert "b: the same X-ray as a; --exclude one" in caplog.text
+    assert "b: the same X-ray as a. Leave one out with --exclude" in caplog.text
     assert done.pairs[0].digest == done.pairs[1].digest != done.pairs[2].digest
 
 
@@ -432,7 +432,7 @@ def test_a_pattern_that_parts_a_patient_id_is_warned_of(drawn, tmp_path, caplog)
             save(tmp_path / side / f"p{number}_a.dcm", dataset(stored(picture, 12), 12, **study))
     options = PrepareOptions(size=32, patient_pattern=r"^(p\d)")
     prepare(tmp_path / "c", tmp_path / "s", tmp_path / "out", options, {})
-    assert "1 of 1 PatientIDs are more than one patient" in caplog.text
+    assert "--patient-pattern splits 1 of 1 PatientIDs" in caplog.text
 
 
 def test_a_list_from_a_windows_editor_is_read(tmp_path):

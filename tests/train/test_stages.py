@@ -79,7 +79,7 @@ def assert_same_end(whole, parts, name):
 def test_no_stage_resumes_on_other_data_or_another_loss(batches, stage, tmp_path):
     other = Batches([], 255 - batches.phantoms, 0.0, Augmentation(), 0)
     train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
-    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with data \w+, not \w+; give the same"):
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with data \w+, not \w+\. Give the same"):
         train_denoiser(tmp_path, TINY, SCHEDULE, other, Judge(), OPTIONS, SIZE)
     outputs = np.random.default_rng(0).random((3, 2, SIZE, SIZE)).astype(np.float16)
     what = (Judge(), OPTIONS, LossWeights(mae=1.0, ms_ssim=0.0))
@@ -93,7 +93,7 @@ def test_no_stage_resumes_on_other_data_or_another_loss(batches, stage, tmp_path
 def test_no_stage_resumes_judged_on_something_else(batches, stage, tmp_path):
     """Early stopping compares figures: the best of easier images would be kept for good."""
     train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(), OPTIONS, SIZE)
-    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with judged_on nothing, not 2 pairs; give"):
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with judged_on nothing, not 2 pairs\. Give"):
         train_denoiser(tmp_path, TINY, SCHEDULE, batches, Judge(judged_on="2 pairs"), OPTIONS, SIZE)
     outputs = np.zeros((1, 2, SIZE, SIZE), np.float16)
     train_enhancer(tmp_path, stage, outputs, Judge(), OPTIONS, LossWeights())
@@ -181,7 +181,7 @@ def test_a_cache_that_was_cut_off_is_named(stage, batches, tmp_path, length):
     (path,) = tmp_path.glob("*.npy")
     cut = path.read_bytes()[:length]
     path.write_bytes(cut)
-    with pytest.raises(SettingsError, match=rf"{path.name}: damaged \(.*\); remove it, and it is made anew"):
+    with pytest.raises(SettingsError, match=rf"{path.name}: damaged \(.*\)\. Remove it, and it is made again"):
         make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
     assert path.read_bytes() == cut
 
@@ -201,7 +201,7 @@ def test_a_full_disk_is_said_before_stage_1_runs(stage, batches, tmp_path, monke
 def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch):
     monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr * np.float32(np.nan))
     with pytest.raises(
-        SettingsError, match=r"denoiser\.pt: what it makes of sample 0 is not finite; train stage 1 anew"
+        SettingsError, match=r"denoiser\.pt: its result for sample 0 is not finite\. Train stage 1 again"
     ):
         make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
 

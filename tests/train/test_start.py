@@ -72,7 +72,7 @@ def test_what_cannot_be_started_from(tiny_bundle, config, schedule, message):
 
 def test_fewer_blocks_are_refused():
     config = replace(PRESETS["demo"].denoiser, res_blocks=(1, 1, 1, 1, 1))
-    with pytest.raises(SettingsError, match="residual blocks at level 1, 1 in this preset; they can only be added"):
+    with pytest.raises(SettingsError, match=r"residual blocks at level 1, 1 in this preset\. Blocks can only be added"):
         start_from(Denoiser(config), SCHEDULE, "demo")
 
 
@@ -120,10 +120,10 @@ def test_a_run_is_resumed_with_a_start_or_without_as_it_began(tiny_bundle, tmp_p
     for folder in ("with", "without"):
         (tmp_path / folder).mkdir()
     train(tmp_path / "with", 1, str(tiny_bundle))
-    with pytest.raises(SettingsError, match=r"trained with start [0-9a-f]{64}, not None; give the same"):
+    with pytest.raises(SettingsError, match=r"trained with start [0-9a-f]{64}, not None\. Give the same"):
         train(tmp_path / "with", 1)
     train(tmp_path / "without", 1)
-    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with start None, not .*tiny; give the same"):
+    with pytest.raises(SettingsError, match=r"denoiser\.pt: trained with start None, not .*tiny\. Give the same"):
         train(tmp_path / "without", 1, str(tiny_bundle))
 
 
@@ -135,7 +135,7 @@ def test_what_the_start_was_trained_on_cannot_be_held_out(bundle_copy, tmp_path)
     held_out = [Pair("phantom", image, image, image), Pair("known", image, image, image, "ab" * 8)]
     judge = Judge()
     judge.groups = {"pairs": held_out}
-    with pytest.raises(SettingsError, match=r"held out here, but trained on, .* it starts from: known; hold"):
+    with pytest.raises(SettingsError, match=r"held out, but trained on, .* it starts from: known\. Hold"):
         train(tmp_path, 1, str(bundle_copy), judge)
     judge.groups = {"pairs": held_out[:1]}
     train(tmp_path, 1, str(bundle_copy), judge)

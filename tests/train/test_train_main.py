@@ -90,7 +90,7 @@ def test_what_trained_stage_1_cannot_judge_stage_2(trained, tmp_path):
     run(app, "phantoms", tmp_path / "p", "--count", 2, "--size", 64)
     name = f"phantom{HELD_OUT_PHANTOM_SEED + 1}"
     common = (*TINY, "--pairs", tmp_path / "p", "--hold-out", name)
-    with pytest.raises(SettingsError, match=f"held out here, but stage 1 was trained on: {name}; give both stages"):
+    with pytest.raises(SettingsError, match=f"held out here, but stage 1 was trained on: {name}"):
         run(app, "enhancer", "-o", tmp_path, "--samples", 3, "--steps", 2, *common)
 
 
@@ -264,7 +264,7 @@ def test_what_cannot_be_trained_is_said_before_hours_of_work(trained, tmp_path, 
     ("change", "message"),
     [
         ({"preset": None}, "denoiser.pt: not a checkpoint of stage 1. Write one with `python -m train denoiser`"),
-        ({"averaged": {}}, "denoiser.pt: does not fit preset tiny of this version; train it anew"),
+        ({"averaged": {}}, "denoiser.pt: does not fit preset tiny of this version. Train it again"),
         ({"schedule": {"kind": "linear"}}, "denoiser.pt: does not fit preset tiny of this version"),
     ],
 )

@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class ResNetBS(nn.Module):
-    """The network: features, sixteen residual blocks with a shortcut around them, and a linear image. 1.2 M parameters."""
+    """Features, sixteen residual blocks with a shortcut around them, and a linear image. 1.2 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
