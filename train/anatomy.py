@@ -1,7 +1,7 @@
-"""Bones of the chest phantom, drawn as thickness maps.
+"""Draw the bones of the chest phantom as thickness maps.
 
-Frame: patient units, 1 = width of the X-ray (about 400 mm), x to the right, y down, middle of the body at x = 0.5.
-The geometry is drawn from the seed alone; the number of pixels only decides how finely it is sampled.
+The frame is in patient units: 1 is the width of the X-ray (about 400 mm), x to the right, y down, middle of the body at
+x = 0.5. The seed alone decides the geometry. The number of pixels only decides how finely it is sampled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Canvas:
         return self.pixels / (1.0 + 2.0 * MARGIN)
 
     def grid(self) -> tuple[Array, Array]:
-        """Pixel centres in patient units: x [1, pixels] and y [pixels, 1]."""
+        """Return the pixel centres in patient units: x [1, pixels] and y [pixels, 1]."""
         line = (np.arange(self.pixels, dtype=np.float32) + 0.5) / self.scale - MARGIN
         return line[None, :], line[:, None]
 
@@ -72,7 +72,7 @@ class Canvas:
         self.tubes(centre[None], np.atleast_1d(half)[None], np.atleast_1d(depth_mm)[None], wall, marrow)
 
     def render(self) -> Array:
-        """Sum everything added: [pixels, pixels], millimetres."""
+        """Sum everything added: [pixels, pixels], mm."""
         n = self.pixels
         if not self._samples:
             return np.zeros((n, n), np.float32)
@@ -98,7 +98,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Build:
-    """What one patient's skeleton and organs share; lengths in patient units."""
+    """What one patient's skeleton and organs share. Lengths are in patient units."""
 
     width: float  # half width of the rib cage at its widest
     apex: float  # y of the lung apices
@@ -133,12 +133,12 @@ END = np.array([2.3, 2.45, 2.5, 2.5, 2.5, 2.5, 2.45, 2.2, 2.05, 1.9, 1.5, 1.0]) 
 
 
 def locate_rib_sides(build: Build) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where each rib turns: y [12] and distance from the middle line [12], patient units."""
+    """Return where each rib turns: y [12] and distance from the middle line [12], patient units."""
     return build.apex + build.pitch * (np.arange(12) - 0.1) + build.fall * FALL, build.width * REACH
 
 
 def measure_cage(build: Build, y: Array) -> Array:
-    """Half width of the inside of the cage at height y (any shape), patient units."""
+    """Return the half width of the inside of the rib cage at height y (any shape), patient units."""
     level, side = locate_rib_sides(build)
     top = build.apex + (level[0] - build.apex) * np.array([0.0, 0.03, 0.12, 0.3, 0.6])
     reach = side[0] * np.array([0.0, 0.45, 0.68, 0.84, 0.95])
@@ -147,7 +147,7 @@ def measure_cage(build: Build, y: Array) -> Array:
 
 
 def draw_ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
-    """Twelve pairs of ribs: tilted loops in space, so that the sides, seen end-on, are bright by themselves."""
+    """Draw twelve pairs of ribs as tilted loops in space, so that their sides, seen end-on, are bright by themselves."""
     count = int(rng.choice([11, 12, 12, 12]))
     thick, gauge = rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.15)
     k = np.tile(np.arange(12), 2)
@@ -192,7 +192,7 @@ def draw_ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
 def draw_calcifications(
     canvas: Canvas, tips: NDArray[np.float64], side: NDArray[np.float64], rng: np.random.Generator
 ) -> None:
-    """Patches of calcified costal cartilage from the front ends (tips [24, 2]) towards the sternum."""
+    """Draw patches of calcified cartilage from the front ends of the ribs (tips [24, 2]) towards the sternum."""
     count = int(rng.integers(20, 90))
     rib = rng.integers(0, len(tips), count)
     t, size = rng.uniform(0, 0.7, count), rng.uniform(0.003, 0.010, count)
@@ -205,7 +205,9 @@ def draw_calcifications(
 
 
 def fit_curve(*points: tuple[float, float], samples: int = 24) -> Array:
-    """A smooth curve [samples, 2] through a few points, evenly sampled (cubic Hermite, central-difference slopes)."""
+    """Return a smooth curve [samples, 2] through a few points, evenly sampled (cubic Hermite, central-difference
+    slopes).
+    """
     p = np.asarray(points, np.float64)
     t = np.linspace(0, len(p) - 1, 3 * samples)
     m = np.gradient(p, axis=0)
@@ -220,12 +222,12 @@ def fit_curve(*points: tuple[float, float], samples: int = 24) -> Array:
 
 
 def taper(samples: int) -> NDArray[np.float64]:
-    """Width factors [samples] that round both ends of a tube."""
+    """Return width factors [samples] that round both ends of a tube."""
     return np.sqrt(1 - np.linspace(-1, 1, samples) ** 12 * 0.97)
 
 
 def make_rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: float = 0.0) -> Array:
-    """Closed ellipses [K, 28, 2]."""
+    """Return closed ellipses [K, 28, 2]."""
     a = np.linspace(0, 2 * np.pi, 28)
     x, y, rx, ry = (np.atleast_1d(v)[:, None] for v in (x, y, rx, ry))
     px, py = rx * np.cos(a), ry * np.sin(a)
@@ -234,7 +236,7 @@ def make_rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: f
 
 
 def draw_spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
-    """Vertebral bodies, end plates, pedicles, spinous and transverse processes, from the neck to the lumbar spine."""
+    """Draw vertebral bodies, end plates, pedicles, spinous and transverse processes, from the neck to the lumbar spine."""
     k = np.arange(-7, 17)
     pitch = build.pitch * np.interp(k, [-7, -1, 0, 8, 14], [0.70, 0.78, 0.95, 1.0, 1.2])
     y = np.cumsum(pitch) - pitch
@@ -263,7 +265,7 @@ def draw_spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
 
 @dataclass(frozen=True)
 class Girdle:
-    """Place of one shoulder: `at` maps a drawing of a standard right half to patient units."""
+    """Place of one shoulder. `at` maps a drawing of a standard right half to patient units."""
 
     side: float  # -1 left of the picture, 1 right
     spread: float
@@ -271,12 +273,12 @@ class Girdle:
     strong: float  # bone mineral
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """A point x from the middle line and y from the top, moved to this shoulder."""
+        """Return a point, x from the middle line and y from the top, moved to this shoulder."""
         return 0.5 + self.side * x * self.spread + self.shift[0], y + self.shift[1]
 
 
 def draw_clavicle(canvas: Canvas, g: Girdle, tilt: float, thick: float) -> None:
-    """The S of the collar bone, from the breastbone up to the shoulder."""
+    """Draw the S of the collar bone, from the breastbone up to the shoulder."""
     bend = [
         (0.045, 0.25 - tilt / 3),
         (0.13, 0.215),
@@ -290,7 +292,7 @@ def draw_clavicle(canvas: Canvas, g: Girdle, tilt: float, thick: float) -> None:
 
 
 def draw_scapula(canvas: Canvas, g: Girdle, neck: float, low: float) -> None:
-    """Shoulder blade: strong lateral border, thin medial one, blade, spine, coracoid and socket."""
+    """Draw the shoulder blade: strong lateral border, thin medial one, blade, spine, coracoid and socket."""
     t, at, strong = np.linspace(0, 1, 24), g.at, g.strong
     border = fit_curve(at(neck, 0.24), at(neck + 0.005, 0.32), at(neck - 0.01, 0.40), at(neck - 0.035, low))
     canvas.tube(border, np.linspace(0.019, 0.010, 24) * taper(24), 9.0 * strong, 0.25, 0.30)
@@ -305,7 +307,7 @@ def draw_scapula(canvas: Canvas, g: Girdle, neck: float, low: float) -> None:
 
 
 def draw_humerus(canvas: Canvas, g: Girdle, neck: float, swing: float) -> None:
-    """Upper arm bone with its head."""
+    """Draw the upper arm bone with its head."""
     (hx, hy), out = g.at(neck + 0.05, 0.215), g.side
     steps = [(-0.01, -0.05), (0.008, 0.0), (0.03 + swing / 4, 0.10), (0.09 + swing, 0.30), (0.18 + 2 * swing, 0.70)]
     path = fit_curve(*((hx + out * x, hy + y) for x, y in steps), samples=64)
@@ -315,7 +317,7 @@ def draw_humerus(canvas: Canvas, g: Girdle, neck: float, swing: float) -> None:
 
 
 def draw_shoulders(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
-    """Clavicles, scapulae and upper arms of both sides."""
+    """Draw clavicles, scapulae and upper arms of both sides."""
     lift, tilt = rng.uniform(-0.02, 0.03), rng.uniform(-0.05, 0.06)
     spread, turn = build.width / 0.35 * rng.uniform(0.97, 1.1), rng.normal(0, 0.008)
     thick, neck = rng.uniform(0.85, 1.12), 0.365 + rng.uniform(-0.03, 0.03)
@@ -328,7 +330,7 @@ def draw_shoulders(canvas: Canvas, build: Build, rng: np.random.Generator) -> No
 
 
 def draw_skeleton(pixels: int, build: Build, rng: np.random.Generator) -> Array:
-    """Cortex-equivalent bone thickness [pixels, pixels], millimetres."""
+    """Draw all bones: thickness equivalent to cortical bone, [pixels, pixels], mm."""
     canvas = Canvas(pixels)
     draw_ribs(canvas, build, rng)
     draw_spine(canvas, build, rng)

@@ -1,4 +1,4 @@
-"""Soft tissue and air of the chest phantom, drawn as thickness maps (frame and units: train.anatomy)."""
+"""Draw soft tissue and air of the chest phantom as thickness maps. Frame and units are those of train.anatomy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from train.anatomy import MARGIN, MM, Array, Build, Canvas, fit_curve, measure_c
 
 
 def draw_octaves(pixels: int, rng: np.random.Generator, first: int, last: int, slope: float) -> Array:
-    """Noise [pixels, pixels]: octaves of `first`..`last` cells, standard deviation of each (first / cells) ** slope.
+    """Draw noise [pixels, pixels]: octaves of `first` to `last` cells, each of standard deviation (first / cells) **
+    slope.
 
-    Cells finer than the picture are not drawn; they come last, so a generator of its own keeps the texture of a seed
-    at every size.
+    Cells finer than a pixel are not drawn. They come last, so a generator of its own keeps a seed's texture at every
+    size.
     """
     total = rng.standard_normal((first, first), dtype=np.float32)
     cells = first * 2
@@ -28,17 +29,17 @@ def draw_octaves(pixels: int, rng: np.random.Generator, first: int, last: int, s
 
 
 def chord(q: Array) -> Array:
-    """sqrt(1 - q) where positive: the chord of an ellipsoid at squared radius q."""
+    """Return sqrt(1 - q) where positive: the chord of an ellipsoid at squared radius q."""
     return np.sqrt(np.maximum(1.0 - q, 0.0))
 
 
 def interpolate_rows(y: Array, knots: Sequence[float], values: Sequence[float] | NDArray[np.float64]) -> Array:
-    """Values [n, 1] interpolated at the rows y [n, 1] of a canvas."""
+    """Interpolate values [n, 1] at the rows y [n, 1] of a canvas."""
     return round_corners(np.interp(y, knots, values).astype(np.float32))
 
 
 def round_corners(value: Array) -> Array:
-    """Values [n, 1] along a canvas with the corners of an interpolation rounded."""
+    """Smooth values [n, 1] along a canvas, so that the corners of an interpolation disappear."""
     return np.asarray(cv2.GaussianBlur(value, (1, 2 * (len(value) // 40) + 1), 0.01 * len(value)), dtype=np.float32)
 
 
@@ -47,7 +48,7 @@ Solid = tuple[float, float, float, float, float, float]  # x, y, two radii in pa
 
 
 def draw_ellipsoid(canvas: Canvas, solid: Solid) -> tuple[Box, Array]:
-    """Where a solid ellipsoid lies, and its depth there in millimetres."""
+    """Return the box that a solid ellipsoid covers, and its depth there in mm."""
     x0, y0, rx, ry, tilt, depth = solid
     reach, n = max(rx, ry), canvas.pixels
     box = []
@@ -63,7 +64,7 @@ def draw_ellipsoid(canvas: Canvas, solid: Solid) -> tuple[Box, Array]:
 
 
 def draw_body(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
-    """Torso, neck, shoulders and arms, millimetres."""
+    """Draw torso, neck, shoulders and arms, mm."""
     x, y = canvas.grid()
     dx = np.abs(x - 0.5)
     side = build.width + 0.022 + 0.045 * build.bulk
@@ -87,7 +88,7 @@ def draw_body(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
 
 
 def draw_lungs(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
-    """Depth of lung along the ray, mediastinum not yet taken out, millimetres."""
+    """Draw the depth of lung along the ray, mediastinum included, mm."""
     x, y = canvas.grid()
     dx = x - 0.5
     depth = 150.0 * chord(np.square(dx / (round_corners(measure_cage(build, y)) + np.float32(1e-4))))
@@ -102,7 +103,7 @@ def draw_lungs(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
 
 
 def draw_mediastinum(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
-    """Heart, great vessels and the central band that displace lung, millimetres."""
+    """Draw heart, great vessels and the central band that displace lung, mm."""
     x, y = canvas.grid()
     w, big = build.width / 0.345, rng.uniform(0.85, 1.2)
     a, base = build.apex, build.dome
@@ -132,7 +133,7 @@ def draw_mediastinum(canvas: Canvas, build: Build, rng: np.random.Generator) -> 
 
 
 def grow_branches(build: Build, rng: np.random.Generator) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Vessel trees of both lungs: per generation diameters [K] and polylines [K, 6, 2], patient units."""
+    """Grow the vessel trees of both lungs. Per generation: diameters [K] and polylines [K, 6, 2], patient units."""
     count = 46
     side = np.repeat([-1.0, 1.0], count // 2)
     heading = np.tile(np.linspace(-1.5, 1.6, count // 2), 2) + rng.normal(0, 0.12, count)
@@ -158,7 +159,7 @@ def grow_branches(build: Build, rng: np.random.Generator) -> list[tuple[NDArray[
 
 
 def draw_vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
-    """Pulmonary vessels, millimetres of blood."""
+    """Draw the pulmonary vessels, mm of blood."""
     n = canvas.pixels
     total = np.zeros((n, n), np.float32)
     found = grow_branches(build, rng)
@@ -181,7 +182,7 @@ def draw_vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Arra
 
 
 def draw_smooth_tubes(pixels: int, build: Build, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Millimetres (air of trachea and main bronchi, soft tissue of aorta and muscle folds), both [pixels, pixels]."""
+    """Draw air of trachea and main bronchi, and soft tissue of aorta and muscle folds: both [pixels, pixels], mm."""
     air, flesh = Canvas(pixels // 2), Canvas(pixels // 2)
     a, lean = build.apex, rng.normal(0, 0.006)
     fork = (0.5 - 0.012 + lean, a + rng.uniform(0.20, 0.24))
@@ -210,7 +211,7 @@ def draw_smooth_tubes(pixels: int, build: Build, rng: np.random.Generator) -> tu
 
 
 def draw_solids(build: Build, rng: np.random.Generator) -> list[Solid]:
-    """Stomach bubble and bowel gas (negative depth), nodules: drawn anew for each patient, often none."""
+    """Draw stomach bubble and bowel gas (negative depth) and nodules, anew for each patient and often none."""
     found: list[Solid] = []
     x, y = 0.5, build.dome
     if rng.random() < 0.75:
@@ -229,7 +230,7 @@ def draw_solids(build: Build, rng: np.random.Generator) -> list[Solid]:
 
 
 def draw_variants(canvas: Canvas, build: Build, rng: np.random.Generator) -> Array:
-    """What patients differ by: breasts, gas, nodules, a hazy opacity; millimetres of soft tissue, gas negative."""
+    """Draw what patients differ by: breasts, gas, nodules, a hazy opacity; mm of soft tissue, gas negative."""
     total = np.zeros((canvas.pixels, canvas.pixels), np.float32)
     x, y = canvas.grid()
     if build.female:
@@ -251,7 +252,7 @@ def draw_variants(canvas: Canvas, build: Build, rng: np.random.Generator) -> Arr
 
 
 def draw_soft_tissue(pixels: int, build: Build, rng: np.random.Generator) -> Array:
-    """Everything but bone as equivalent soft tissue [pixels, pixels], millimetres."""
+    """Draw everything but bone as equivalent soft tissue, [pixels, pixels], mm."""
     canvas = Canvas(pixels)
     streams = rng.spawn(8)
     body = draw_body(canvas, build, streams[0])
@@ -268,7 +269,7 @@ def draw_soft_tissue(pixels: int, build: Build, rng: np.random.Generator) -> Arr
 
 
 def draw_stroke(total: Array, canvas: Canvas, path: Array, width: float, depth: float) -> None:
-    """Add a thin line to `total`: path [N, 2] and width in patient units, depth in millimetres."""
+    """Add a thin line to `total`: path [N, 2] and width in patient units, depth in mm."""
     layer = np.zeros(total.shape, np.uint8)
     wide = width * canvas.scale
     pen = max(1, round(wide))
@@ -278,7 +279,7 @@ def draw_stroke(total: Array, canvas: Canvas, path: Array, width: float, depth: 
 
 
 def draw_letter(total: Array, canvas: Canvas, rng: np.random.Generator) -> None:
-    """Add the side marker, in a corner of the film."""
+    """Add the side marker in a corner of the film."""
     layer = np.zeros(total.shape, np.uint8)
     x, y = rng.choice([0.05, 0.9]) + rng.normal(0, 0.02), rng.uniform(0.04, 0.25)
     origin = (int((x + MARGIN) * canvas.scale), int((y + MARGIN) * canvas.scale))
@@ -289,7 +290,7 @@ def draw_letter(total: Array, canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def draw_devices(pixels: int, build: Build, rng: np.random.Generator) -> Array:
-    """Catheters, leads, electrodes and side markers, as equivalent soft tissue, millimetres; often none."""
+    """Draw catheters, leads, electrodes and side markers as equivalent soft tissue, mm. Often there are none."""
     canvas, a = Canvas(pixels), build.apex
     total = np.zeros((pixels, pixels), np.float32)
     if rng.random() < 0.2:
