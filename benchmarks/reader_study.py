@@ -27,7 +27,7 @@ import typer
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import BsdiffError, SettingsError, run_command
-from bsdiff_rt.folder.evaluate import by_name, read_result
+from bsdiff_rt.folder.evaluate import list_by_name, read_result
 from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.formats.raster import read_raster
@@ -80,10 +80,10 @@ def build_study(cxr: Path, methods: dict[str, Path], seed: int, size: int) -> tu
         SettingsError: no X-ray, or a method without a result for one of them (means would not be of the same images).
         InputRefused, InputFailed: a file that cannot be read.
     """
-    xrays = by_name(cxr, "_cxr")
+    xrays = list_by_name(cxr, "_cxr")
     if not xrays:
         raise SettingsError(f"{cxr}: no image there")
-    results = {name: by_name(folder, "_soft_tissue") for name, folder in methods.items()}
+    results = {name: list_by_name(folder, "_soft_tissue") for name, folder in methods.items()}
     for name, files in results.items():
         if missing := sorted(xrays.keys() - files.keys()):
             raise SettingsError(f"{methods[name]}: no result for {missing[0]} ({len(missing)} of {len(xrays)} missing)")

@@ -1,6 +1,6 @@
-"""The command line: thin, typed, and fast to answer (torch is imported only by the commands that compute).
+"""The command line. Each command builds its settings and calls the library; torch is imported only to compute.
 
-Longer than other modules, and so are its functions: they are the options, and what each does.
+This module is longer than others, and so are its functions, because they list the options with their help texts.
 """
 
 from __future__ import annotations
@@ -13,115 +13,216 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from bsdiff_rt import __version__
 from bsdiff_rt.config import DetailName, FormatName, InferSettings, SamplerName, step_count
-from bsdiff_rt.errors import BsdiffError, SettingsError
+from bsdiff_rt.errors import BsdiffError, SettingsError, describe_error
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.folder.progress import BuildProgress, FileProgress, printable
+from bsdiff_rt.folder.progress import BuildProgress, FileProgress, discard, escape, print_line
+from bsdiff_rt.tables import print_table
 
 if TYPE_CHECKING:
-    from bsdiff_rt.folder.report import FileEntry
+    from bsdiff_rt.folder.report import FileEntry, Report
     from bsdiff_rt.imaging.metrics import Quality
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: in two thirds of the time
+    rich_markup_mode=None,  # importing rich would take a third of the time that --help may take
     help="Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use.",
 )
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
-
-def _flag(*names: str, help: str) -> Any:
-    """A switch that is off where it is not given, and says so."""
-    return typer.Option(*names, help=help, show_default="off")
+# Groups of options in `infer --help`.
+FILES, MODEL, SPEED, RUN = "Input and output", "Model", "Speed", "Run"
 
 
-Quiet = Annotated[bool, _flag("--quiet", "-q", help="Only errors.")]
-Verbose = Annotated[bool, _flag("--verbose", "-v", help="Also what is decided along the way.")]
-AsJson = Annotated[bool, _flag("--json", help="Print the result as one JSON document.")]
+class GroupedCommand(TyperCommand):
+    """A command whose help lists the options in groups: those of `rich_help_panel`, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for each group, in the order in which the groups first appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                title = RUN if param.name == "help" else getattr(param, "rich_help_panel", None) or FILES
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _flag(*names: str, help: str, group: str | None = None) -> Any:
+    """Return a switch that is off by default and says so."""
+    return typer.Option(*names, help=help, show_default="off", rich_help_panel=group)
+
+
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=SPEED)]
+Quiet = Annotated[bool, _flag("--quiet", "-q", help="Print errors only, and what was asked for.", group=RUN)]
+Verbose = Annotated[bool, _flag("--verbose", "-v", help="Print decisions and details, too.", group=RUN)]
+AsJson = Annotated[bool, _flag("--json", help="Print the result as one JSON document.", group=RUN)]
 
 
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use."""
     if show:
-        typer.echo(f"bsdiff-rt {__version__}")
+        _print(f"bsdiff-rt {__version__}")
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def infer(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders searched recursively.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results and report.json.")],
-    bundle: Annotated[str, typer.Option("--bundle", "-b", help="Model: demo, or a bundle's folder.")] = "demo",
-    runner: Annotated[
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT", help="Files, or folders, which are searched recursively.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the results and report.json.", rich_help_panel=FILES
+        ),
+    ],
+    output_format: Annotated[
+        FormatName,
+        typer.Option(
+            "--format",
+            help="File format of the results. auto: DICOM for DICOM, PNG for others, with 16 bits if the X-ray has "
+            "more than 8. dicom-sc: Secondary Capture. dicom-j2k: JPEG 2000 lossless.",
+            rich_help_panel=FILES,
+        ),
+    ] = "auto",
+    preview: Annotated[
+        bool, _flag("--preview", help="Write preview.png: X-ray, soft tissue and bone side by side.", group=FILES)
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        _flag(
+            "--overwrite",
+            help="Process finished files again. Files that no report.json of this program names are never replaced.",
+            group=FILES,
+        ),
+    ] = False,
+    any_view: Annotated[
+        bool, _flag("--any-view", help="Process lateral views and other body parts, too.", group=FILES)
+    ] = False,
+    dry_run: Annotated[
+        bool, _flag("--dry-run", help="List what would be written or refused, and why. Write nothing.", group=FILES)
+    ] = False,
+    bundle: Annotated[
         str,
-        typer.Option(help="auto, eager, onnxruntime, aoti, tensorrt, or the folder of a built engine."),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of weights and activations.")
-    ] = "auto",
+        typer.Option(
+            "--bundle", "-b", metavar="NAME|DIR", help="Model: demo, or the folder of a bundle.", rich_help_panel=MODEL
+        ),
+    ] = "demo",
     sampler: Annotated[
         SamplerName | None,
-        typer.Option(show_default="the bundle's", help="ddpm --steps 1000 is the paper, release the published code."),
+        typer.Option(
+            show_default="the bundle's",
+            help="Sampler. ddpm with 1000 steps is the paper's; release is the published code's.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", "-n", show_default="the bundle's", help="Denoiser steps per image, 1 to 1000."),
+        typer.Option(
+            "--steps",
+            "-n",
+            metavar="N",
+            show_default="the bundle's",
+            help="Denoiser steps per image, 1 to 1000.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise; the same image and seed give the same picture.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Random seed. The same image and seed give the same result.", rich_help_panel=MODEL
+        ),
+    ] = 0,
     samples: Annotated[
         int,
         typer.Option(
-            min=1, max=64, help="Samples per image: their mean is the result, their deviation goes to uncertainty/."
+            metavar="N",
+            min=1,
+            max=64,
+            help="Samples per image. The result is their mean; their standard deviation goes to uncertainty/.",
+            rich_help_panel=MODEL,
         ),
     ] = 1,
-    batch: Annotated[str, typer.Option(help="Images per batch, or auto.")] = "auto",
     enhance: Annotated[
-        bool | None, typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Stage 2 on or off.")
+        bool | None,
+        typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Run stage 2.", rich_help_panel=MODEL),
     ] = None,
     mirror: Annotated[
         bool | None,
         typer.Option(
             "--mirror/--no-mirror",
             show_default="the bundle's",
-            help="Average with the mirrored X-ray's result: better, twice the time.",
+            help="Average with the result of the mirrored X-ray. Better, and takes twice as long.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     detail: Annotated[
         DetailName,
         typer.Option(
             help="full: the model's picture plus fine detail from the X-ray that is not bone. "
-            "model: the model's picture, enlarged."
+            "model: the model's picture, enlarged.",
+            rich_help_panel=MODEL,
         ),
     ] = "full",
-    raw_view: Annotated[bool, _flag("--raw-view", help="Show borders and burned-in text to the model, too.")] = False,
-    output_format: Annotated[
-        FormatName,
-        typer.Option("--format", help="auto: DICOM for DICOM, PNG otherwise (16 bit beyond 8-bit sources)."),
-    ] = "auto",
-    preview: Annotated[bool, _flag("--preview", help="Also preview.png: X-ray | soft tissue | bone.")] = False,
-    overwrite: Annotated[
-        bool, _flag("--overwrite", help="Do finished files again, and replace what this program did not write.")
+    raw_view: Annotated[
+        bool,
+        _flag(
+            "--raw-view",
+            help="Show uniform borders and burned-in text to the model, too. By default they are hidden from it, and "
+            "reappear unchanged in the result.",
+            group=MODEL,
+        ),
     ] = False,
-    any_view: Annotated[bool, _flag("--any-view", help="Take lateral views and other body parts, too.")] = False,
-    dry_run: Annotated[bool, _flag("--dry-run", help="List what would be done or refused.")] = False,
-    as_json: AsJson = False,
+    runner: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="auto, eager, onnxruntime, aoti or tensorrt, or the folder of a built engine. auto: the fastest one "
+            "that can be used.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "auto",
+    device: Device = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Precision of weights and activations.", rich_help_panel=SPEED),
+    ] = "auto",
+    batch: Annotated[str, typer.Option(metavar="N|auto", help="Images per batch.", rich_help_panel=SPEED)] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, show_default="all processors", help="CPU threads of the model.", rich_help_panel=SPEED
+        ),
+    ] = None,
+    fail_on: Annotated[
+        Literal["failed", "refused", "never"],
+        typer.Option(
+            help="Outcomes that give exit code 3. failed: only files that failed. refused: refused files, too.",
+            rich_help_panel=RUN,
+        ),
+    ] = "refused",
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove the bones from chest X-rays: DICOM, PNG, JPEG or TIFF in, the same matrix out."""
+    """Remove the bones from chest X-rays: DICOM, PNG, JPEG or TIFF in, an image of the same matrix out."""
     _log(quiet, verbose)
     settings = InferSettings(
         output=output,
@@ -133,7 +234,8 @@ def infer(
         steps=steps,
         seed=seed,
         samples=samples,
-        batch=_batch(batch),
+        batch=_parse_batch(batch),
+        threads=threads,
         enhance=enhance,
         mirror=mirror,
         detail=detail,
@@ -143,56 +245,62 @@ def infer(
         overwrite=overwrite,
         any_view=any_view,
     )
+    from bsdiff_rt.folder.search import check_inputs
+
+    check_inputs(inputs, output)
+    _set_threads(threads)
     from bsdiff_rt.folder.pipeline import Inference
 
     inference = Inference(settings)
+    tasks = inference.find_tasks(inputs)
+    if not tasks and fail_on != "never":
+        raise SettingsError(
+            f"{', '.join(map(str, inputs))}: no chest X-ray found. Images are DICOM, PNG, JPEG or TIFF files."
+        )
     if dry_run:
-        entries = list(inference.plan(inputs))
+        entries = list(inference.plan(tasks))
         _print_plan(entries, as_json)
     else:
-        tasks = inference.find_tasks(inputs)
         with FileProgress(len(tasks), quiet) as progress:
             report = inference.run(tasks, progress.on_file)
         entries = report.files
         if as_json:
-            typer.echo(report.to_json(), nl=False)
-        else:
-            counts = report.counts()
-            known = ", ".join(f"{counts[s]} {s}" for s in ("ok", "skipped", "refused", "failed") if counts[s])
-            speed = f", {report.images_per_second:.2f} images/s" if counts["ok"] else ""
-            typer.echo(f"{known or 'no images found'}{speed}; results and report.json in {output}")
-    if any(entry.status in ("refused", "failed") for entry in entries):
+            _print(report.to_json().rstrip())
+        elif not quiet:
+            _print(_summarise(report, output))
+    counted = {"failed": {"failed"}, "refused": {"refused", "failed"}, "never": set[str]()}[fail_on]
+    if any(entry.status in counted for entry in entries):
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command()
 def build_engine(
-    bundle: Annotated[str, typer.Argument(help="Model: demo, or a bundle's folder.")] = "demo",
-    runner: Annotated[Literal["aoti", "tensorrt"], typer.Option(help="What will run the engine.")] = "aoti",
+    bundle: Annotated[str, typer.Argument(help="Model: demo, or the folder of a bundle.")] = "demo",
+    runner: Annotated[Literal["aoti", "tensorrt"], typer.Option(help="Runner that the engine is for.")] = "aoti",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Of weights and activations; auto: fp16 on a GPU, fp32 on a CPU."),
+        typer.Option(help="Precision of weights and activations. auto: fp16 on a GPU, fp32 on a CPU."),
     ] = "auto",
     batch: Annotated[
         str,
         typer.Option(
-            metavar="N or MIN:MAX or auto",
-            help="Images per batch the engine takes; auto: 1 on a CPU, where a range costs speed, else 1:8; 1:4 for "
-            "TensorRT and the paper's networks.",
+            metavar="N|MIN:MAX|auto",
+            help="Images per batch that the engine takes. auto: 1 on a CPU, 1:8 on a GPU; 1:4 for TensorRT with the "
+            "paper's networks.",
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", show_default="a place in the cache", help="Folder of the engine itself."),
+        typer.Option("--output", "-o", show_default="a folder in the cache", help="Folder for the engine."),
     ] = None,
-    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Build an engine for this machine; it is kept only if it makes the picture that eager makes in fp32."""
+    """Build an engine for this machine. It is kept only if its results agree with eager in fp32."""
     _log(quiet, verbose)
-    asked = None if batch == "auto" else _batch_range(batch)
+    asked = None if batch == "auto" else _parse_batch_range(batch)
     from bsdiff_rt.bundle import open_bundle
     from bsdiff_rt.config import EngineOptions
     from bsdiff_rt.engines import build as engine
@@ -200,62 +308,60 @@ def build_engine(
     from bsdiff_rt.runners.devices import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
-    on_cpu = where.type == "cpu"
     low, high = asked or engine.find_default_batch(model, runner, where)
     if precision == "auto":
-        precision = "fp32" if on_cpu else "fp16"
+        precision = "fp32" if where.type == "cpu" else "fp16"
     with BuildProgress(quiet) as phases:
         folder = engine.build_engine(model, EngineOptions(runner, precision, (low, high)), where, output, phases.show)
     manifest = read_engine(folder).manifest
-    parity = manifest.parity
+    parity, speed = manifest.parity, manifest.speed
     if as_json:
-        found = {
-            "engine": str(folder),
-            "build_seconds": manifest.build_seconds,
-            "parity": parity.to_dict(),
-            "speed": asdict(manifest.speed),
-        }
-        typer.echo(json.dumps(found, indent=1))
+        found = {"engine": str(folder), "build_seconds": manifest.build_seconds, "parity": parity.to_dict()}
+        _print(json.dumps(found | {"speed": asdict(speed)}, indent=1))
         return
     if verbose:
         for check in parity.checks:
-            typer.echo(check, err=True)
-    taken = f"{low}:{high}" if low < high else str(low)
-    typer.echo(
-        f"{folder}\n{runner} {precision}, batch {taken}, built in {manifest.build_seconds:.0f} s. Against "
-        f"{parity.reference}: single calls within {parity.worst_call:.1e} of the largest output, "
-        f"pictures after {step_count(parity.steps)} of {parity.sampler} {parity.psnr_db:.1f} dB or more. "
-        f"At batch {manifest.speed.batch}: {manifest.speed}."
-    )
-    if manifest.speed.ratio < 1:
-        typer.echo(
-            f"Slower than {manifest.speed.instead}: `--runner auto` will pass it over. If the machine was busy, "
-            "build it again.",
-            err=True,
+            print_line(str(check))
+    if not quiet:
+        _print(
+            f"{folder}\n{runner} {precision}, batch {f'{low}:{high}' if low < high else low}, "
+            f"built in {manifest.build_seconds:.0f} s.\n"
+            f"Compared with {parity.reference}: single calls differ by at most {parity.worst_call:.1e} of the largest "
+            f"output. Images after {step_count(parity.steps)} of {parity.sampler} have {parity.psnr_db:.1f} dB or more."
+            f"\nSpeed at batch {speed.batch}: {speed}."
+        )
+    if speed.ratio < 1:
+        print_line(
+            f"This engine is slower than {speed.instead}, so `--runner auto` will not use it. If the machine was busy, "
+            "build it again."
         )
 
 
 @app.command()
 def bench(
     bundle: Annotated[
-        str, typer.Option("--bundle", "-b", help="demo, paper (the full size, random weights) or a bundle's folder.")
+        str,
+        typer.Option(
+            "--bundle", "-b", help="Model: demo, paper (full size, random weights), or the folder of a bundle."
+        ),
     ] = "demo",
     runner: Annotated[
         list[str] | None,
         typer.Option(
             show_default="all that can be used",
-            help="eager, onnxruntime, aoti, tensorrt; repeatable, or comma separated. Eager fp32 always comes first.",
+            help="eager, onnxruntime, aoti, tensorrt; repeated or separated by commas. Eager in fp32 is always first.",
         ),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(show_default="those a runner has", help="fp32, bf16, fp16; repeatable, or comma separated."),
+        typer.Option(show_default="those of each runner", help="fp32, bf16, fp16; repeated or separated by commas."),
     ] = None,
     engine: Annotated[
-        list[Path] | None, typer.Option(show_default="those in the cache", help="Also this built engine; repeatable.")
+        list[Path] | None,
+        typer.Option(show_default="those in the cache", help="Folder of a built engine to measure, too; repeatable."),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(show_default="1,4,8; 1 on a CPU", help="Batch sizes, comma separated.")
+        str | None, typer.Option(show_default="1,4,8; on a CPU 1", help="Batch sizes, separated by commas.")
     ] = None,
     steps: Annotated[
         int | None,
@@ -263,33 +369,37 @@ def bench(
             "--steps",
             "-n",
             show_default="the bundle's; 10 if it has 100 or more",
-            help="Denoiser steps of a whole image; 1000 measures the paper's.",
+            help="Denoiser steps of a whole image.",
         ),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(show_default="20; 5 on a CPU", help="Measured rounds of steps; images get a fifth of them."),
+        typer.Option(show_default="20; on a CPU 5", help="Measured rounds of steps. Images get a fifth of them."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write rows and conditions there.")] = None,
+    device: Device = "auto",
+    json_path: Annotated[
+        Path | None, typer.Option("--json-file", show_default="none", help="Write rows and conditions to this file.")
+    ] = None,
     plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Draw them there: .png, .pdf or .svg; needs matplotlib.")
+        Path | None,
+        typer.Option("--plot", show_default="none", help="Draw the rows: .png, .pdf or .svg. Needs matplotlib."),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Time every runner on this machine, in turn, and compare its pictures with the eager network's."""
+    """Time every runner on this machine in turn, and compare its images with those of eager."""
     _log(quiet, verbose)
-    batches = None if batch is None else tuple(_whole(part, "--batch") for part in batch.split(","))
+    batches = None if batch is None else tuple(_parse_whole(part, "--batch") for part in batch.split(","))
     if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json")
+        raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json-file")
     from bsdiff_rt.bench import document as bench_report
     from bsdiff_rt.bench import plot
     from bsdiff_rt.bench.candidates import Wanted
 
     if plot_path is not None:
         plot.check_plot(plot_path)
-    wanted = Wanted(_names(runner), _names(precision), tuple(engine or ()))
+    wanted = Wanted(_split_names(runner), _split_names(precision), tuple(engine or ()))
     settings = bench_report.BenchSettings(bundle, wanted, device, batches, steps, repeats)
 
     def save(document: bench_report.Document) -> None:
@@ -298,8 +408,10 @@ def bench(
 
     document = bench_report.run(settings, save)
     found = document.as_dict()
-    for line in [*bench_report.aligned(bench_report.table(found)), *bench_report.notes(found)]:
-        typer.echo(line)
+    if as_json:
+        _print(document.to_json().rstrip())
+    else:
+        _print("\n".join([*bench_report.aligned(bench_report.table(found)), *bench_report.notes(found)]))
     if plot_path is not None:
         plot.draw(found, plot_path)
     if document.exit_code:
@@ -308,153 +420,233 @@ def bench(
 
 @app.command()
 def evaluate(
-    predicted: Annotated[Path, typer.Argument(help="Result of infer: a file or a folder.")],
-    soft_tissue: Annotated[Path, typer.Argument(help="True soft-tissue image(s).")],
-    cxr: Annotated[Path, typer.Option("--cxr", help="X-ray(s) the results were made from.")],
-    size: Annotated[int, typer.Option(min=16, help="Longer side at which images are compared, px.")] = 256,
-    as_json: AsJson = False,
+    predicted: Annotated[Path, typer.Argument(metavar="RESULTS", help="Results of infer: a file or a folder.")],
+    soft_tissue: Annotated[Path, typer.Argument(help="True soft-tissue images: a file or a folder.")],
+    cxr: Annotated[Path, typer.Option("--cxr", help="X-rays that the results were made from: a file or a folder.")],
+    size: Annotated[
+        int, typer.Option(min=16, help="Every image is resized to this many px on its longer side first.")
+    ] = 256,
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            show_default="the one in report.json, if it is shipped",
+            help="Model that made the results. Images that it was trained on are named.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure results against the truth: BSR (Yang, tone-matched, as published), MSE, SSIM, PSNR."""
+    """Compare results with true soft-tissue images: BSR (Yang, tone-matched, as published), MSE, SSIM, PSNR."""
     _log(quiet, verbose)
     from bsdiff_rt.folder.evaluate import evaluate as compare
-    from bsdiff_rt.folder.evaluate import match
+    from bsdiff_rt.folder.evaluate import match, read_trained_on
     from bsdiff_rt.imaging.metrics import mean_quality
 
-    rows, failed = [], {}
-    for name, outcome in compare(match(predicted, soft_tissue, cxr), size):
-        if isinstance(outcome, BsdiffError):
-            failed[name] = outcome
-        else:
-            rows.append((name, outcome))
+    matches = match(predicted, soft_tissue, cxr)
+    known = read_trained_on(predicted, bundle)
+    outcomes = list(compare(matches, size, known or ()))
+    rows = [(each.name, each.quality) for each in outcomes if each.quality is not None]
+    failed = [(each.name, each.error) for each in outcomes if each.error is not None]
     if not rows:
-        raise next(iter(failed.values()))
+        raise failed[0][1]
     mean = mean_quality([row for _, row in rows])
+    trained_on = [each.name for each in outcomes if each.trained_on]
     if as_json:
-        images = [{"name": name} | _numbers(row) for name, row in rows]
-        reasons = [{"name": name, "reason": str(error)} for name, error in failed.items()]
-        typer.echo(json.dumps({"size_px": size, "images": images, "mean": _numbers(mean), "failed": reasons}, indent=1))
+        found = {
+            "size_px": size,
+            "images": [{"name": name} | _convert_to_json(row) for name, row in rows],
+            "mean": _convert_to_json(mean),
+            "trained_on": trained_on if known is not None else None,
+            "failed": [{"name": name, "reason": str(error)} for name, error in failed],
+        }
+        _print(json.dumps(found, indent=1))
     else:
         table = [[name, *(f"{value:.4f}" for value in row.as_dict().values())] for name, row in [*rows, ("mean", mean)]]
-        _print_table(["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"], table)
-    for error in failed.values():
-        typer.echo(f"bsdiff-rt: {printable(str(error))}", err=True)
+        titles = ["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"]
+        with _writing():
+            print_table([escape(title) for title in titles], [[escape(cell) for cell in row] for row in table])
+        _print(f"Measured with every image at {size} px on its longer side.")
+    if trained_on:
+        print_line(
+            f"{len(trained_on)} of {len(rows)} images were used to train this model. Their figures say nothing about "
+            f"other patients: {', '.join(trained_on)}"
+        )
+    elif known is None and not quiet:
+        print_line("The model is not known, so images that it was trained on cannot be named. Give --bundle.")
+    for _, error in failed:
+        _print_error(str(error))
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command()
-def info(as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Versions, devices, runners (or why not), bundles, engines in the cache."""
+def info(quiet: Quiet = False, verbose: Verbose = False, as_json: AsJson = False) -> None:
+    """Show versions, devices, runners or why they cannot be used, bundles, and engines in the cache."""
     _log(quiet, verbose)
     from bsdiff_rt.info import describe
 
     found = describe()
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        _print(json.dumps(found, indent=1))
         return
+    lines = []
     for title, content in found.items():
-        typer.echo(title)
-        for name, value in content.items():
-            typer.echo(f"  {name}: {value}")
+        lines += [title, *(f"  {name}: {value}" for name, value in content.items())]
+    _print("\n".join(lines))
 
 
-def _batch_range(text: str) -> tuple[int, int]:
+def _parse_batch_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
     if not all(part.isascii() and part.isdecimal() for part in (low, high or low)) or text.endswith(":"):
-        raise typer.BadParameter(f"{text!r} is not N or MIN:MAX", param_hint="--batch")
+        raise typer.BadParameter(f"{text!r} is not N, MIN:MAX or auto", param_hint="--batch")
     if not 1 <= int(low) <= int(high or low):
-        raise typer.BadParameter(f"{text!r}: from 1 up, the smaller one first", param_hint="--batch")
+        raise typer.BadParameter(f"{text!r} must be 1 or more, with the smaller number first", param_hint="--batch")
     return int(low), int(high or low)
 
 
-def _batch(text: str) -> int | None:
-    return None if text == "auto" else _whole(text, "--batch", "auto or ")
+def _parse_batch(text: str) -> int | None:
+    return None if text == "auto" else _parse_whole(text, "--batch", "auto or ")
 
 
-def _whole(text: str, option: str, alternative: str = "") -> int:
+def _parse_whole(text: str, option: str, alternative: str = "") -> int:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is not {alternative}a whole number above 0", param_hint=option)
     return int(text)
 
 
-def _names(values: list[str] | None) -> tuple[str, ...]:
-    """The values of an option that may be repeated, each a comma separated list; each name once."""
+def _split_names(values: list[str] | None) -> tuple[str, ...]:
+    """Return the values of an option that may be repeated, each a list separated by commas; each name once."""
     return tuple(dict.fromkeys(name for value in values or () for name in value.split(",")))
 
 
-def _numbers(row: Quality) -> dict[str, float | None]:
-    """Figures for JSON, which has no infinity (PSNR of equal images) and no NaN (BSR without bone): null."""
+def _set_threads(threads: int | None) -> None:
+    """Limit the threads of the libraries that compute. They read this when they are imported."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _convert_to_json(row: Quality) -> dict[str, float | None]:
+    """Return figures for JSON. It has no infinity (PSNR of equal images) and no NaN (BSR without bone): null."""
     return {name: value if math.isfinite(value) else None for name, value in row.as_dict().items()}
+
+
+def _summarise(report: Report, output: Path) -> str:
+    """Return the last line of a run."""
+    counts = report.counts()
+    images = "image" if counts["ok"] == 1 else "images"
+    skipped = f"skipped {counts['skipped']} finished before, " if counts["skipped"] else ""
+    speed = f" ({report.images_per_second:.2f} images/s)" if counts["ok"] else ""
+    return (
+        f"wrote {counts['ok']} {images}, {skipped}refused {counts['refused']}, failed {counts['failed']}{speed}. "
+        f"Results and report.json: {escape(str(output))}"
+    )
 
 
 def _print_plan(entries: list[FileEntry], as_json: bool) -> None:
     if as_json:
-        from dataclasses import asdict
-
-        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
+        _print(json.dumps([asdict(entry) for entry in entries], indent=1))
         return
     words = {"ok": "would write", "skipped": "would skip", "refused": "would refuse", "failed": "would fail"}
     for entry in entries:
-        typer.echo(printable(f"{words[entry.status]}: {entry.input} -> {entry.reason or entry.output}"))
+        place = f" -> {entry.output}" if entry.reason is None else f": {entry.reason}"
+        _print(escape(f"{words[entry.status]}: {entry.input}{place}"))
 
 
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        typer.echo("  ".join(cells).rstrip())
+def _print(text: str) -> None:
+    """Print to stdout, and see to it that the text arrived."""
+    with _writing():
+        typer.echo(text)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Write to stdout. If the reader is gone (`| head -1`), what is written is dropped.
+
+    Raises:
+        BsdiffError: stdout cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+    except OSError as error:
+        discard(sys.stdout)
+        raise BsdiffError(
+            f"standard output cannot be written ({error.strerror}). Files that were written are complete."
+        ) from error
+
+
+def _print_error(text: str) -> None:
+    """Print an error to stderr. Unlike a log line it has no time."""
+    try:
+        typer.echo(f"bsdiff-rt: {escape(text)}", err=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def _log(quiet: bool, verbose: bool) -> None:
+    """Send log records to stderr: errors only, warnings and what is used, or everything."""
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.WARNING, handlers=[_ToStderr()], force=True)
     logging.getLogger("bsdiff_rt").setLevel(level)
 
 
 class _ToStderr(logging.Handler):
-    """Log lines to what is stderr at the time: above the live bar while there is one."""
+    """Write log records to what is stderr at the time, which is above the live bar while there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record as one line, and its traceback where it has one."""
+        """Write a record as one line, followed by its traceback if it has one."""
         try:
-            typer.echo(printable(record.getMessage()), err=True)
+            print_line(record.getMessage())
             if record.exc_info:
                 typer.echo("".join(traceback.format_exception(*record.exc_info)), err=True)
-        except Exception:  # as every handler of the library: a log line must not end a run
+        except Exception:  # as in every handler of the library: a log line must not end a run
             self.handleError(record)
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, or a job scheduler's stop. Not KeyboardInterrupt, which the command line library would end with 1."""
+    """Ctrl-C, a scheduler's stop, or a closed terminal. Not KeyboardInterrupt, which typer would end with code 1."""
 
 
 def _interrupt(*_: object) -> None:
     raise _Interrupted
 
 
-def main() -> None:
-    """Entry point: our errors become one line and their exit code; anything else is a bug and shows its trace."""
-    if None in (sys.stdout, sys.stderr):  # closed (`2>&-`): nobody listens
-        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # to the end of the process
+def _set_up_streams() -> None:
+    """Make both streams usable: closed ones go nowhere, and bytes in file names that are no text are shown escaped."""
+    if None in (sys.stdout, sys.stderr):  # closed by the shell (`2>&-`)
+        nowhere = Path(os.devnull).open("w")  # noqa: SIM115  # until the process ends
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
-    if any(not word or (word.startswith("--") and word.find("=") == len(word) - 1) for word in sys.argv[1:]):
-        typer.echo(
-            "bsdiff-rt: an empty argument would be the current folder; is a variable of a script not set?", err=True
-        )
-        raise SystemExit(SettingsError.exit_code)
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text; show them escaped
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _set_up_signals() -> None:
+    """End in an orderly way when interrupted. SIGHUP is left alone if it is ignored, as under nohup."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, _interrupt)
+
+
+def main() -> None:
+    """Run the command line. An error of this package becomes one line and an exit code; any other one is a bug."""
+    _set_up_streams()
+    if any(not word or (word.startswith("--") and word.find("=") == len(word) - 1) for word in sys.argv[1:]):
+        _print_error("an empty argument would mean the current folder. Is a variable of a script not set?")
+        raise SystemExit(SettingsError.exit_code)
+    _set_up_signals()
     try:
         app()
     except BsdiffError as error:
-        typer.echo(f"bsdiff-rt: {printable(str(error))}", err=True)
+        _print_error(describe_error(error))
         raise SystemExit(error.exit_code) from None
     except _Interrupted:
-        resumes = "; finished files are complete, the same command (without --overwrite) resumes"
-        typer.echo(f"bsdiff-rt: interrupted{resumes if sys.argv[1:2] == ['infer'] else ''}", err=True)
+        resumes = ". Finished files are complete; the same command (without --overwrite) goes on with the rest"
+        _print_error(f"interrupted{resumes if sys.argv[1:2] == ['infer'] else ''}")
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -22,7 +22,8 @@ from stand_in import write_bundle as stand_in_bundle
 
 from bsdiff_rt import cli as command_line
 from bsdiff_rt.bundle import Bundle, open_bundle
-from bsdiff_rt.config import PRESETS, EngineOptions, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.config import PRESETS, EngineOptions, InferSettings, Preprocessing, SamplerSettings, Schedule
+from bsdiff_rt.engines.select import Choice
 from bsdiff_rt.folder import pipeline
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -185,13 +186,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyRunner:
     """Return a runner of formulas. Commands run it in place of the bundle's networks; other tests pass it on."""
     runner = ToyRunner(SIZE_PX)
-    monkeypatch.setattr(pipeline, "load_runner_for", lambda *_: (None, runner))
+
+    def load(bundle: Bundle, settings: InferSettings) -> tuple[Choice, ToyRunner]:
+        return pipeline.choose(pipeline.request_runner(bundle, settings)), runner
+
+    monkeypatch.setattr(pipeline, "load_runner_for", load)
     return runner
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: exit code, standard output, standard error."""
+    """What a command left: exit code, standard output, standard error (without the times of its lines)."""
 
     code: int
     out: str
@@ -205,7 +210,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: object) -> Outcome:
         root, ours = logging.getLogger(), logging.getLogger("bsdiff_rt")
         handlers, levels, hook = root.handlers[:], (root.level, ours.level), sys.excepthook
-        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         monkeypatch.setattr(sys, "argv", ["bsdiff-rt", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")  # no line broken within a sentence
         capsys.readouterr()
@@ -220,7 +225,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             ours.setLevel(levels[1])
             for number, handler in signals.items():
                 signal.signal(number, handler)
-        return Outcome(code, *(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in capsys.readouterr()))
+        out, err = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in capsys.readouterr())
+        return Outcome(code, out, re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", err, flags=re.MULTILINE))
 
     return run
 

@@ -18,7 +18,7 @@ from torch import nn
 from bsdiff_rt.bench.candidates import randomise as fill_randomly
 from bsdiff_rt.runners.base import Runner
 
-SHAPE = (80, 72)  # larger than the tiny networks' 64 px, and not square
+SHAPE = (160, 144)  # larger than the tiny networks' 64 px, not square, and no icon (search.ICON_PX)
 
 
 def randomise(network: nn.Module, seed: int) -> None:

@@ -16,21 +16,33 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import dicom, fates, pixels, png, report_of, tree
+from helpers import dicom, fates, png, report_of, tree
 from pydicom.uid import CTImageStorage
 from synthetic import SECRETS, chest
 
 from bsdiff_rt import __version__, bundle
 from bsdiff_rt import cli as command_line
 from bsdiff_rt.folder import progress as module
+from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.raster import read_raster
 
 OPTIONS = {
-    "infer": ("--output", "--sampler", "--samples", "--engine", "--dry-run"),
+    "infer": ("--output", "--sampler", "--samples", "--runner", "--dry-run"),
     "build-engine": ("--runner", "--precision", "--batch", "--output", "--device", "--json"),
-    "bench": ("--bundle", "--runner", "--batch", "--steps", "--json", "--plot"),
-    "evaluate": ("--cxr",),
+    "bench": ("--bundle", "--runner", "--batch", "--steps", "--json", "--json-file", "--plot"),
+    "evaluate": ("--cxr", "--json"),
     "info": ("--json",),
 }
+INTERRUPTED = (
+    "bsdiff-rt: interrupted. Finished files are complete; the same command (without --overwrite) goes on with the rest"
+)
+GROUPS = {
+    "Input and output": "INPUT --output --format --preview --overwrite --any-view --dry-run",
+    "Model": "--bundle --sampler --steps --seed --samples --enhance --mirror --detail --raw-view",
+    "Speed": "--runner --device --precision --batch --threads",
+    "Run": "--fail-on --quiet --verbose --json --help",
+}
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
 def lines(text):
@@ -47,12 +59,25 @@ def test_help_shows_every_option_with_its_default(cli, command):
     assert shown.err == ""
     for option in OPTIONS[command]:
         assert option in shown.out
-    if command == "infer":
-        for default in ("default: demo", "default: auto", "default: 0", "default: source", "default: same"):
-            assert default in shown.out
-        assert (
-            " ".join(shown.out.split()).count("the bundle's") == 6
-        )  # sampler, steps, enhance, mirror, scanner-tone, detail
+
+
+def test_infer_has_24_options_in_four_groups_each_with_its_default(cli):
+    text = cli("infer", "--help").out
+    titles = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
+    assert titles == list(GROUPS)
+    sections = dict(zip(titles, re.split(r"^\w[\w ]*:$", text, flags=re.MULTILINE)[1:], strict=True))
+    options = 0
+    for title, section in sections.items():
+        entries = re.split(r"\n  (?=[-I])", section)[1:]
+        names = [re.search(r"--[a-z0-9-]+|INPUT", entry).group() for entry in entries]
+        assert names == GROUPS[title].split()
+        for name, entry in zip(names, entries, strict=True):
+            options += name not in ("INPUT", "--help")
+            assert "[default:" in entry or "[required]" in entry or name == "--help", entry
+    assert options == 24
+    words = " ".join(text.split())
+    for default in ("demo", "auto", "0", "1;", "full", "refused", "(off)", "(the bundle's)", "(all processors)"):
+        assert f"[default: {default}" in words, default
 
 
 def test_version(cli):
@@ -88,12 +113,13 @@ def test_infer(infer, tmp_path):
     dicom(tmp_path / "in" / "sub" / "b.dcm")
     done = infer()
     assert done.code == 0
-    assert lines(done.out)[0].startswith("2 ok, ")
-    assert "images/s; results and report.json in " in done.out
-    assert "runner onnxruntime in fp32 on cpu" in done.err
+    summary = r"wrote 2 images, refused 0, failed 0 \(\d+\.\d\d images/s\)\. Results and report\.json: .*/out\n"
+    assert re.fullmatch(summary, done.out)
+    assert "runner onnxruntime" in done.err
     assert tree(tmp_path / "out") == {"a.png", "sub/b.dcm", "report.json"}
     again = infer()
-    assert (again.code, again.out) == (0, f"2 skipped; results and report.json in {tmp_path / 'out'}\n")
+    summary = "wrote 0 images, skipped 2 finished before, refused 0, failed 0. Results and report.json: "
+    assert (again.code, again.out) == (0, f"{summary}{tmp_path / 'out'}\n")
 
 
 def test_json_is_the_report(infer, toy, tmp_path):
@@ -104,12 +130,17 @@ def test_json_is_the_report(infer, toy, tmp_path):
     assert json.loads(done.out) == report_of(tmp_path / "out")
 
 
-def test_quiet_says_only_what_is_wrong(infer, toy, tmp_path):
+def test_quiet_prints_only_what_is_wrong_and_what_was_asked_for(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
-    assert infer("--quiet").err == ""
+    done = infer("--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
     (tmp_path / "in" / "b.png").write_bytes(b"text")
     done = infer("-q")
-    assert lines(done.err) == [f"refused: {tmp_path / 'in' / 'b.png'}: not a PNG, JPEG or TIFF file"]
+    assert (done.code, done.out) == (3, "")
+    (line,) = lines(done.err)
+    assert line.startswith(f"refused: {tmp_path / 'in' / 'b.png'}: not a")
+    assert json.loads(infer("-q", "--json").out) == report_of(tmp_path / "out")
+    assert [line.partition(":")[0] for line in lines(infer("-q", "--dry-run").out)] == ["would skip", "would refuse"]
 
 
 def test_verbose_shows_why_a_batch_failed(infer, toy, tmp_path):
@@ -128,8 +159,32 @@ def test_verbose_shows_why_a_batch_failed(infer, toy, tmp_path):
 
 def test_nothing_found(infer, toy, tmp_path):
     (tmp_path / "in").mkdir()
-    done = infer()
-    assert (done.code, done.out) == (0, f"no images found; results and report.json in {tmp_path / 'out'}\n")
+    (tmp_path / "in" / "scan.npy").write_bytes(b"")
+    for options in ((), ("--fail-on", "failed"), ("--dry-run",)):
+        done = infer(*options)
+        assert (done.code, done.out) == (2, "")
+        assert lines(done.err)[-1] == (
+            f"bsdiff-rt: {tmp_path / 'in'}: no chest X-ray found. Images are DICOM, PNG, JPEG or TIFF files."
+        )
+        assert "left out files of kinds not read here (1 .npy)" in done.err
+        assert not (tmp_path / "out").exists()
+    done = infer("--fail-on", "never")
+    summary = f"wrote 0 images, refused 0, failed 0. Results and report.json: {tmp_path / 'out'}\n"
+    assert (done.code, done.out) == (0, summary)
+    assert report_of(tmp_path / "out")["files"] == []
+
+
+@pytest.mark.parametrize(("fail_on", "codes"), [("refused", (3, 3)), ("failed", (0, 3)), ("never", (0, 0))])
+def test_which_outcomes_fail_the_command(infer, toy, tmp_path, fail_on, codes):
+    """A nightly job is not red for a lateral view, if it says so."""
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"text")
+    assert infer("--fail-on", fail_on, "--dry-run").code == codes[0]
+    done = infer("--fail-on", fail_on)
+    assert done.code == codes[0]
+    assert done.out.startswith("wrote 1 image, refused 1, failed 0 (")
+    (tmp_path / "in" / "c.png").write_bytes(b"")
+    assert infer("--fail-on", fail_on).code == codes[1]
 
 
 def test_dry_run_writes_nothing(infer, toy, tmp_path):
@@ -142,7 +197,7 @@ def test_dry_run_writes_nothing(infer, toy, tmp_path):
     assert [line.replace(str(tmp_path), "") for line in lines(done.out)] == [
         "would write: /in/a.png -> a.png",
         "would write: /in/b -> b.dcm",
-        "would refuse: /in/c.png -> not a PNG, JPEG or TIFF file",
+        "would refuse: /in/c.png: not a PNG, JPEG or TIFF file",
     ]
     assert tree(tmp_path) == before
     assert toy.denoised == 0
@@ -170,10 +225,11 @@ def test_progress_in_a_log(infer, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PLAIN_EVERY_S", 0.0)
     for seed in range(3):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
-    told = [line for line in lines(infer("--batch", 1).err) if "files" in line]
-    assert [line.split(" ")[0] for line in told] == ["1/3", "2/3", "3/3"]
-    assert all("images/s" in line and "s left" in line for line in told)
-    assert [line for line in lines(infer().err) if "files" in line] == [f"{n}/3 files, 0 s left" for n in (1, 2, 3)]
+    printed = [line for line in lines(infer("--batch", 1).err) if "files" in line]
+    assert [line.partition(",")[0] for line in printed] == [f"{n} of 3 files" for n in (1, 2, 3)]
+    assert all("images/s" in line and "s left" in line for line in printed)
+    again = [line for line in lines(infer().err) if "files" in line]
+    assert again == [f"{n} of 3 files, 0 s left" for n in (1, 2, 3)]
     assert "files" not in infer("--quiet", "--overwrite").err
 
 
@@ -201,30 +257,28 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
     assert toy.denoised == steps
 
 
-def test_every_option_arrives(infer, toy, tmp_path):
+def test_every_option_arrives(infer, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # put back afterwards
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
-    options += " --no-scanner-tone --no-trim"
-    more = "--no-enhance --mirror --size model --detail source --format png --sop sc --preview --overwrite --force"
+    more = "--threads 1 --no-enhance --mirror --detail model --raw-view --format png --preview --overwrite --any-view"
     assert infer(*options.split(), *more.split()).code == 0
-    assert report_of(tmp_path / "out")["settings"] == {
+    settings = report_of(tmp_path / "out")["settings"]
+    assert settings == {
         "sampler": "ddpm",
         "steps": 2,
         "seed": 9,
         "samples": 2,
         "enhance": False,
         "mirror": True,
-        "scanner_tone": False,
-        "trim": False,
-        "size": "model",
-        "detail": "source",
+        "detail": "model",
+        "raw_view": True,
         "format": "png",
-        "sop": "sc",
-        "runner": "eager",
+        "runner": settings["runner"],
         "precision": "fp32",
     }
     assert toy.enhanced == 0
-    assert pixels(tmp_path / "out" / "a.png").shape == (64, 58)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
     assert (tmp_path / "out" / "preview.png").is_file()
 
 
@@ -241,12 +295,12 @@ def test_every_option_arrives(infer, toy, tmp_path):
         ("--batch -3", "'-3' is not auto or a whole number above 0"),
         ("--batch two", "'two' is not auto"),
         ("--batch ²", "'²' is not auto"),
-        ("--device gpu", "--device gpu: not a device"),
+        ("--device gpu", "bsdiff-rt: --device: 'gpu' is not a device"),
         ("--device cuda:99", "CUDA devices"),
-        ("--size big", "Invalid value for '--size'"),
+        ("--threads 0", "Invalid value for '--threads'"),
+        ("--fail-on lateral", "Invalid value for '--fail-on'"),
         ("--detail best", "Invalid value for '--detail'"),
         ("--format jpeg", "Invalid value for '--format'"),
-        ("--runner fast", "Invalid value for '--runner'"),
         ("--precision fp8", "Invalid value for '--precision'"),
         ("--unknown", "No such option: --unknown"),
     ],
@@ -266,7 +320,8 @@ def test_a_runner_that_cannot_be_used(infer, tmp_path, options):
     png(tmp_path / "in" / "a.png")
     refused = infer(*options.split())
     assert refused.code == 4
-    assert refused.err.startswith(f"bsdiff-rt: {options}")
+    assert refused.err.startswith("bsdiff-rt: ")
+    assert options.split()[1] in refused.err
     assert len(lines(refused.err)) == 1
     assert not (tmp_path / "out").exists()
 
@@ -301,7 +356,7 @@ def test_an_output_folder_that_cannot_be_written(cli, toy, tiny_bundle, tmp_path
     refused = cli("infer", tmp_path / "in", "-o", tmp_path / "file" / "out", "--bundle", tiny_bundle)
     assert refused.code == 2
     (line,) = lines(refused.err)
-    assert line.startswith(f"bsdiff-rt: --output {tmp_path / 'file' / 'out'}: cannot be written (")
+    assert line.startswith(f"bsdiff-rt: --output: {tmp_path / 'file' / 'out'}: cannot be written (")
 
 
 # --- infer: bad inputs ---
@@ -314,14 +369,14 @@ def truncated(path: Path, share: float = 0.6) -> Path:
 
 
 def colour(path: Path) -> Path:
-    picture = np.stack([np.rint(chest(80, 72, seed) * 255).astype(np.uint8) for seed in range(3)], axis=2)
+    picture = np.stack([np.rint(chest(160, 144, seed) * 255).astype(np.uint8) for seed in range(3)], axis=2)
     picture[20:40, 20:40] = (10, 60, 200)
     path.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
     return path
 
 
 def black(path: Path) -> Path:
-    path.write_bytes(cv2.imencode(".png", np.zeros((80, 72), np.uint8))[1].tobytes())
+    path.write_bytes(cv2.imencode(".png", np.zeros((160, 144), np.uint8))[1].tobytes())
     return path
 
 
@@ -343,7 +398,7 @@ BAD = {
     "ct.dcm": (lambda path: dicom(path, SOPClassUID=CTImageStorage, Modality="CT"), "refused", "CT"),
     "lateral.dcm": (lambda path: dicom(path, ViewPosition="LL"), "refused", "not a frontal view"),
     "photo.jpg": (colour, "refused", "a colour picture"),
-    "small 1.png": (lambda path: png(path, shape=(20, 20)), "refused", "20 x 20 px"),
+    "small 1.png": (lambda path: png(path, shape=(20, 140)), "refused", "20 x 140 px"),
     "small 2.dcm": (lambda path: dicom(path, Rows=20, Columns=20), "failed", "more pixels than one frame"),
     "black.png": (black, "refused", "every pixel shows the same grey"),
     "text 1.dcm": (text, "refused", "not a DICOM file"),
@@ -351,7 +406,7 @@ BAD = {
     "text 3.png": (text, "refused", "not a PNG, JPEG or TIFF file"),
     "empty 1.png": (lambda path: path.write_bytes(b""), "failed", "empty"),
     "empty 2.dcm": (lambda path: path.write_bytes(b""), "failed", "empty"),
-    "link.png": (link_to_nothing, "refused", "no such file"),
+    "link.png": (link_to_nothing, "refused", "the link leads to no file"),
 }
 
 
@@ -379,12 +434,43 @@ def test_bad_inputs_are_told_and_the_rest_is_done(infer, cli, toy, tiny_bundle, 
     assert "Warning" not in said
 
 
-def test_a_missing_input(cli, toy, tiny_bundle, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--fail-on", "never")])
+def test_a_missing_input_ends_the_run(cli, toy, tiny_bundle, tmp_path, options):
     good = png(tmp_path / "a.png")
-    done = cli("infer", tmp_path / "absent", good, "-o", tmp_path / "out", "--bundle", tiny_bundle)
+    done = cli("infer", tmp_path / "absent", good, "-o", tmp_path / "out", "--bundle", tiny_bundle, *options)
+    assert (done.code, done.out) == (2, "")
+    assert lines(done.err) == [f"bsdiff-rt: {tmp_path / 'absent'}: no such file or folder."]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_input_folder_as_output_gets_no_report(cli, toy, tiny_bundle, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    done = cli("infer", tmp_path / "in", "-o", tmp_path / "in", "--bundle", tiny_bundle)
+    assert done.code == 2
+    assert "this is the output folder, too. Choose another output folder." in done.err
+    assert tree(tmp_path / "in") == {"a.png"}
+
+
+def test_a_name_that_is_too_long_for_its_result_is_one_failed_file(infer, toy, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    dicom(tmp_path / "in" / ("x" * 254))
+    done = infer("--dry-run")
+    assert (done.code, [line.partition(":")[0] for line in lines(done.out)]) == (3, ["would write", "would fail"])
+    done = infer()
     assert done.code == 3
-    assert fates(tmp_path / "out") == {"absent": "refused", "a.png": "ok"}
-    assert f"refused: {tmp_path / 'absent'}: no such file or folder" in lines(done.err)
+    assert fates(tmp_path / "out") == {"a.png": "ok", "x" * 254: "failed"}
+    assert "the name of its result would have 258 characters or bytes, and 255 are possible here" in done.err
+
+
+def test_a_folder_of_two_patients_with_the_same_names(cli, toy, tiny_bundle, tmp_path):
+    for seed, patient in enumerate(("patientA", "patientB")):
+        dicom(tmp_path / "same" / patient / "IM0001.dcm", seed=seed)
+    two = (tmp_path / "same" / "patientA", tmp_path / "same" / "patientB")
+    done = cli("infer", *two, "-o", tmp_path / "out", "--bundle", tiny_bundle)
+    assert done.code == 3
+    assert f"Name the folder that holds both ({tmp_path / 'same'}), or choose another output folder." in done.err
+    assert cli("infer", tmp_path / "same", "-o", tmp_path / "out2", "--bundle", tiny_bundle).code == 0
+    assert tree(tmp_path / "out2") == {"patientA/IM0001.dcm", "patientB/IM0001.dcm", "report.json"}
 
 
 def test_a_folder_named_like_a_picture(infer, toy, tmp_path):
@@ -411,7 +497,7 @@ def test_an_empty_argument_is_not_the_current_folder(cli, arguments, tmp_path, m
     png(tmp_path / "a.png")
     done = cli(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert "an empty argument would be the current folder; is a variable of a script not set?" in done.err
+    assert "an empty argument would mean the current folder. Is a variable of a script not set?" in done.err
 
 
 def test_a_folder_may_end_in_an_equals_sign(cli, tmp_path):
@@ -430,6 +516,51 @@ def test_a_closed_stream_ends_nothing(tiny_bundle, tmp_path, closed):
     assert fates(tmp_path / "out") == {"a.png": "ok"}
 
 
+def run_shell(command):
+    """Run `bsdiff-rt ...` in a shell; returns exit code, stdout and stderr."""
+    program = f"{sys.executable} -c 'import sys; sys.argv[0] = \"bsdiff-rt\"; from bsdiff_rt.cli import main; main()'"
+    text = command.replace("bsdiff-rt", program)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", text], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_full_disk_behind_stdout_is_one_sentence(tiny_bundle, tmp_path, options):
+    png(tmp_path / "a.png")
+    command = f"bsdiff-rt infer {tmp_path / 'a.png'} -o {tmp_path / 'out'} --bundle {tiny_bundle} -n 1 {options}"
+    code, _, err = run_shell(f"{command} > /dev/full")
+    assert code == 1
+    assert lines(err)[-1] == (
+        "bsdiff-rt: standard output cannot be written (No space left on device). Files that were written are complete."
+    )
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert fates(tmp_path / "out") == {"a.png": "ok"}
+    assert report_of(tmp_path / "out")["ended"]
+
+
+def test_a_reader_that_leaves_early_ends_nothing(tiny_bundle, tmp_path):
+    """`2>&1 | head -1`: the results are written, and nothing is said about it."""
+    for seed in range(2):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    (tmp_path / "in" / "b.png").write_bytes(b"text")
+    command = f"bsdiff-rt infer {tmp_path / 'in'} -o {tmp_path / 'out'} --bundle {tiny_bundle} -n 1 --fail-on failed"
+    code, out, err = run_shell(f"{command} 2>&1 | head -1")
+    assert (code, err, len(lines(out))) == (0, "", 1)
+    assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok", "b.png": "refused"}
+    code, out, err = run_shell("bsdiff-rt info | head -1")
+    assert (code, err, out) == (0, "", "versions\n")
+
+
+def test_lines_in_a_log_carry_a_time(tiny_bundle, tmp_path):
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"text")
+    _, _, err = run_shell(f"bsdiff-rt infer {tmp_path / 'in'} -o {tmp_path / 'out'} --bundle {tiny_bundle} -n 1")
+    assert any("refused: " in line for line in lines(err))
+    assert all(re.match(TIME, line) for line in lines(err))
+
+
 def test_a_name_cannot_begin_a_line(infer, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a\nfailed: b.png\x1b[2J.png").write_bytes(b"no image")
@@ -442,8 +573,8 @@ def test_a_name_cannot_begin_a_line(infer, tmp_path):
 
 def test_a_name_of_any_language_is_shown_as_it_is():
     name = "胸部\u3000X線 می\u200cخواهم \u00a0é.png"  # with spaces and a joiner that Python does not call printable
-    assert module.printable(name) == name
-    assert module.printable("a\udcff\u2028b\r") == "a\\udcff\\u2028b\\r"
+    assert module.escape(name) == name
+    assert module.escape("a\udcff\u2028b\r") == "a\\udcff\\u2028b\\r"
 
 
 def test_log_lines_go_to_what_is_stderr_at_the_time(capsys, monkeypatch):
@@ -452,7 +583,7 @@ def test_log_lines_go_to_what_is_stderr_at_the_time(capsys, monkeypatch):
     lines = io.StringIO()
     monkeypatch.setattr(sys, "stderr", lines)
     logging.getLogger("bsdiff_rt.x").warning("one\ntwo %d", 3)
-    assert lines.getvalue() == "one\\ntwo 3\n"
+    assert re.fullmatch(TIME + r"one\\ntwo 3\n", lines.getvalue())
     try:
         raise ValueError("why")
     except ValueError:
@@ -469,15 +600,14 @@ def test_an_interrupted_build_says_no_more_than_that(cli, monkeypatch):
     assert (done.code, done.err.splitlines()[-1]) == (130, "bsdiff-rt: interrupted")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_with_130_and_resumes(infer, toy, tmp_path, number):
     for seed in range(4):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
     toy.before = lambda call: signal.raise_signal(number) if call == 3 else None
     stopped = infer("--batch", 1)
     assert stopped.code == 130
-    said = "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes"
-    assert lines(stopped.err)[-1] == said
+    assert lines(stopped.err)[-1] == INTERRUPTED
     assert "Traceback" not in stopped.err
     assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok"}
     toy.before = lambda _: None
@@ -485,7 +615,23 @@ def test_an_interruption_ends_with_130_and_resumes(infer, toy, tmp_path, number)
     assert fates(tmp_path / "out") == {"0.png": "skipped", "1.png": "skipped", "2.png": "ok", "3.png": "ok"}
 
 
-def test_an_interruption_of_the_real_program(tiny_bundle, tmp_path):
+def test_nohup_keeps_a_run_alive(monkeypatch):
+    before = signal.getsignal(signal.SIGHUP)
+    taken = {}
+    monkeypatch.setattr(command_line.signal, "signal", lambda number, handler: taken.update({number: handler}))
+    for ignored in (False, True):
+        monkeypatch.setattr(
+            command_line.signal, "getsignal", lambda _, ignored=ignored: signal.SIG_IGN if ignored else signal.SIG_DFL
+        )
+        taken.clear()
+        command_line._set_up_signals()
+        assert (signal.SIGHUP in taken) == (not ignored)
+        assert {signal.SIGINT, signal.SIGTERM} <= set(taken)
+    assert signal.getsignal(signal.SIGHUP) in (before, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interruption_of_the_real_program(tiny_bundle, tmp_path, number):
     """By a signal from outside, at whatever moment it comes."""
     for seed in range(3):
         png(tmp_path / "in" / f"{seed}.png", seed=seed)
@@ -498,12 +644,10 @@ def test_an_interruption_of_the_real_program(tiny_bundle, tmp_path):
     limit = time.monotonic() + 60
     while not list((tmp_path / "out").glob("0.png")) and program.poll() is None and time.monotonic() < limit:
         time.sleep(0.02)
-    program.send_signal(signal.SIGINT)
+    program.send_signal(number)
     _, said = program.communicate(timeout=60)
     assert program.returncode == 130
-    assert lines(said)[-1] == (
-        "bsdiff-rt: interrupted; finished files are complete, the same command (without --overwrite) resumes"
-    )
+    assert lines(said)[-1] == INTERRUPTED
     known = fates(tmp_path / "out")
     assert known["0.png"] == "ok"
     assert tree(tmp_path / "out") == {*known, "report.json"}
@@ -538,8 +682,12 @@ def pairs(tmp_path):
 
 def test_evaluate(cli, pairs):
     done = cli("evaluate", *pairs)
-    assert (done.code, done.err) == (0, "")
-    table = lines(done.out)
+    assert done.code == 0
+    assert lines(done.err) == [
+        "The model is not known, so images that it was trained on cannot be named. Give --bundle."
+    ]
+    *table, where = lines(done.out)
+    assert where == "Measured with every image at 256 px on its longer side."
     titles = ["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"]
     assert re.split(" {2,}", table[0]) == titles
     assert [row.split()[0] for row in table[1:]] == ["p0", "p1", "mean"]
@@ -588,11 +736,24 @@ def test_evaluate_names_the_file_that_is_bad(cli, pairs):
             assert found["mean"] == {key: value for key, value in found["images"][0].items() if key != "name"}
             assert [failed["name"] for failed in found["failed"]] == ["p1"]
         else:
-            assert [row.split()[0] for row in lines(done.out)[1:]] == ["p0", "mean"]
+            assert [row.split()[0] for row in lines(done.out)[1:-1]] == ["p0", "mean"]
     truncated(pairs[0] / "p0.png")
     done = cli("evaluate", *pairs)
     assert (done.code, done.out) == (3, "")
     assert lines(done.err)[-1].startswith(f"bsdiff-rt: {pairs[0] / 'p0.png'}: ")
+
+
+def test_evaluate_names_what_the_model_was_trained_on(cli, pairs, bundle_copy):
+    content = json.loads((bundle_copy / bundle.MANIFEST).read_text())
+    content["training"]["trained_on"] = [grey_digest(read_raster(pairs[3] / "p1.png").cxr).hex()[:16]]
+    (bundle_copy / bundle.MANIFEST).write_text(bundle.to_signed_json(content))
+    done = cli("evaluate", *pairs, "--bundle", bundle_copy)
+    assert done.code == 0
+    assert lines(done.err) == [
+        "1 of 2 images were used to train this model. Their figures say nothing about other patients: p1"
+    ]
+    assert json.loads(cli("evaluate", *pairs, "--bundle", bundle_copy, "--json").out)["trained_on"] == ["p1"]
+    assert json.loads(cli("evaluate", *pairs, "--json").out)["trained_on"] is None
 
 
 def test_info(cli):

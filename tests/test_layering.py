@@ -24,8 +24,8 @@ TORCH_FREE = [
     *(f"imaging.{name}" for name in ("view", "marks", "network_input", "clahe", "detail", "tone", "metrics")),
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
-    *(f"folder.{name}" for name in ("tasks", "reading", "writing", "ledger", "report", "preview", "progress")),
-    "folder.evaluate",
+    *(f"folder.{name}" for name in ("search", "tasks", "reading", "writing", "ledger", "report", "preview")),
+    *(f"folder.{name}" for name in ("progress", "evaluate")),
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).
 LAYERS = (

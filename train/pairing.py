@@ -16,7 +16,7 @@ from pathlib import Path
 from pydicom import dcmread
 
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.folder.tasks import is_input, stem_of
+from bsdiff_rt.folder.search import is_input, strip_suffix
 from bsdiff_rt.formats.dicom_in import is_dicom, quiet_pydicom
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def find_sources(folder: Path, suffix: str) -> list[Source]:
         if path.is_symlink() and path.is_dir():
             logger.warning("%s: a link to a folder is not followed. Put the folder itself there.", path)
         elif is_input(path):
-            relative, stem = path.relative_to(folder), stem_of(path)
+            relative, stem = path.relative_to(folder), strip_suffix(path)
             labelled = bool(suffix) and stem.endswith(suffix) and stem != suffix
             key = (relative.parent / (stem.removesuffix(suffix) if labelled else stem)).as_posix()
             found.append(Source(path, relative.as_posix(), key, labelled, *_identity(path)))

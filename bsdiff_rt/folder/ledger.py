@@ -1,4 +1,4 @@
-"""A run's report while the run goes on: who finishes a file enters it here. Torch-free."""
+"""Keep the report of a run up to date while the run goes on. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,24 +14,34 @@ from pathlib import Path
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.report import FILE_NAME, FileEntry, Report, planned_in, results_in
-from bsdiff_rt.folder.tasks import uncertainty_path
+from bsdiff_rt.folder.report import (
+    FILE_NAME,
+    FileEntry,
+    Report,
+    now,
+    read_planned,
+    read_preview_name,
+    read_rates,
+    read_results,
+    uncertainty_path,
+)
+from bsdiff_rt.folder.search import STALE
 
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 5.0
-SAVE_SHARE = 0.05  # of the time at most, however many files the report names
+SAVE_SHARE = 0.05  # at most this share of the time, however many files the report names
 
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs out of an output folder: the last to end would write its own report over the others'.
+    """Keep other runs out of an output folder. Otherwise the last one to end would replace the others' reports.
 
-    The lock is the folder's own and ends with the process, however that ends. Where the system has no such locks
-    (Windows, some network drives) nothing is kept out.
+    The lock belongs to the process and ends with it. Windows and some network drives have no such locks; there, other
+    runs are not kept out.
 
     Raises:
-        SettingsError: another run is at work there.
+        SettingsError: another run is writing into the folder.
     """
     if sys.platform == "win32":
         yield
@@ -43,8 +53,8 @@ def only_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            reason = "another run writes into it; wait for its end, or choose another folder"
-            raise SettingsError(f"--output {folder}: {reason}") from error
+            message = f"{folder}: another run is writing into it. Wait for its end, or choose another folder."
+            raise SettingsError(message, setting="output") from error
         except OSError as error:
             logger.debug("%s cannot be locked: %s", folder, error)
         yield
@@ -53,22 +63,22 @@ def only_run(folder: Path) -> Iterator[None]:
 
 
 class Ledger:
-    """Keeps a run's report up to date: in memory, on disk every few seconds, and for whoever watches.
+    """Keep a run's report up to date: in memory, on disk every few seconds, and for a progress display.
 
-    The report goes on naming what earlier runs wrote into the folder and still lies there. An input that has changed
-    and gives no result keeps no older one: it may be of another patient's file. One that is as it was keeps it: what
-    went wrong, a full disk say, is no fault of the result.
+    The report keeps naming the results of earlier runs that are still in the folder. If an input has changed and gives
+    no result now, its older result is renamed to NAME.stale, because it may show another patient. If the input is
+    unchanged, the older result stays: a full disk, for example, says nothing about it.
 
-    Any thread may add: who finishes a file adds its entry itself, so that an interruption of the main thread cannot
-    part the two.
+    Any thread may add entries. The thread that finishes a file adds its entry, so that an interruption of the main
+    thread cannot separate the two.
 
     Args:
         report: the run's report, without files yet.
-        folder: output folder.
-        outputs: every input, as the report lists them, and where its result goes, below `folder`.
-        before: what an earlier run finished (`finished_before`); entries not reached yet stay in the saved report, so
-            that an interrupted run can be resumed again.
-        on_file: told each entry as it is added.
+        folder: the output folder.
+        outputs: every input, as the report lists it, and the place of its result below `folder`.
+        before: what an earlier run finished (`report.finished_before`). Entries that this run has not reached yet stay
+            in the saved report, so that an interrupted run can be resumed again.
+        on_file: called with each entry as it is added.
     """
 
     def __init__(
@@ -83,11 +93,16 @@ class Ledger:
         self._folder = folder
         self._outputs = outputs
         self._place = {name: number for number, name in enumerate(outputs)}
-        self._before, self._earlier = before, results_in(folder)
+        self._before, self._earlier = before, read_results(folder)
         self._results = {*self._earlier, *outputs.values()}
-        ours = planned_in(folder)  # what a killed run has written of it is known by nothing else
+        self._earlier_rates = read_rates(folder) if before else (0.0, 0.0)
+        if report.preview is None:
+            report.preview = read_preview_name(folder)
+        planned = read_planned(folder)  # nothing else knows what a killed run has written
         self._planned = {
-            name: str(path) for name, path in outputs.items() if path and (path in ours or not (folder / path).exists())
+            name: str(path)
+            for name, path in outputs.items()
+            if path and (path in planned or not os.path.exists(folder / path))
         }
         self._on_file = on_file
         self._lock = threading.RLock()
@@ -95,89 +110,115 @@ class Ledger:
         self._next_save = self._started + SAVE_EVERY_S
 
     def begin(self) -> None:
-        """Write down what will be written: a run that is killed leaves results that its report does not name yet.
+        """Save which results will be written. If the run is killed, some exist that its report does not list yet.
 
         Raises:
             SettingsError: the report cannot be written.
         """
-        self.save()
+        self._save()
 
     def add(self, entry: FileEntry) -> None:
-        """Take up one file's fate."""
+        """Add one file's outcome."""
         with self._lock:
-            self.report.files.append(entry)
             if entry.output is None:
-                self._remove_older(self._outputs[entry.input], entry)
+                entry = self._set_older_aside(self._outputs[entry.input], entry)
             elif entry.status == "ok" and self.report.settings.get("samples") == 1:
-                self._remove_older_deviation(Path(entry.output))
+                self._set_deviation_aside(Path(entry.output))
+            self.report.files.append(entry)
             self._on_file(entry)
             if (started := time.monotonic()) >= self._next_save:
                 try:
-                    self.save()
+                    self._save()
                 except SettingsError as error:  # there may be room again when the run ends
                     logger.warning("%s", error)
-                now = time.monotonic()
-                self._next_save = now + max(SAVE_EVERY_S, (now - started) / SAVE_SHARE)
+                ended = time.monotonic()
+                self._next_save = ended + max(SAVE_EVERY_S, (ended - started) / SAVE_SHARE)
 
     def save(self, busy_s: float = 0.0) -> None:
-        """Write the report as it stands; `busy_s` is how long the networks worked, known at the end.
+        """Write the report at the end of a run.
+
+        Args:
+            busy_s: seconds in which the model computed.
 
         Raises:
-            SettingsError: it cannot be written.
+            SettingsError: the report cannot be written.
         """
         with self._lock:
-            self.report.networks_busy = busy_s / max(time.monotonic() - self._started, 1e-9)
-            self._save()
+            self.report.ended = now()
+            self._save(busy_s)
 
-    def _save(self) -> None:
+    def _save(self, busy_s: float = 0.0) -> None:
         self.report.files.sort(key=lambda entry: self._place[entry.input])
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        self.report.images_per_second = self.report.counts()["ok"] / seconds
+        if written := self.report.counts()["ok"]:
+            seconds = max(time.monotonic() - self._started, 1e-9)
+            self.report.images_per_second, self.report.model_busy = written / seconds, busy_s / seconds
+        else:
+            self.report.images_per_second, self.report.model_busy = self._earlier_rates
         inputs = {entry.input for entry in self.report.files}
         outputs = {entry.output for entry in self.report.files}
         waiting = [
             replace(entry, status="skipped")
             for entry in self._before.values()
-            if entry.input not in inputs
-            and entry.output not in outputs
-            and (self._folder / str(entry.output)).is_file()
+            if entry.input not in inputs and entry.output not in outputs and self._exists(entry)
         ]
         files = [*self.report.files, *waiting]
-        named = {entry.output for entry in files}
-        older = [entry for path, entry in self._earlier.items() if str(path) not in named]
-        earlier = [entry for entry in older if (self._folder / str(entry.output)).is_file()]
+        listed = {entry.output for entry in files}
+        earlier = [entry for path, entry in self._earlier.items() if str(path) not in listed and self._exists(entry)]
+        planned = [output for name, output in self._planned.items() if name not in inputs]
         try:
-            planned = [output for name, output in self._planned.items() if name not in inputs]
             replace(self.report, files=files, earlier=earlier, planned=planned).write(self._folder)
         except OSError as error:
-            raise SettingsError(f"--output {self._folder}: {FILE_NAME} cannot be written ({error.strerror})") from error
+            message = (
+                f"{self._folder}: {FILE_NAME} cannot be written ({error.strerror}). Finished results are complete."
+            )
+            raise SettingsError(message, setting="output") from error
 
-    def _remove_older(self, output: Path | None, entry: FileEntry) -> None:
-        """Remove the result of what the input was before, only while it is what that run wrote."""
+    def _exists(self, entry: FileEntry) -> bool:
+        return os.path.isfile(self._folder / str(entry.output))
+
+    def _set_older_aside(self, output: Path | None, entry: FileEntry) -> FileEntry:
+        """Rename the result of what the input was before, if it is still as it was written. Return the entry."""
         earlier = self._earlier.get(output) if output is not None else None
         if output is None or earlier is None:
+            return entry
+        if earlier.path_sha256 not in (None, entry.path_sha256):  # the result of another input
+            return entry
+        digests = {earlier.input_sha256, entry.input_sha256}
+        if None in digests or len(digests) == 1:  # the input is not known to have changed
+            return entry
+        stale = self._rename(output, earlier.sha256)
+        if stale is None:
+            return entry
+        self._set_deviation_aside(output)
+        warning = f"{self._folder / output}: made before {entry.input} changed. Renamed to {stale.name}."
+        logger.error("%s", warning)  # shown with --quiet, too
+        return replace(entry, warnings=[*entry.warnings, warning])
+
+    def _set_deviation_aside(self, output: Path) -> None:
+        """Rename the deviation map of an earlier result that is replaced or gone. A result in its place stays."""
+        earlier = self._earlier.get(output)
+        deviation = uncertainty_path(Path(), output)
+        if earlier is None or earlier.deviation_sha256 is None or deviation in self._results:
             return
-        if earlier.path_sha256 not in (None, entry.path_sha256):  # another input's
-            return
-        inputs = {earlier.input_sha256, entry.input_sha256}
-        if None in inputs or len(inputs) == 1:  # not known to have changed
-            return
+        if stale := self._rename(deviation, earlier.deviation_sha256):
+            logger.info("%s: belongs to an earlier result. Renamed to %s.", self._folder / deviation, stale.name)
+
+    def _rename(self, output: Path, sha256: str | None) -> Path | None:
+        """Rename a file that an earlier run wrote to NAME.stale, or NAME.2.stale and so on if that exists.
+
+        Returns:
+            The new path; None if there is no file, it is not as it was written, or it cannot be renamed.
+        """
         path = self._folder / output
         try:
-            if not path.is_file() or file_sha256(path) != earlier.sha256:
-                return
-            path.unlink()
-            logger.warning("%s: removed; it was made before %s changed", path, entry.input)
+            if not path.is_file() or file_sha256(path) != sha256:
+                return None
+            stale, number = path.with_name(path.name + STALE), 1
+            while os.path.lexists(stale):
+                number += 1
+                stale = path.with_name(f"{path.name}.{number}{STALE}")
+            path.rename(stale)
         except OSError as error:
-            logger.warning("%s: the result of an earlier run cannot be removed (%s)", path, error.strerror)
-        self._remove_older_deviation(output)
-
-    def _remove_older_deviation(self, output: Path) -> None:
-        """Remove the deviation map of an earlier result that is no longer there; a result in its place stays."""
-        path = uncertainty_path(self._folder, output)
-        if output not in self._earlier or path.relative_to(self._folder) in self._results:
-            return
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s: the map of an earlier run cannot be removed (%s)", path, error.strerror)
+            logger.error("%s: belongs to an earlier input and cannot be renamed (%s).", path, error.strerror)
+            return None
+        return stale

@@ -23,8 +23,8 @@ from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
 from bsdiff_rt.folder.ledger import Ledger, only_run
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.reading import Reader, Ready, make_not_done
-from bsdiff_rt.folder.report import FileEntry, Report, environment, finished_before, path_digest
-from bsdiff_rt.folder.tasks import UNCERTAINTY, Task, find_tasks
+from bsdiff_rt.folder.report import UNCERTAINTY, FileEntry, Report, environment, finished_before, path_digest
+from bsdiff_rt.folder.tasks import Task, find_tasks
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
     Model,
@@ -63,17 +63,17 @@ class Inference:
         self.device = resolve_device(settings.device) if runner is None else runner.device
         self._runner = runner
         # The choice may change when the runner is loaded: what does not load is passed over.
-        self.report = self._begin_report(choose(request_runner(self.bundle, settings)) if runner is None else None)
+        self.report = self._begin_report(runner or choose(request_runner(self.bundle, settings)))
 
-    def _begin_report(self, choice: Choice | None) -> Report:
+    def _begin_report(self, chosen: Choice | Runner) -> Report:
         """Return an empty report that names everything that decides the pixels."""
-        chosen = choice or self._runner
-        assert chosen is not None
         name = chosen.runner if isinstance(chosen, Choice) else chosen.name
         decisive = list_decisive(self.settings, name, chosen.precision) | {"format": self.settings.format}
-        report = Report(self.bundle.identity, decisive, environment(str(self.device)))
-        if choice is not None and choice.engine:
-            report.environment["engine"] = choice.engine.sha256
+        bundle = self.bundle.identity | {"licence": self.bundle.manifest.licence}
+        report = Report(bundle, decisive, environment(str(self.device)))
+        report.preview = PREVIEW if self.settings.preview else None
+        if isinstance(chosen, Choice) and chosen.engine:
+            report.environment["engine"] = chosen.engine.sha256
         return report
 
     def find_tasks(self, inputs: Iterable[Path]) -> list[Task]:
@@ -83,10 +83,10 @@ class Inference:
         settings = self.settings
         return find_tasks(inputs, settings.output, settings.format, reserved, overwrite=settings.overwrite)
 
-    def plan(self, inputs: Iterable[Path]) -> Iterator[FileEntry]:
-        """Yield what `run` would report, without doing it: `ok` for what would be written."""
+    def plan(self, tasks: list[Task]) -> Iterator[FileEntry]:
+        """Yield what `run` would report for tasks, without doing it: `ok` for what would be written."""
         reader = self._make_reader()
-        for task in self.find_tasks(inputs):
+        for task in tasks:
             outcome = reader.read(task)
             if isinstance(outcome, FileEntry):
                 yield outcome
@@ -117,7 +117,7 @@ class Inference:
         choice, runner = (None, self._runner) if self._runner else load_runner_for(self.bundle, self.settings)
         assert runner is not None
         with only_run(folder), Model(self.bundle, runner, self.settings, choice) as model:
-            self.report = self._begin_report(choice)
+            self.report = self._begin_report(choice or runner)
             reader, writer = self._make_reader(), Writer(self.settings, self.bundle, self.report.settings)
             outputs = {str(task.input): task.output for task in tasks}
             ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
@@ -239,4 +239,6 @@ def _make_output_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise SettingsError(f"--output {folder}: cannot be written ({reason}). Choose another folder.") from error
+        raise SettingsError(
+            f"{folder}: cannot be written ({reason}). Choose another folder.", setting="output"
+        ) from error

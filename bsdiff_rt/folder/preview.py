@@ -1,7 +1,8 @@
-"""One picture of a run, one row per image: X-ray | soft tissue | bone, and where samples deviate. Torch-free."""
+"""Write preview.png: one row for each image, with X-ray, soft tissue and bone side by side. Torch-free."""
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -13,53 +14,94 @@ from bsdiff_rt.imaging.network_input import place, resize
 
 FILE_NAME = "preview.png"
 SIDE_PX = 320
-ROWS = 40  # more would make a picture no viewer opens
+ROWS = 40  # a larger picture would not open in many viewers
 BONE_GAIN = 2.0
 DEVIATION_SHOWN = 0.05  # a standard deviation of this share of the grey levels, or more, is shown in full red
 GAP_PX = 4
+TITLE_PX = 28  # height of the line of column titles
+NAME_PX = 20  # height of the line with an image's name, above its row
+TITLES = ("X-ray", "Soft tissue", f"Bone, brightened {BONE_GAIN:g} times")
+DEVIATION_TITLE = f"Deviation of samples, red: {DEVIATION_SHOWN:.0%} or more"
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_MARGIN_PX = 6
 
 
 class Preview:
-    """Collects rows and writes the picture."""
+    """Collect the rows of a preview and write the picture."""
 
     def __init__(self) -> None:
-        self._rows: list[NDArray[np.uint8]] = []
+        self._rows: list[tuple[str, NDArray[np.uint8]]] = []
 
     def add(
         self,
+        name: str,
         cxr: NDArray[np.float32],
         soft_tissue: NDArray[np.float32],
         deviation: NDArray[np.float32] | None = None,
     ) -> None:
-        """Add one image, all [H, W] float32 in [0, 1], of any sizes; nothing is added after ROWS rows.
+        """Add one image; after ROWS images, nothing is added.
 
-        `deviation`, the standard deviation of several samples, is laid over the soft tissue in red.
+        Args:
+            name: of the image, written above its row.
+            cxr: [H, W], float32, in [0, 1].
+            soft_tissue: the same; it may have another size.
+            deviation: standard deviation of several samples, drawn in red over the soft tissue. All images of a preview
+                have one, or none has.
         """
         if len(self._rows) >= ROWS:
             return
-        shown, suppressed = _thumbnail(cxr), _thumbnail(soft_tissue)
+        xray, suppressed = _make_thumbnail(cxr), _make_thumbnail(soft_tissue)
         # Black where nothing was taken away, as on a dual-energy bone image.
-        bone = np.clip((shown - suppressed) * BONE_GAIN, 0, 1)
+        bone = np.clip((xray - suppressed) * BONE_GAIN, 0, 1)
         gap = np.ones((SIDE_PX, GAP_PX), np.float32)
-        row = np.hstack([shown, gap, suppressed, gap, bone])
+        row = np.hstack([xray, gap, suppressed, gap, bone])
         if deviation is not None:
-            red = np.clip(_thumbnail(deviation) / DEVIATION_SHOWN, 0, 1)[..., None]
+            red = np.clip(_make_thumbnail(deviation) / DEVIATION_SHOWN, 0, 1)[..., None]
             overlay = suppressed[..., None] * (1 - red) + red * np.array([0, 0, 1], np.float32)  # blue, green, red
             row = np.hstack([cv2.cvtColor(row, cv2.COLOR_GRAY2BGR), np.ones((SIDE_PX, GAP_PX, 3), np.float32), overlay])
-        self._rows.append(np.rint(row * 255).astype(np.uint8))
+        self._rows.append((name, np.rint(row * 255).astype(np.uint8)))
 
     def write(self, folder: Path) -> Path | None:
-        """Write preview.png into `folder`; None when no image was added."""
+        """Write preview.png into `folder`.
+
+        Returns:
+            The path; None if no image was added.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if not self._rows:
             return None
-        gap = np.full((GAP_PX, *self._rows[0].shape[1:]), 255, np.uint8)
-        picture = np.vstack([part for row in self._rows for part in (row, gap)][:-1])
-        write_atomically(folder / FILE_NAME, cv2.imencode(".png", picture)[1].tobytes())
+        shape = self._rows[0][1].shape
+        titles = np.full((TITLE_PX, *shape[1:]), 255, np.uint8)
+        for column, title in enumerate((*TITLES, DEVIATION_TITLE) if len(shape) == 3 else TITLES):
+            _draw_text(titles, title, column * (SIDE_PX + GAP_PX), SIDE_PX, 0.55)
+        parts = [titles]
+        for name, row in self._rows:
+            line = np.full((NAME_PX, *shape[1:]), 255, np.uint8)
+            _draw_text(line, name, 0, shape[1], 0.45)
+            parts += [line, row]
+        write_atomically(folder / FILE_NAME, cv2.imencode(".png", np.vstack(parts))[1].tobytes())
         return folder / FILE_NAME
 
 
-def _thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`image` in the middle of a black square of SIDE_PX, aspect ratio kept."""
+def _draw_text(line: NDArray[np.uint8], text: str, left: int, width: int, scale: float) -> None:
+    """Draw text into a white line of `line.shape[0]` rows, in black, from a column on; shorten it to `width` px.
+
+    The font has ASCII characters only. Accents are dropped, and other characters become question marks.
+    """
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    plain = shown = "".join(c if " " <= c <= "~" else "?" for c in plain)
+    while cv2.getTextSize(shown, _FONT, scale, 1)[0][0] > width - 2 * _MARGIN_PX:
+        plain = plain[1:]  # the end of a path says more than its beginning
+        shown = f"...{plain}"
+    baseline = line.shape[0] - _MARGIN_PX
+    cv2.putText(line, shown, (left + _MARGIN_PX, baseline), _FONT, scale, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def _make_thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `image` in the middle of a black square of SIDE_PX, with its aspect ratio kept."""
     at = place(image.shape, SIDE_PX)
     square = np.zeros((SIDE_PX, SIDE_PX), np.float32)
     small = resize(image, (at.height, at.width))

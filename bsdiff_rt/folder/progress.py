@@ -1,12 +1,13 @@
-"""Progress on stderr: live on a terminal, plain lines in a log. Torch-free."""
+"""Show progress on stderr: a live bar on a terminal, lines with the time of day elsewhere. Torch-free."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import unicodedata
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -17,21 +18,46 @@ PLAIN_EVERY_S = 10.0
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's controls, bytes that are no text, line and paragraph separators
 
 
-def printable(text: str) -> str:
-    """A message without what would move a terminal's cursor or begin another line: a file name may hold anything."""
+def escape(text: str) -> str:
+    """Return a text in which nothing moves the cursor or begins another line. A file name may hold any character."""
     return "".join(
         c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in _UNPRINTABLE else c
         for c in text
     )
 
 
+def print_line(text: str) -> None:
+    """Print one line to stderr, with the local time in front unless stderr is a terminal.
+
+    If nobody reads stderr any more, the line is lost and nothing else happens.
+    """
+    try:
+        prefix = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+        typer.echo(prefix + escape(text), err=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Send everything that is still written to a broken stream nowhere. Otherwise Python would fail when it exits."""
+    with suppress(OSError, ValueError, AttributeError):  # no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class FileProgress:
-    """Files done, images/s and time left, on stderr: a live bar on a terminal, a line now and then in a log."""
+    """Show files done, speed and time left: a bar on a terminal, a line now and then in a log.
+
+    Args:
+        total: number of files.
+        quiet: show only files that were refused or failed.
+    """
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._quiet = total, quiet
         self._done = self._computed = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> FileProgress:
@@ -50,33 +76,37 @@ class FileProgress:
             self._bar.stop()
 
     def on_file(self, entry: FileEntry) -> None:
-        """Count one file; say at once what is wrong with it."""
+        """Count one file, and print at once if it was refused or failed."""
         self._done += 1
         self._computed += entry.status == "ok"
         elapsed = time.monotonic() - self._started
-        speed = f"{self._computed / elapsed:.2f} images/s, " if self._computed and elapsed else ""
+        speed = f"{self._computed / elapsed:.2f} images/s" if self._computed and elapsed else ""
         if entry.reason is not None:
-            self._say(f"{entry.status}: {entry.input}: {entry.reason}")
+            self._print(f"{entry.status}: {entry.input}: {entry.reason}")
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, speed=speed.rstrip(", "))
-        elif time.monotonic() - self._told > PLAIN_EVERY_S:
-            self._told = time.monotonic()
+            self._bar.update(self._task, advance=1, speed=speed)
+        elif time.monotonic() - self._printed > PLAIN_EVERY_S:
+            self._printed = time.monotonic()
             left = elapsed / self._done * (self._total - self._done)
-            self._say(f"{self._done}/{self._total} files, {speed}{left:.0f} s left")
+            parts = (f"{self._done} of {self._total} files", speed, f"{_format_seconds(left)} left")
+            self._print(", ".join(part for part in parts if part))
 
-    def _say(self, line: str) -> None:
-        line = printable(line)
-        with suppress(OSError):  # whoever listened is gone: no reason to leave files undone
-            if self._bar is not None:
-                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            else:
-                typer.echo(line, err=True)
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            print_line(line)
+            return
+        with suppress(OSError):  # nobody reads it any more, which is no reason to leave files undone
+            self._bar.console.print(escape(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class BuildProgress:
-    """What a build is doing and since when, on stderr: a live line on a terminal, a line per phase in a log."""
+    """Show what a build is doing and for how long: a live line on a terminal, a line for each phase in a log.
+
+    Args:
+        quiet: show nothing.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet, self._started = quiet, time.monotonic()
@@ -98,11 +128,19 @@ class BuildProgress:
             self._live.stop()
 
     def show(self, phase: str, done: float | None) -> None:
-        """A phase, and the share done in [0, 1], None where it is not known."""
+        """Show a phase, and the share of the build that is done, 0 to 1; None if it is not known."""
         if self._live is not None:
             self._live.update(self._task, description=phase)
             if done is not None:
                 self._live.update(self._task, completed=done, total=1)
         elif not self._quiet:
             share = "" if done is None else f", {done:.0%} done"
-            typer.echo(f"{time.monotonic() - self._started:.0f} s: {phase}{share}", err=True)
+            print_line(f"{phase}{share} ({_format_seconds(time.monotonic() - self._started)} so far)")
+
+
+def _format_seconds(seconds: float) -> str:
+    """Return a duration as `40 s`, `12 min` or `3 h 5 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -14,10 +14,10 @@ from typing import Literal
 
 from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
-from bsdiff_rt.errors import BsdiffError, InputRefused
+from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.report import FileEntry, path_digest
-from bsdiff_rt.folder.tasks import Task, uncertainty_path
+from bsdiff_rt.folder.report import FileEntry, path_digest, uncertainty_path
+from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.imaging.one_image import Prepared, prepare
 
@@ -82,13 +82,13 @@ class Reader:
         started = time.monotonic()
         digest = None
         try:
-            if task.refusal or task.output is None:
-                raise InputRefused(task.refusal or "no output")
+            if task.output is None:
+                raise (InputFailed if task.status == "failed" else InputRefused)(task.refusal)
             digest = file_sha256(task.input)
             if self._is_finished(task.output, digest):
                 done = self.before[str(task.output)]
                 path_sha256 = path_digest(task.input)
-                return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped", seconds=0.0)
+                return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
             radiograph = formats.read(task.input, any_view=self._settings.any_view)
             formats.check_kind(self._settings.format, radiograph)
             prepared = prepare(radiograph.cxr, self._preprocessing, raw_view=self._settings.raw_view)

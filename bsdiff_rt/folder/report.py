@@ -1,4 +1,4 @@
-"""The run report: every input and its fate, in report.json beside the results. Torch-free."""
+"""The run report: report.json lists every input of a run with its outcome. Its keys: docs/reports.md. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,44 +7,48 @@ import json
 import logging
 import os
 import platform
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from bsdiff_rt import __version__
+from bsdiff_rt.config import InferSettings
+from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.json"
+UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the standard deviations of several samples
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
 
-EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256")  # what is kept of an earlier run's entry
+# What is kept of an entry when a later run, with other settings or inputs, writes its own report.
+EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256", "deviation_sha256")
 
 Status = Literal["ok", "skipped", "refused", "failed"]
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One input and what became of it.
+    """One input of a run and its outcome.
 
     Attributes:
-        input: its path as given or found.
-        output: path below the output folder; None when nothing was written.
-        status: `ok` written now, `skipped` written by an earlier run with the same settings, `refused` not something
-            this program processes, `failed` should have worked.
-        reason: one line, for refused and failed.
-        seconds: reading, the networks' for it, and writing; not what it waited between.
-        sha256: of the output file.
-        input_sha256: of the input file, where it could be read; a changed input is done again.
-        path_sha256: of the input's absolute path: tells two files apart that were given by the same relative one.
-        view: which rows and columns the networks were shown, and how their grey levels were changed for them
-            (`view.View`); None where it was all as it is.
-        warnings: what a user should know about the X-ray, one sentence each.
-        deviation_sha256: of the samples' deviation map; None where there is none.
+        input: path as the user gave it, or as it was found in a folder.
+        output: path of the result, relative to the output folder; None if nothing was written.
+        status: `ok` if written by this run, `skipped` if written by an earlier run with the same settings, `refused`
+            if this program does not process such a file, `failed` if it should have worked.
+        reason: one line that says why the input was refused or failed; None otherwise.
+        seconds: time spent on reading, on the model and on writing, without waiting in between. A skipped file keeps
+            the seconds of the run that wrote it.
+        sha256: SHA-256 of the output file.
+        input_sha256: SHA-256 of the input file, if it could be read. A changed input is processed again.
+        path_sha256: SHA-256 of the input's absolute path. It tells two files apart that have the same relative path.
+        deviation_sha256: SHA-256 of the map of the samples' standard deviation; None if there is none.
+        view: rows, columns and grey levels the model was given, if that was not the whole, unchanged picture.
+        warnings: one line for each thing a reader of the result should know.
     """
 
     input: str
@@ -60,109 +64,203 @@ class FileEntry:
     warnings: list[str] = field(default_factory=list)
 
 
+_ENTRY_KEYS = tuple(item.name for item in fields(FileEntry))
+_SETTING_DEFAULTS = {item.name: item.default for item in fields(InferSettings) if item.default is not MISSING}
+
+
+def now() -> str:
+    """Return the local time with its offset, in ISO 8601, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 @dataclass
 class Report:
-    """Everything report.json holds."""
+    """The content of report.json.
+
+    Attributes:
+        bundle: name, sha256 and licence of the model.
+        settings: the resolved settings that change pixels.
+        environment: versions and device.
+        started, ended: local times of this run; `ended` is None while it goes on, and stays so if it is killed.
+        images_per_second: images written per second of this run. A run that writes none keeps the earlier figure.
+        model_busy: share of the run's time in which the model computed, 0 to 1; kept in the same way.
+        preview: name of the preview picture of this or an earlier run; None if no run made one.
+        files: the inputs of this run, and finished files of earlier runs with the same settings.
+        earlier: results of other runs that are still in the folder.
+        planned: results that did not exist when the run began, and are not in `files` yet.
+        bsdiff_rt: version of this package.
+    """
 
     bundle: dict[str, str]
     settings: dict[str, Any]
     environment: dict[str, Any]
+    started: str = field(default_factory=now)
+    ended: str | None = None
     images_per_second: float = 0.0
-    networks_busy: float = 0.0  # share of the run's wall time, from 0 to 1
+    model_busy: float = 0.0
+    preview: str | None = None
     files: list[FileEntry] = field(default_factory=list)
-    earlier: list[FileEntry] = field(default_factory=list)  # results of earlier runs that still lie there
-    planned: list[str] = field(default_factory=list)  # results that were not there when the run began, and not reported
+    earlier: list[FileEntry] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
     bsdiff_rt: str = __version__
 
     def counts(self) -> Counter[str]:
-        """Number of files by status."""
+        """Return the number of files by status."""
         return Counter(entry.status for entry in self.files)
 
     def to_json(self) -> str:
-        """The text of report.json."""
-        head = {"bsdiff_rt": self.bsdiff_rt, "bundle": self.bundle, "settings": self.settings}
-        tail = {"environment": self.environment, "images_per_second": round(self.images_per_second, 4)}
-        tail |= {"networks_busy": round(self.networks_busy, 4)}
-        tail |= {"files": [asdict(entry) for entry in self.files]}
-        tail |= {"earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier]}
-        tail |= {"planned": self.planned}
-        return json.dumps(head | tail, indent=1) + "\n"
+        """Return the text of report.json."""
+        content = {
+            "bsdiff_rt": self.bsdiff_rt,
+            "bundle": self.bundle,
+            "settings": self.settings,
+            "environment": self.environment,
+            "started": self.started,
+            "ended": self.ended,
+            "images_per_second": round(self.images_per_second, 4),
+            "model_busy": round(self.model_busy, 4),
+            "preview": self.preview,
+            "files": [asdict(entry) for entry in self.files],
+            "earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier],
+            "planned": self.planned,
+        }
+        return json.dumps(content, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write report.json into `folder`, whole or not at all."""
+        """Write report.json into `folder`, completely or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_atomically(folder / FILE_NAME, self.to_json().encode())
 
 
-def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
-    """Outputs an earlier run with the version and settings of `report` finished, by output path.
+def check_output(folder: Path) -> None:
+    """Check that a report.json in the output folder, if there is one, is a readable report of this program.
 
-    An entry counts only while its file still has the hash it was written with.
+    Args:
+        folder: the output folder; it need not exist.
+
+    Raises:
+        SettingsError: another program wrote the file, or it is damaged. Writing a report would replace it.
+    """
+    path = folder / FILE_NAME
+    if not os.path.lexists(path):
+        return
+    try:
+        content = _load(folder)
+        if not isinstance(content["bsdiff_rt"], str):
+            raise TypeError
+        _read_entries(content)
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror}). Choose another output folder.", setting="output"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(
+            f"{path}: not a report of bsdiff-rt, or damaged. Move it away, or choose another output folder.",
+            setting="output",
+        ) from error
+
+
+def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
+    """Return the results that an earlier run with the bundle and settings of `report` finished, by output path.
+
+    The version of this package does not matter, so a new release does not redo an archive. A setting that the earlier
+    report does not know counts as having its default.
     """
     path = folder / FILE_NAME
     try:
-        earlier = json.loads(path.read_text())
-        entries = [FileEntry(**entry) for entry in earlier["files"]]
-        done = {entry.output: entry for entry in entries if entry.status in ("ok", "skipped") and entry.output}
-        same = all(earlier[key] == getattr(report, key) for key in ("bsdiff_rt", "bundle", "settings"))
+        earlier = _load(folder)
+        entries = [_read_entry(content) for content in earlier["files"]]
+        same_bundle = earlier["bundle"]["sha256"] == report.bundle["sha256"]
+        missing = {key: _SETTING_DEFAULTS[key] for key in report.settings.keys() - earlier["settings"].keys()}
+        same_settings = missing | earlier["settings"] == report.settings
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be used (%s): nothing is known to be done", path, type(error).__name__)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be used (%s). Every file is processed again.", path, type(error).__name__)
         return {}
-    if not same:
-        logger.info("%s is from another version or other settings: every file is done again", path)
+    if not (same_bundle and same_settings):
+        logger.info("%s is of another bundle or of other settings. Every file is processed again.", path)
         return {}
-    return done
+    return {entry.output: entry for entry in entries if entry.status in ("ok", "skipped") and entry.output}
 
 
-def results_in(folder: Path) -> dict[Path, FileEntry]:
-    """Results that runs of any version and settings wrote into `folder`, by its report: path below it -> entry.
+def read_results(folder: Path) -> dict[Path, FileEntry]:
+    """Return the results that the report in `folder` names, of any version and settings: path below it -> entry.
 
-    Of an entry only what `EARLIER` names is known, of one by an older version perhaps not all of that. Empty where no
-    run's report.json lies.
+    Only the keys in `EARLIER` are filled. Empty if there is no report of this program.
     """
     try:
-        content = json.loads((folder / FILE_NAME).read_text())
+        content = _load(folder)
         if "bsdiff_rt" not in content:
             return {}
-        entries = [*content.get("earlier", []), *content["files"]]
-        return {
-            Path(entry["output"]): FileEntry(
-                **({"input": ""} | {key: entry[key] for key in EARLIER if key in entry}), status="skipped"
-            )
-            for entry in entries
-            if entry["output"]
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's, or damaged
+        return {Path(entry.output): entry for entry in _read_entries(content) if entry.output}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def planned_in(folder: Path) -> set[Path]:
-    """Results that a run which did not come to its end was to write into `folder`: some may be there, unreported."""
+def read_planned(folder: Path) -> set[Path]:
+    """Return the results that an unfinished run was going to write into `folder`. Some of them may exist."""
     try:
-        return {Path(output) for output in json.loads((folder / FILE_NAME).read_text())["planned"]}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another program's
+        return {Path(output) for output in _load(folder)["planned"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
+def read_preview_name(folder: Path) -> str | None:
+    """Return the name of the preview that the report in `folder` names, or None."""
+    try:
+        name = _load(folder)["preview"]
+        return name if isinstance(name, str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_rates(folder: Path) -> tuple[float, float]:
+    """Return `images_per_second` and `model_busy` of the report in `folder`; zeros if there is none."""
+    try:
+        content = _load(folder)
+        return float(content["images_per_second"]), float(content["model_busy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0, 0.0
+
+
+def read_named(folder: Path) -> set[Path]:
+    """Return every file that the report in `folder` names, relative to it: results, deviation maps and the preview.
+
+    Only these may be replaced by a later run. Maps of an unfinished run are included, because it may have written them.
+    """
+    results, planned, preview = read_results(folder), read_planned(folder), read_preview_name(folder)
+    maps = {path for path, entry in results.items() if entry.deviation_sha256} | planned
+    named = {*results, *planned, *(uncertainty_path(Path(), path) for path in maps)}
+    return named | ({Path(preview)} if preview else set())
+
+
+def uncertainty_path(folder: Path, output: Path | str) -> Path:
+    """Return where the deviation map of a result goes: uncertainty/x.png for x.png, uncertainty/x.dcm.png for x.dcm."""
+    path = Path(output)
+    return folder / UNCERTAINTY / (path if path.suffix == ".png" else f"{path}.png")
+
+
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file's absolute path without links."""
+    """Return the SHA-256 of a file's absolute path, with links resolved."""
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and machine, without user or host names."""
+    """Return versions, platform and device. Names of users and hosts are left out."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "packages": package_versions(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what the pixels are."""
+    """Return the installed versions of the packages that can change pixels."""
     found = {}
     for name in PACKAGES:
         try:
@@ -170,3 +268,33 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _load(folder: Path) -> Any:
+    return json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+
+
+def _read_entries(content: dict[str, Any]) -> list[FileEntry]:
+    """Return the entries of this and of earlier runs, each with the keys in `EARLIER` only.
+
+    Raises:
+        KeyError, TypeError: not the content of a report.
+    """
+    found = []
+    for entry in [*content.get("earlier", []), *content["files"]]:
+        known = {key: entry[key] for key in EARLIER if key in entry}
+        found.append(FileEntry(**{"input": "", "output": entry["output"], "status": "skipped"} | known))
+    return found
+
+
+def _read_entry(content: dict[str, Any]) -> FileEntry:
+    """Return an entry of report.json. Keys of other versions are ignored; missing ones have their defaults.
+
+    Raises:
+        KeyError, TypeError: `input`, `output` or `status` is missing or of the wrong type.
+    """
+    known = {key: content[key] for key in _ENTRY_KEYS if key in content}
+    entry = FileEntry(**known)
+    if not isinstance(entry.input, str) or not isinstance(entry.output, str | None):
+        raise TypeError("input and output are text")
+    return entry

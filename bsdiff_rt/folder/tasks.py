@@ -1,44 +1,54 @@
-"""From what the user named to a list of files to do, each with the place its result goes. Torch-free."""
+"""List the files of a run, each with the place of its result, and refuse results that would replace a file. Torch-free.
+
+The rules are the table in docs/reports.md.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from bsdiff_rt.config import FormatName
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
-from bsdiff_rt.folder.report import FileEntry, path_digest, planned_in, results_in
+from bsdiff_rt.folder.report import (
+    UNCERTAINTY,
+    FileEntry,
+    check_output,
+    path_digest,
+    read_named,
+    read_results,
+    uncertainty_path,
+)
+from bsdiff_rt.folder.search import Found, find_files, resolve_path, strip_suffix
 from bsdiff_rt.formats import result_suffix
-from bsdiff_rt.formats.dicom_in import is_dicom
-from bsdiff_rt.formats.raster import RASTER_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
-# Images that nothing here reads; worth a word, because a folder of them looks like one of X-rays.
-OTHER_IMAGES = frozenset({".bmp", ".gif", ".heic", ".j2k", ".jp2", ".jxl", ".mha", ".nii", ".nrrd", ".pgm", ".webp"})
-UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the samples' standard deviations
+_NAME_BYTES = 255  # the longest file name of nearly every file system
+_ELSEWHERE = "Choose another output folder."
 
 
 @dataclass(frozen=True)
 class Task:
-    """One file to do.
+    """One file to process.
 
     Attributes:
         input: the file.
-        output: where the result goes, relative to the output folder.
-        refusal: why it cannot be done, known before reading it; None normally.
+        output: path of the result, relative to the output folder; None if it cannot be processed.
+        refusal: the reason, if this is known before the file is read; None normally.
+        status: outcome of a task with a reason.
     """
 
     input: Path
     output: Path | None
     refusal: str | None = None
+    status: Literal["refused", "failed"] = "refused"
 
 
 def find_tasks(
@@ -49,116 +59,156 @@ def find_tasks(
     *,
     overwrite: bool = False,
 ) -> list[Task]:
-    """Every file to do, in the order given, folders in sorted order.
+    """List every file to process, in the order given; folders in sorted order.
 
-    Folders are searched recursively for files with an image or DICOM suffix and for DICOM files under any other name;
-    what else lies there is not an input, and neither is what an earlier run wrote into a folder below one that is
-    searched. A file named by the user always is one. The output folder is never searched. No result replaces an
-    input or a file beside it, nor, but with `overwrite`, what this program did not write or the result of another
-    input: it may be another patient's.
+    No result replaces an input, a file that no report of this program names, or the result of another input of this
+    run. The result of another input of an earlier run is replaced only with `overwrite`.
 
     Args:
-        inputs: files and folders.
-        output: the output folder.
-        file_format: of the results.
+        inputs: files and folders; folders are searched (`search.find_files`).
+        output: the output folder; it need not exist.
+        file_format: "auto", or a kind of result that `formats` can write.
         reserved: names of files and folders that the run itself writes into the output folder.
-        overwrite: whether other files there, and results of an earlier run's other inputs, may be replaced.
+        overwrite: whether results of other inputs of earlier runs may be replaced.
 
     Raises:
-        SettingsError: an input lies where the run itself writes (`reserved`).
+        SettingsError: an input does not exist or is the output folder; the output folder holds a report.json of another
+            program; a file in the place of one in `reserved` would be replaced.
     """
-    found = list(_files(inputs, output))
-    sources = {_real(file): file for file, relative, _ in found if relative is not None}
+    check_output(output)
+    found = find_files(inputs, output)
+    sources = {resolve_path(each.file): each.file for each in found if each.relative is not None}
+    named = read_named(output)
     for name in reserved:
-        if source := sources.get(_real(output / name)):
-            raise SettingsError(f"{source}: this run's own {name} would replace the X-ray; choose another --output")
-    known = results_in(output)
-    written = {*known, *(uncertainty_path(Path(), result) for result in known), *planned_in(output)}
-    places = _Places(output, sources, known, written, reserved, overwrite)
+        _check_reserved(output / name, sources, named=Path(name) in named)
+    places = _Places(output, sources, read_results(output), named, reserved, overwrite)
     tasks: list[Task] = []
     seen: set[str] = set()
-    for file, relative, refusal in found:
-        if relative is None:
-            tasks.append(Task(file, None, refusal))
+    for each in found:
+        if each.relative is None:
+            tasks.append(Task(each.file, None, each.refusal))
             continue
-        # Named twice, or named and in a named folder. Two links to one file are two files: archives link by content.
-        place = str(Path(_real(file.parent), file.name))
+        # Only the folder's links are resolved: two links to one file are two inputs, as in archives sorted by content.
+        place = str(Path(resolve_path(each.file.parent), each.file.name))
         if place in seen:
             continue
         seen.add(place)
-        suffix = result_suffix(file_format, file)
-        target = relative.parent / (stem_of(relative) + suffix)
-        refusal = places.refusal(file, target)
-        tasks.append(Task(file, None if refusal else target, refusal))
+        target = each.relative.parent / (strip_suffix(each.relative) + result_suffix(file_format, each.file))
+        if reason := places.check_length(target):
+            tasks.append(Task(each.file, None, reason, "failed"))
+        elif reason := places.take(each, target):
+            tasks.append(Task(each.file, None, reason))
+        else:
+            tasks.append(Task(each.file, target))
     return tasks
 
 
 @dataclass
 class _Places:
-    """Where results go, and whose place they would take.
+    """The places of results, and what they must not replace.
 
     Attributes:
         output: the output folder.
         sources: every input of this run, by its real path.
-        results: of an earlier run, by their places.
-        written: these, their deviation maps, and what an interrupted run was to write.
-        reserved, overwrite: as of `find_tasks`.
-        taken: places given away, and to which file.
-        mapped: the same of deviation maps.
+        results: results of earlier runs, by path below `output`.
+        named: every file that the report in `output` names.
+        reserved, overwrite: see `find_tasks`.
+        taken: places given away, and to which input.
+        mapped: the same for deviation maps.
     """
 
     output: Path
     sources: Mapping[str, Path]
     results: Mapping[Path, FileEntry]
-    written: Collection[Path]
+    named: Collection[Path]
     reserved: Collection[str]
     overwrite: bool
-    taken: dict[Path, Path] = field(default_factory=dict)
-    mapped: dict[Path, Path] = field(default_factory=dict)
+    taken: dict[Path, Found] = field(default_factory=dict)
+    mapped: dict[Path, Found] = field(default_factory=dict)
 
-    def refusal(self, file: Path, target: Path) -> str | None:
-        """Why the result of `file` cannot go to `target`; None where it can, which is its place from then on."""
-        deviation = uncertainty_path(Path(), target)
-        if target in self.taken:
-            return f"its result {target} would replace that of {self.taken[target]}; give it another --output"
-        if source := self.sources.get(_real(self.output / target)):
-            return f"its result would replace the X-ray {source}; choose another --output"
-        if UNCERTAINTY in self.reserved and (source := self.sources.get(_real(self.output / deviation))):
-            return f"its deviation map would replace the X-ray {source}; choose another --output"
-        if foreign := self._foreign(file, target):
-            return foreign
-        earlier = None if self.overwrite else self.results.get(target)
-        if earlier and _is_anothers(self.output / target, earlier, file):
-            return (
-                f"its result {target} would replace that of an earlier run's {earlier.input}, which is another file; "
-                "give it another --output, or --overwrite"
-            )
+    def __post_init__(self) -> None:
+        self._longest = _measure_longest_name(self.output)
+
+    def check_length(self, target: Path) -> str | None:
+        """Return the reason why the file system cannot hold a file of this name, or None."""
+        name = target.name if UNCERTAINTY not in self.reserved else uncertainty_path(Path(), target).name
+        if (length := _measure_name(name)) <= self._longest:
+            return None
+        return (
+            f"the name of its result would have {length} characters or bytes, and {self._longest} are possible here. "
+            "Rename the file."
+        )
+
+    def take(self, found: Found, target: Path) -> str | None:
+        """Reserve `target` for the result of an input. Return the reason why that is impossible, or None."""
+        deviation = uncertainty_path(Path(), target) if UNCERTAINTY in self.reserved else None
+        reason = (
+            self._check_other_result(found, target)
+            or self._check_unnamed_file(target, "result")
+            or (deviation and self._check_unnamed_file(deviation, "deviation map"))
+            or self._check_earlier_result(found, target)
+        )
+        if reason:
+            return reason
         if str(target) in self.reserved or target.parts[0] in self.reserved:
-            return f"its result {target} would replace the run's own; rename it"
-        if UNCERTAINTY in self.reserved and deviation in self.mapped:
-            other = self.mapped[deviation]
-            return f"its deviation map {deviation.name} would replace that of {other}; give it another --output"
-        self.taken[target] = self.mapped[deviation] = file
+            return f"its result {target} would replace a file of the run itself. Rename it."
+        if deviation in self.mapped:
+            return (
+                f"its deviation map {deviation.name} would replace that of {self.mapped[deviation].file}. {_ELSEWHERE}"
+            )
+        self.taken[target] = found
+        if deviation:
+            self.mapped[deviation] = found
         return None
 
-    def _foreign(self, file: Path, target: Path) -> str | None:
-        """Why not to replace a file that no report of the output folder names; beside the X-ray not even if asked."""
+    def _check_other_result(self, found: Found, target: Path) -> str | None:
+        """Return the reason if another input of this run has the same place."""
+        if target not in self.taken:
+            return None
+        other = self.taken[target]
+        reason = f"its result {target} would replace that of {other.file}."
+        if common := _find_common_folder(other.given, found.given):
+            return f"{reason} Name the folder that holds both ({common}), or choose another output folder."
+        return f"{reason} Rename one of them, or choose another output folder."
+
+    def _check_unnamed_file(self, target: Path, kind: str) -> str | None:
+        """Return the reason if an input, or a file that no report names, is in the place of a result."""
         path = self.output / target
-        if target in self.written or not path.exists():
+        if source := self.sources.get(resolve_path(path)):
+            return f"its {kind} would replace the X-ray {source}. {_ELSEWHERE}"
+        # A folder in the way is reported by the writer, which cannot replace it.
+        if target not in self.named and os.path.lexists(path) and not os.path.isdir(path):
+            return f"its {kind} would replace {path}, which this program did not write. {_ELSEWHERE}"
+        return None
+
+    def _check_earlier_result(self, found: Found, target: Path) -> str | None:
+        """Return the reason if an earlier run's result of another input is in the place."""
+        earlier = None if self.overwrite else self.results.get(target)
+        if earlier is None or not _is_of_another(self.output / target, earlier, found.file):
             return None
-        beside = _real(path.parent) == _real(file.parent)
-        if self.overwrite and not beside:
-            return None
-        instead = "choose another --output" if beside else "choose another --output, or give --overwrite"
-        return f"its result would replace {path}, which this program did not write; {instead}"
+        return (
+            f"its result {target} would replace that of another file, {earlier.input}, from an earlier run. "
+            "Choose another output folder, or allow overwriting."
+        )
 
 
-def _is_anothers(result: Path, earlier: FileEntry, file: Path) -> bool:
-    """Whether a result that lies there is of another input than `file`: neither the same path nor the same content.
+def _check_reserved(path: Path, sources: Mapping[str, Path], *, named: bool) -> None:
+    """Raise SettingsError if the run itself would replace an input, or a file of the user's."""
+    if source := sources.get(resolve_path(path)):
+        raise SettingsError(f"{source}: this run's own {path.name} would replace the X-ray. {_ELSEWHERE}")
+    if not named and os.path.isfile(path):
+        raise SettingsError(
+            f"{path}: this run's own {path.name} would replace it, and this program did not write it. "
+            "Move it away, or choose another output folder."
+        )
 
-    What cannot be read will be said by who reads it. Of a report by an older version only the given path is known.
+
+def _is_of_another(result: Path, earlier: FileEntry, file: Path) -> bool:
+    """Return whether an existing result belongs to another input: neither the path nor the content is the same.
+
+    An input that cannot be read counts as another one. Without `path_sha256` the path in the report decides.
     """
-    if not result.is_file():
+    if not os.path.isfile(result):
         return False
     if earlier.path_sha256 == path_digest(file) or (earlier.path_sha256 is None and earlier.input in ("", str(file))):
         return False
@@ -168,78 +218,27 @@ def _is_anothers(result: Path, earlier: FileEntry, file: Path) -> bool:
         return True
 
 
-def is_input(file: Path) -> bool:
-    """Whether a file found in a folder is one to process: by its suffix, or DICOM by content; never a hidden one.
-
-    One whose content cannot be read is worth a word: it may be DICOM.
-    """
-    if file.name.startswith(".") or file.name.upper() == "DICOMDIR":
-        return False
-    if not os.path.isfile(file):  # a pipe would be waited for; a link that leads nowhere is worth a word
-        return file.is_symlink() and _has_suffix(file)
-    return _has_suffix(file) or is_dicom(file) or not os.access(file, os.R_OK)
-
-
-def _files(inputs: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path | None, str | None]]:
-    """Each file with its path relative to the input it was found under, or with None and the reason why not."""
-    excluded = _real(output)
-    for given in inputs:
-        if os.path.isdir(given):
-            if _real(given) == excluded:
-                yield given, None, "it is the output folder, which is never searched; choose another --output"
-                continue
-            closed: list[OSError] = []
-            others: Counter[str] = Counter()
-            results: set[Path] = set()  # of earlier runs, in folders come by so far
-            for folder, folders, names in os.walk(given, onerror=closed.append):
-                here = Path(folder)
-                folders[:] = sorted(n for n in folders if not n.startswith(".") and _real(here / n) != excluded)
-                for link in (n for n in folders if (here / n).is_symlink()):
-                    logger.warning("%s: a link to a folder, which is not followed; name it to do it", here / link)
-                if here != Path(given) and (found := {*results_in(here), *planned_in(here)}):
-                    logger.info("%s: results of an earlier run are left out; name the folder to do them", here)
-                    results |= {here / PREVIEW}
-                    for result in found:
-                        results |= {here / result, uncertainty_path(here, result)}
-                for file in (here / name for name in sorted(names)):
-                    if file not in results and is_input(file):
-                        yield _checked(file, file.relative_to(given))
-                    elif file.suffix.lower() in OTHER_IMAGES:
-                        others[file.suffix.lower()] += 1
-            if others:
-                kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-                logger.warning("%s: images of kinds not read here are left out (%s); convert to PNG", given, kinds)
-            for error in closed:
-                yield Path(error.filename), None, f"cannot be searched: {error.strerror}"
-        else:
-            yield _checked(given, Path(given.name))
+def _find_common_folder(first: Path, second: Path) -> Path | None:
+    """Return the folder that holds two inputs, if naming it would keep their results apart; None if not."""
+    folders = [each if os.path.isdir(each) else each.parent for each in (first, second)]
+    if resolve_path(folders[0]) == resolve_path(folders[1]):
+        return None
+    try:
+        common = Path(os.path.commonpath(folders))
+    except ValueError:  # on different drives, or one of them relative
+        return None
+    return None if common == Path(common.anchor or "/") else common
 
 
-def uncertainty_path(folder: Path, output: Path | str) -> Path:
-    """Where the deviation of a result's samples goes: x.png beside that of x.dcm, x.dcm.png."""
-    path = Path(output)
-    return folder / UNCERTAINTY / (path if path.suffix == ".png" else f"{path}.png")
+def _measure_longest_name(output: Path) -> int:
+    """Return the length of the longest file name in a folder, in bytes; on Windows in characters."""
+    while not os.path.isdir(output) and output != output.parent:
+        output = output.parent
+    try:
+        return os.pathconf(output, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows, some network drives
+        return _NAME_BYTES
 
 
-def _real(path: Path) -> str:
-    """The path without links; unlike Path.resolve it also answers for links that lead in a circle."""
-    return os.path.realpath(path)
-
-
-def _checked(file: Path, relative: Path) -> tuple[Path, Path | None, str | None]:
-    if os.path.isfile(file):
-        return file, relative, None
-    return (
-        file,
-        None,
-        "no file or folder (a pipe, socket or device)" if os.path.exists(file) else "no such file or folder",
-    )
-
-
-def _has_suffix(file: Path) -> bool:
-    return file.suffix.lower() in RASTER_SUFFIXES | DICOM_SUFFIXES
-
-
-def stem_of(file: Path) -> str:
-    """The name without its image suffix. A DICOM file may be named by a UID: what follows its last dot is no suffix."""
-    return file.stem if _has_suffix(file) else file.name
+def _measure_name(name: str) -> int:
+    return len(name) if sys.platform == "win32" else len(os.fsencode(name))

@@ -20,8 +20,7 @@ from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.preview import ROWS, Preview
 from bsdiff_rt.folder.reading import Ready, describe_error, make_not_done
-from bsdiff_rt.folder.report import FileEntry, path_digest
-from bsdiff_rt.folder.tasks import uncertainty_path
+from bsdiff_rt.folder.report import FileEntry, path_digest, uncertainty_path
 from bsdiff_rt.formats.raster import write_png
 from bsdiff_rt.imaging.one_image import finish
 from bsdiff_rt.model import describe_derivation
@@ -103,7 +102,7 @@ class Writer:
             except BsdiffError as error:  # changed since it was done
                 logger.warning("%s is not in the preview: %s", entry.input, error)
                 continue
-            preview.add(radiograph.cxr, result, deviation)
+            preview.add(str(entry.output), radiograph.cxr, result, deviation)
         try:
             written = preview.write(self._settings.output)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -11,9 +12,12 @@ import pytest
 from helpers import dicom, png
 from synthetic import SECRETS, chest, dataset, save, stored
 
-from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
-from bsdiff_rt.folder.evaluate import Match, evaluate, match
+from bsdiff_rt import bundle as bundles
+from bsdiff_rt.bundle import MANIFEST, open_bundle, to_signed_json
+from bsdiff_rt.errors import BundleError, InputFailed, InputRefused, SettingsError
+from bsdiff_rt.folder.evaluate import DIGEST_DIGITS, Match, evaluate, match, read_trained_on
 from bsdiff_rt.formats.dicom_in import read_dicom
+from bsdiff_rt.formats.radiograph import grey_digest
 from bsdiff_rt.formats.raster import read_raster, write_png
 from bsdiff_rt.imaging.metrics import quality
 
@@ -43,6 +47,13 @@ def three(tmp_path, place):
         place(f"truth/{name}.png", SOFT_TISSUE)
         place(f"cxr/{name}.png", CXR)
     return tmp_path / "out", tmp_path / "truth", tmp_path / "cxr"
+
+
+def compare_one(matches, **options):
+    """The figures of the one match, or the reason why there are none."""
+    (outcome,) = evaluate(matches, **options)
+    assert (outcome.quality is None) != (outcome.error is None)
+    return outcome.quality or outcome.error
 
 
 def names(matches):
@@ -131,16 +142,16 @@ def test_what_cannot_be_matched(three, tmp_path, gone, message):
 
 def test_two_files_of_one_stem(three, place):
     place("out/sub/p1.png", PREDICTED)
-    with pytest.raises(SettingsError, match="have the same stem; keep them apart"):
+    with pytest.raises(SettingsError, match="have the same stem"):
         match(*three)
 
 
 def test_figures_are_those_of_the_pictures(three):
     expected = quality(*(read_raster(folder / "p1.png").cxr for folder in (three[2], three[1], three[0])))
     rows = list(evaluate(match(*three), size=96))
-    assert [name for name, _ in rows] == ["p1", "p2"]
+    assert [row.name for row in rows] == ["p1", "p2"]
     # float32 pictures resized to their own size: no difference at all
-    assert rows[0][1] == expected
+    assert rows[0].quality == expected
     assert 0 < expected.bsr < 1
 
 
@@ -150,9 +161,9 @@ def test_every_picture_is_brought_to_one_size(place, tmp_path):
         place("b.png", cv2.resize(SOFT_TISSUE, (160, 192), interpolation=cv2.INTER_CUBIC)),
         place("c.png", CXR),
     )
-    ((_, found),) = evaluate(match(*files), size=48)
+    found = compare_one(match(*files), size=48)
     same = place("d.png", PREDICTED), place("e.png", SOFT_TISSUE), files[2]
-    ((_, expected),) = evaluate(match(*same), size=48)
+    expected = compare_one(match(*same), size=48)
     # Resizing twice is not resizing once: half a per cent of the grey range.
     assert found.mse == pytest.approx(expected.mse, abs=0.005**2)
     assert found.bsr == pytest.approx(expected.bsr, abs=0.1)
@@ -160,10 +171,11 @@ def test_every_picture_is_brought_to_one_size(place, tmp_path):
 
 def test_aspect_ratios_must_agree(place):
     files = place("a.png", PREDICTED), place("b.png", SOFT_TISSUE[:80]), place("c.png", CXR)
-    ((name, error),) = evaluate(match(*files))
-    assert name == "a"
+    (outcome,) = evaluate(match(*files))
+    assert (outcome.name, outcome.quality) == ("a", None)
+    error = outcome.error
     assert isinstance(error, SettingsError)
-    assert str(error).endswith("differ in aspect ratio (96 x 80, 80 x 80, 96 x 80)")
+    assert str(error).endswith("differ in aspect ratio (96 x 80, 80 x 80, 96 x 80).")
 
 
 @pytest.mark.parametrize("cxr_format", ["png", "dicom"])
@@ -181,7 +193,7 @@ def test_a_result_darker_than_half_its_range_keeps_its_scale(tmp_path, place, bi
         source = place("c.png", cxr, bits)
     truth_bits = 16 if cxr_format == "dicom" else bits  # the truth of a DICOM file is nobody's result
     truth = place("b.png", soft_tissue / soft_tissue.max() if cxr_format == "dicom" else soft_tissue, truth_bits)
-    ((_, found),) = evaluate(match(place("a.png", predicted, bits), truth, source), size=96)
+    found = compare_one(match(place("a.png", predicted, bits), truth, source), size=96)
     if cxr_format == "dicom":
         soft_tissue = soft_tissue / soft_tissue.max()
     expected = quality(cxr, soft_tissue, predicted)
@@ -191,7 +203,7 @@ def test_a_result_darker_than_half_its_range_keeps_its_scale(tmp_path, place, bi
 
 def test_a_source_of_8_bits_sets_no_scale(place):
     files = place("a.png", PREDICTED / 4), place("b.png", SOFT_TISSUE / 4, 12), place("c.png", CXR / 4, 8)
-    ((_, found),) = evaluate(match(*files), size=96)
+    found = compare_one(match(*files), size=96)
     # 12 and 14 bits by themselves: each fills its range
     assert found.ssim < 0.9
 
@@ -205,7 +217,7 @@ def test_dicom_truth_and_prediction(tmp_path):
     )
     truth = save(tmp_path / "b.dcm", dataset(picture, 12, **window))
     cxr = save(tmp_path / "c.dcm", dataset(stored(CXR, 12), 12, **window))
-    ((_, found),) = evaluate(match(derived, truth, cxr), size=96)
+    found = compare_one(match(derived, truth, cxr), size=96)
     assert found.bsr == 1
     assert found.psnr == math.inf
     with pytest.raises(InputRefused):
@@ -218,7 +230,7 @@ def test_what_infer_force_made_is_compared(tmp_path):
     cxr = save(tmp_path / "c.dcm", dataset(stored(CXR, 12), 12, **lateral))
     with pytest.raises(InputRefused):
         read_dicom(cxr)
-    ((_, found),) = evaluate(match(truth, truth, cxr), size=96)
+    found = compare_one(match(truth, truth, cxr), size=96)
     assert found.bsr == 1
 
 
@@ -226,11 +238,11 @@ def test_what_infer_force_made_is_compared(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(place, tmp_path, which):
     files = [place("a.png", PREDICTED), place("b.png", SOFT_TISSUE), place("c.png", CXR)]
     files[which].write_bytes(files[which].read_bytes()[:-30])
-    ((_, error),) = evaluate(match(*files))
+    error = compare_one(match(*files))
     assert isinstance(error, InputFailed)
     assert str(error).startswith(f"{files[which]}: the PNG file is truncated")
     png(files[which], shape=(20, 20))
-    ((_, error),) = evaluate(match(*files))
+    error = compare_one(match(*files))
     assert isinstance(error, InputRefused)
     assert str(error).startswith(f"{files[which]}: the image is 20 x 20 px")
 
@@ -240,13 +252,13 @@ def test_a_bad_file_costs_no_other_its_figures(three):
     (three[0] / "p1.png").write_bytes(b"")
     rows = list(evaluate(match(*three)))
     assert rows[1] == expected[1]
-    assert isinstance(rows[0][1], InputFailed)
+    assert isinstance(rows[0].error, InputFailed)
 
 
 def test_a_dicom_file_that_cannot_be_read_tells_no_patient(place, tmp_path):
     broken = dicom(tmp_path / "c.dcm")
     broken.write_bytes(broken.read_bytes()[:-500])
-    ((_, error),) = evaluate(match(place("a.png", PREDICTED), place("b.png", SOFT_TISSUE), broken))
+    error = compare_one(match(place("a.png", PREDICTED), place("b.png", SOFT_TISSUE), broken))
     assert isinstance(error, InputFailed)
     assert not any(secret in str(error) for secret in SECRETS)
 
@@ -256,5 +268,40 @@ def test_a_truth_at_the_depth_of_its_dicom_x_ray_is_not_taken_for_a_brighter_one
     cxr, soft_tissue = (np.float32(0.45) * image for image in (CXR, SOFT_TISSUE))
     cxr[0, :8] = 0.7
     source = save(tmp_path / "c.dcm", dataset(stored(cxr, 12), 12, WindowCenter=2048, WindowWidth=4096))
-    ((_, found),) = evaluate(match(place("a.png", soft_tissue, 12), place("b.png", soft_tissue, 12), source), size=96)
+    found = compare_one(match(place("a.png", soft_tissue, 12), place("b.png", soft_tissue, 12), source), size=96)
     assert found.bsr == pytest.approx(1, abs=1e-6)
+
+
+@pytest.fixture
+def trained(bundle_copy, three):
+    """A copy of the tiny bundle that was trained on the X-ray of p2."""
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    digest = grey_digest(read_raster(three[2] / "p2.png").cxr).hex()[:DIGEST_DIGITS]
+    content["training"]["trained_on"] = ["0" * DIGEST_DIGITS, digest]
+    (bundle_copy / MANIFEST).write_text(to_signed_json(content))
+    return bundle_copy
+
+
+def test_an_x_ray_that_the_model_was_trained_on_is_named(three, trained, place):
+    place("cxr/p1.png", np.clip(CXR + 0.01, 0, 1))  # otherwise both are the same X-ray
+    known = read_trained_on(three[0], str(trained))
+    assert [(one.name, one.trained_on) for one in evaluate(match(*three), 64, known)] == [("p1", False), ("p2", True)]
+    assert not any(one.trained_on for one in evaluate(match(*three), 64))
+
+
+def test_the_model_is_the_one_that_the_report_names(three, trained, monkeypatch, tmp_path):
+    out, report = three[0], three[0] / "report.json"
+    assert read_trained_on(out) is None
+    for content in ("{", "[]", json.dumps({"bundle": {"sha256": "0" * 64}})):
+        report.write_text(content)
+        assert read_trained_on(out) is None
+    report.write_text(json.dumps({"bundle": {"sha256": open_bundle(trained).sha256}}))
+    assert read_trained_on(out) is None  # not shipped
+    monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
+    assert len(read_trained_on(out)) == len(read_trained_on(out / "p1.png")) == 2
+    with pytest.raises(BundleError):
+        read_trained_on(out, "absent")
+
+
+def test_a_bundle_that_states_no_training_images(three, tiny_bundle):
+    assert read_trained_on(three[0], str(tiny_bundle)) == frozenset()

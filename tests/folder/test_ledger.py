@@ -16,7 +16,7 @@ from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder import ledger as ledger_module
 from bsdiff_rt.folder import report
 from bsdiff_rt.folder.ledger import Ledger, only_run
-from bsdiff_rt.folder.report import FileEntry, Report, results_in
+from bsdiff_rt.folder.report import FileEntry, Report, read_results
 
 DONE = FileEntry("in/a.png", "a.png", "ok", None, 0.5, "1" * 64, "2" * 64)
 FAILED = FileEntry("in/b.png", None, "failed", "truncated", 0.1, None, "3" * 64)
@@ -25,7 +25,7 @@ OUTPUTS = {f"in/{name}.png": Path(f"{name}.png") for name in "abc"}
 
 def make(**changes) -> Report:
     settings = {"seed": 0, "steps": 3} | changes
-    return Report({"name": "tiny", "sha256": "0" * 64}, settings, {"device": "cpu"})
+    return Report({"name": "tiny", "sha256": "0" * 64, "licence": "MIT"}, settings, {"device": "cpu"})
 
 
 def saved(folder):
@@ -90,9 +90,11 @@ def test_a_report_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, 
     monkeypatch.setattr(ledger_module, "SAVE_EVERY_S", -1)
     ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(DONE)
-    assert f"--output {tmp_path}: report.json cannot be written (No space left on device)" in caplog.text
-    with pytest.raises(SettingsError, match=r"report\.json cannot be written"):
+    message = f"{tmp_path}: report.json cannot be written (No space left on device). Finished results are complete."
+    assert message in caplog.messages
+    with pytest.raises(SettingsError, match=re.escape(message)) as refused:
         ledger.save()
+    assert refused.value.setting == "output"
 
 
 def wrote(folder, name, content=b"pixels") -> FileEntry:
@@ -105,26 +107,108 @@ def test_results_of_other_settings_stay_known_while_they_lie_there(tmp_path):
     """Else a later search of the folder above takes them for X-rays."""
     first = [wrote(tmp_path, name) for name in ("a.png", "b.png", "c.png")]
     dataclasses.replace(make(), files=first).write(tmp_path)
-    everything = results_in(tmp_path)
+    everything = read_results(tmp_path)
     for seed in (1, 2):  # the second finds them in the first's list of earlier ones
         ledger = Ledger(make(seed=seed), tmp_path, OUTPUTS, {}, lambda _: None)
         ledger.add(wrote(tmp_path, "a.png"))
         ledger.save()
-        assert results_in(tmp_path) == everything
+        assert read_results(tmp_path) == everything
         assert saved(tmp_path) == {("in/a.png", "a.png"): "ok"}
     (tmp_path / "b.png").unlink()
     Ledger(make(seed=3), tmp_path, OUTPUTS, {}, lambda _: None).save()
-    assert sorted(results_in(tmp_path)) == [Path("a.png"), Path("c.png")]
+    assert sorted(read_results(tmp_path)) == [Path("a.png"), Path("c.png")]
 
 
 @pytest.mark.parametrize("now", [b"pixels", b"mine"])
-def test_a_changed_input_that_gives_no_result_keeps_no_older_one(tmp_path, now, caplog):
+def test_the_result_of_a_changed_input_that_gives_none_is_renamed(tmp_path, now, caplog):
     dataclasses.replace(make(), files=[wrote(tmp_path, "b.png")]).write(tmp_path)
     (tmp_path / "b.png").write_bytes(now)
-    ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
+    caplog.set_level("ERROR")  # as with --quiet
+    added = []
+    ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, added.append)
     ledger.add(FAILED)
-    assert (tmp_path / "b.png").exists() == (now == b"mine")
-    assert (f"{tmp_path / 'b.png'}: removed; it was made before in/b.png changed" in caplog.text) == (now == b"pixels")
+    ledger.save()
+    if now == b"mine":  # not what that run wrote
+        assert ((tmp_path / "b.png").read_bytes(), caplog.messages) == (b"mine", [])
+        return
+    assert [path.name for path in tmp_path.glob("b.*")] == ["b.png.stale"]
+    assert (tmp_path / "b.png.stale").read_bytes() == b"pixels"
+    warning = f"{tmp_path / 'b.png'}: made before in/b.png changed. Renamed to b.png.stale."
+    assert caplog.messages == [warning]
+    assert added[0].warnings == [warning]
+    assert json.loads((tmp_path / "report.json").read_text())["files"][0]["warnings"] == [warning]
+    assert read_results(tmp_path) == {}  # and so no later run touches it
+
+
+def test_a_stale_result_replaces_no_older_one(tmp_path):
+    for number, name in enumerate(("b.png.stale", "b.png.2.stale", "b.png.3.stale")):
+        dataclasses.replace(make(), files=[wrote(tmp_path, "b.png", b"%d" % number)]).write(tmp_path)
+        ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
+        ledger.add(FAILED)
+        assert (tmp_path / name).read_bytes() == b"%d" % number
+    assert len(list(tmp_path.glob("b.png*"))) == 3
+
+
+@pytest.mark.parametrize("gives", ["nothing", "another result"])
+def test_the_deviation_map_of_a_result_that_is_gone_is_renamed_too(tmp_path, gives):
+    (tmp_path / "uncertainty").mkdir()
+    digest = wrote(tmp_path, "uncertainty/b.png", b"map").sha256
+    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), deviation_sha256=digest)
+    dataclasses.replace(make(), files=[mapped]).write(tmp_path)
+    ledger = Ledger(make(samples=1), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(FAILED if gives == "nothing" else wrote(tmp_path, "b.png", b"new"))
+    expected = {
+        "b.png.stale" if gives == "nothing" else "b.png",
+        "uncertainty",
+        "uncertainty/b.png.stale",
+        "report.json",
+    }
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == expected
+
+
+def test_a_deviation_map_that_is_not_as_it_was_written_stays(tmp_path):
+    (tmp_path / "uncertainty").mkdir()
+    (tmp_path / "uncertainty" / "b.png").write_bytes(b"mine")
+    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), deviation_sha256="7" * 64)
+    dataclasses.replace(make(), files=[mapped]).write(tmp_path)
+    ledger = Ledger(make(samples=1), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(wrote(tmp_path, "b.png", b"new"))
+    assert (tmp_path / "uncertainty" / "b.png").read_bytes() == b"mine"
+
+
+def test_started_and_ended(tmp_path):
+    ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.begin()
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert (document["started"], document["ended"]) == (ledger.report.started, None)
+    ledger.save()
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["ended"] >= document["started"]
+
+
+def test_a_run_that_skips_everything_keeps_the_earlier_rates(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now[0])
+    done = wrote(tmp_path, "a.png")
+    ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
+    ledger.add(done)
+    now[0] += 2
+    ledger.save(1.0)
+    rates = {"images_per_second": 0.5, "model_busy": 0.5}
+    for before, expected in (({"a.png": done}, rates), ({}, dict.fromkeys(rates, 0.0))):  # {}: of other settings
+        again = Ledger(make(), tmp_path, OUTPUTS, before, lambda _: None)
+        again.add(dataclasses.replace(done, status="skipped"))
+        now[0] += 7
+        again.save()
+        document = json.loads((tmp_path / "report.json").read_text())
+        assert {key: document[key] for key in rates} == expected
+        assert document["files"][0]["seconds"] == 0.5
+
+
+def test_the_preview_of_an_earlier_run_stays_named(tmp_path):
+    dataclasses.replace(make(), preview="preview.png").write(tmp_path)
+    Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None).save()
+    assert report.read_preview_name(tmp_path) == "preview.png"
 
 
 def test_anothers_result_stays_where_an_input_gives_none(tmp_path):
@@ -148,12 +232,12 @@ def test_a_result_that_is_gone_is_not_called_skipped(tmp_path):
 def test_a_failure_that_is_not_the_inputs_destroys_nothing(tmp_path, input_sha256):
     """Out of memory, a full disk, a share that is not there for a moment: older results are as good as before."""
     dataclasses.replace(make(), files=[wrote(tmp_path, "b.png")]).write(tmp_path)
-    older = results_in(tmp_path)
+    older = read_results(tmp_path)
     ledger = Ledger(make(seed=1), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(dataclasses.replace(FAILED, input_sha256=input_sha256))
     ledger.save()
     assert (tmp_path / "b.png").read_bytes() == b"pixels"
-    assert results_in(tmp_path) == older
+    assert read_results(tmp_path) == older
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -174,7 +258,7 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 
 def test_one_run_at_a_time(tmp_path):
-    refusal = f"--output {tmp_path}: another run writes into it; wait for its end, or choose another folder"
+    refusal = f"{tmp_path}: another run is writing into it. Wait for its end, or choose another folder."
     with only_run(tmp_path), pytest.raises(SettingsError, match=re.escape(refusal)), only_run(tmp_path):
         pass
     with only_run(tmp_path):
@@ -198,10 +282,10 @@ def test_what_a_killed_run_was_to_write_stays_known_until_it_is_done(tmp_path):
     (tmp_path / "c.png").touch()  # somebody's
     for _ in range(2):
         Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None).begin()
-        assert report.planned_in(tmp_path) == {Path("a.png"), Path("b.png")}
+        assert report.read_planned(tmp_path) == {Path("a.png"), Path("b.png")}
         (tmp_path / "a.png").touch()
     ledger = Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(DONE)
     ledger.add(FAILED)
     ledger.save()
-    assert report.planned_in(tmp_path) == set()
+    assert report.read_planned(tmp_path) == set()

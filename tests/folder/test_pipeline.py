@@ -299,8 +299,8 @@ def test_force_takes_what_the_header_speaks_against(run, toy, tmp_path):
         ({"sampler": "euler", "steps": 3}, SettingsError, "unknown sampler 'euler'"),
         ({"seed": -1}, SettingsError, "seed -1 is out of range"),
         ({"seed": 2**64}, SettingsError, "seed 18446744073709551616 is out of range"),
-        ({"device": "tpu"}, SettingsError, "--device tpu: not a device"),
-        ({"runner": "tensorrt"}, EngineError, "--runner tensorrt cannot be used"),
+        ({"device": "tpu"}, SettingsError, "'tpu' is not a device"),
+        ({"runner": "tensorrt"}, EngineError, "runner tensorrt cannot be used"),
         ({"precision": "fp16"}, EngineError, "--precision fp16"),
         ({"bundle": "/nowhere"}, BundleError, "no bundle '/nowhere'"),
     ],
@@ -334,7 +334,7 @@ def test_preview(run, toy, tmp_path):
     run(preview=True)
     assert tree(tmp_path / "out") == {"0.png", "1.png", "2.png", "preview.png", "report.json"}
     picture = pixels(tmp_path / "out" / "preview.png")
-    assert picture.shape[0] == 3 * preview.SIDE_PX + 2 * preview.GAP_PX
+    assert picture.shape[0] == preview.TITLE_PX + 3 * (preview.NAME_PX + preview.SIDE_PX)
     assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok", "2.png": "ok", "bad.png": "refused"}
 
 
@@ -364,13 +364,13 @@ def test_the_preview_shows_finished_files_too(run, toy, tmp_path):
 
 def test_the_preview_shows_pictures_on_one_scale(run, toy, monkeypatch, tmp_path):
     """A 12-bit result that stays below 2048 looks like 11 bits to a reader who does not know its source."""
-    dark = np.rint(chest(*SHAPE) * 0.4 * 4095).astype(np.uint16)
+    dark = np.rint(chest(80, 72) * 0.4 * 4095).astype(np.uint16)
     dark[0, :8] = 2300  # more than stray pixels
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), dark)
     monkeypatch.setattr(toy, "denoise", lambda _, cxr, __, out: torch.clamp(cxr, max=-0.2, out=out))  # those pixels go
     run(preview=True, enhance=False, raw_view=True)  # they look like a mark
-    picture = pixels(tmp_path / "out" / "preview.png") / 255
+    picture = pixels(tmp_path / "out" / "preview.png")[preview.TITLE_PX + preview.NAME_PX :] / 255
     cxr, soft_tissue = picture[:, :320], picture[:, 324:644]
     assert pixels(tmp_path / "out" / "a.png").max() < 2048
     assert soft_tissue[:, 32:288].mean() == pytest.approx(cxr[:, 32:288].mean(), abs=0.01)
@@ -418,7 +418,11 @@ def test_a_second_run_skips(run, toy, finished):
     again = report_of(finished)
     assert fates(finished) == SKIPPED
     for old, new in zip(first["files"], again["files"], strict=True):
-        assert new == old | {"status": "skipped", "seconds": 0.0}
+        assert new == old | {"status": "skipped"}
+        assert new["seconds"] > 0
+    for key in ("images_per_second", "model_busy"):  # a run that skips everything has no rate of its own
+        assert again[key] == first[key] > 0
+    assert first["started"] <= first["ended"] <= again["started"] <= again["ended"]
     assert statuses(run()) == SKIPPED  # skipped counts as finished
 
 
@@ -500,15 +504,26 @@ def test_a_killed_runs_results_are_done_again_and_nobody_elses(run, toy, tmp_pat
     assert "which this program did not write" in entries["mine.png"].reason
     assert (tmp_path / "out" / "mine.png").read_bytes() == original
     assert report_of(tmp_path / "out")["planned"] == []
-    assert statuses(run(overwrite=True)) == {"a.png": "ok", "b.png": "ok", "mine.png": "ok"}
+    assert statuses(run(overwrite=True)) == {"a.png": "ok", "b.png": "ok", "mine.png": "refused"}
+    assert (tmp_path / "out" / "mine.png").read_bytes() == original
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\x00\xff", b'{"files": 3}'])
-def test_a_damaged_report_is_replaced(run, finished, content, caplog):
-    (finished / "report.json").write_bytes(content)
-    assert statuses(run()) == dict.fromkeys(SKIPPED, "refused")  # whose they are is not known
-    assert "cannot be used" in caplog.text
-    assert statuses(run(overwrite=True)) == dict.fromkeys(SKIPPED, "ok")
+def test_a_damaged_report_is_not_replaced(run, finished):
+    """Whose the files beside it are is not known."""
+    before = (finished / "a.png").read_bytes()
+    (finished / "report.json").write_bytes(b"{")
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match=r"report\.json: not a report of bsdiff-rt, or damaged"):
+            run(overwrite=overwrite)
+    assert ((finished / "report.json").read_bytes(), (finished / "a.png").read_bytes()) == (b"{", before)
+    (finished / "report.json").unlink()
+    assert statuses(run(overwrite=True)) == dict.fromkeys(SKIPPED, "refused")  # no report names them
+    assert (finished / "a.png").read_bytes() == before
+
+
+def test_a_new_version_does_nothing_again(run, finished):
+    text = (finished / "report.json").read_text()
+    (finished / "report.json").write_text(text.replace('"bsdiff_rt": "', '"bsdiff_rt": "9.'))
     assert statuses(run()) == SKIPPED
 
 
@@ -551,7 +566,7 @@ def test_another_folders_file_of_the_same_name_replaces_no_result(run, finished,
     before = (finished / "b.png").read_bytes()
     assert run(tmp_path / "next", **settings)["b.png"].status == "refused"
     assert (finished / "b.png").read_bytes() == before
-    assert report_of(finished)["files"][0]["reason"].endswith("give it another --output, or --overwrite")
+    assert report_of(finished)["files"][0]["reason"].endswith("Choose another output folder, or allow overwriting.")
     assert statuses(run(**settings)) == (dict.fromkeys(SKIPPED, "ok") if settings else SKIPPED)
     assert statuses(run(tmp_path / "next", overwrite=True, **settings)) == {"b.png": "ok"}
     assert (finished / "b.png").read_bytes() != before
@@ -568,7 +583,7 @@ def test_a_network_that_fails_destroys_no_result_of_other_settings(run, toy, fin
 
 
 def test_two_runs_into_one_folder(run, toy, finished, tmp_path):
-    with only_run(finished), pytest.raises(SettingsError, match="another run writes into it"):
+    with only_run(finished), pytest.raises(SettingsError, match="another run is writing into it"):
         run()
     assert statuses(run()) == SKIPPED
 
@@ -945,7 +960,8 @@ def test_no_deviation_map_of_another_picture_stays(run, toy, tmp_path):
     png(tmp_path / "in" / "b.png", seed=1)
     run(samples=2)
     run(tmp_path / "in" / "a.png", samples=1)
-    assert tree(tmp_path / "out") == {"a.png", "b.png", "report.json", "uncertainty/b.png"}
+    maps = {"uncertainty/a.png.stale", "uncertainty/b.png"}
+    assert tree(tmp_path / "out") == {"a.png", "b.png", "report.json", *maps}
 
 
 def test_a_result_in_the_place_of_a_deviation_map_stays(run, toy, tmp_path):
@@ -969,7 +985,7 @@ def test_the_deviations_folder_is_nobody_elses(run, toy, tmp_path):
     png(tmp_path / "in" / "a.png", seed=1)
     entries = run(samples=2)
     assert statuses(entries) == {"a.png": "ok", "b.png": "refused"}
-    assert entries["b.png"].reason == "its result uncertainty/b.png would replace the run's own; rename it"
+    assert entries["b.png"].reason == "its result uncertainty/b.png would replace a file of the run itself. Rename it."
     assert tree(tmp_path / "out") == {"report.json", "a.png", "uncertainty/a.png"}
 
 
@@ -1082,7 +1098,7 @@ def test_very_long_pictures(run, toy, tmp_path, shape, detail):
 def test_an_output_folder_that_cannot_be(run, toy, tmp_path, place):
     png(tmp_path / "in" / "a.png")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SettingsError, match=f"--output {tmp_path / place}: cannot be written .*Choose another folder"):
+    with pytest.raises(SettingsError, match=f"^{tmp_path / place}: cannot be written .*Choose another folder"):
         run(output=tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
     assert toy.enhanced == 0
@@ -1092,7 +1108,10 @@ def test_the_x_ray_is_never_replaced(run, toy, tmp_path):
     path = png(tmp_path / "in" / "a.png")
     before = path.read_bytes()
     assert run(path, output=tmp_path / "in")["a.png"].status == "refused"
-    assert run(output=tmp_path / "in")["in"].status == "refused"
+    before_run = tree(tmp_path / "in")
+    with pytest.raises(SettingsError, match="this is the output folder, too"):
+        run(output=tmp_path / "in")
+    assert tree(tmp_path / "in") == before_run
     assert path.read_bytes() == before
 
 
@@ -1109,12 +1128,13 @@ def test_the_plan_is_what_a_run_does(run, toy, tiny_bundle, tmp_path):
     (tmp_path / "in" / "d.png").write_bytes(b"text")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     inference = Inference(InferSettings(output=tmp_path / "out", bundle=str(tiny_bundle)), toy)
-    inputs = [tmp_path / "in", tmp_path / "absent"]
-    plan = sorted((entry.input, entry.status, entry.output, entry.reason) for entry in inference.plan(inputs))
+    inputs = [tmp_path / "in"]
+    tasks = inference.find_tasks(inputs)
+    plan = sorted((entry.input, entry.status, entry.output, entry.reason) for entry in inference.plan(tasks))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     done = run(*inputs)
     assert plan == sorted((entry.input, entry.status, entry.output, entry.reason) for entry in done.values())
-    assert [status for _, status, _, _ in plan] == ["refused", "skipped", "ok", "ok", "refused", "refused"]
+    assert [status for _, status, _, _ in plan] == ["skipped", "ok", "ok", "refused", "refused"]
 
 
 def test_nothing_to_do(run, toy, tmp_path):

@@ -1,0 +1,218 @@
+"""Find the X-rays in what the user named: files are taken as they are, folders are searched. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.folder.report import read_named
+from bsdiff_rt.formats import find_format, has_known_suffix, is_candidate
+from bsdiff_rt.formats.dicom import DICOM
+
+logger = logging.getLogger(__name__)
+
+STALE = ".stale"  # suffix of an outdated result that was renamed (ledger.py)
+
+# Images, and archives that may hold images, that no reader here takes. A folder of them looks like one of X-rays.
+_OTHER = (
+    "7z avif bmp bz2 dng exr fits gif gz h5 hdf5 hdr heic heif ico img j2c j2k jls jp2 jpf jpx jxl mat mha mhd nii npy "
+    "npz nrrd pbm pgm pnm ppm psd rar raw tar tga tgz vtk webp xz zip zst"
+)
+OTHER_SUFFIXES = frozenset(f".{suffix}" for suffix in _OTHER.split())
+_PACKED = (".gz", ".bz2", ".xz", ".zst")  # the suffix before such a one says what is inside
+# How files begin that are images under a name without a known suffix.
+_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "PNG without .png",
+    b"\xff\xd8\xff": "JPEG without .jpg",
+    b"II*\x00": "TIFF without .tif",
+    b"MM\x00*": "TIFF without .tif",
+    b"GIF8": "GIF",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\x93NUMPY": "NumPy array",
+}
+
+ICON_PX = 128  # beside DICOM files, a picture with both sides shorter than this is part of a viewer
+_ICON_BYTES = 1 << 18  # a larger file is no such picture, so it need not be decoded to know
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to process, or a path that cannot be processed.
+
+    Attributes:
+        file: the path.
+        given: the input it was found under: the file itself, or a folder.
+        relative: its path relative to that folder; None if it cannot be processed.
+        refusal: the reason why not; None normally.
+    """
+
+    file: Path
+    given: Path
+    relative: Path | None
+    refusal: str | None = None
+
+
+def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
+    """Find every file to process, in the order given; folders in sorted order, with everything below them.
+
+    In a folder, files with the suffix of a known format are taken, and files of formats that are common under any name
+    (DICOM). Left out are hidden files, results of earlier runs in folders below, and the output folder. A file that
+    the user names is always taken.
+
+    Args:
+        inputs: files and folders.
+        output: the output folder; it need not exist.
+
+    Raises:
+        SettingsError: an input does not exist, is no file or folder, or is the output folder.
+    """
+    inputs = [Path(given) for given in inputs]
+    check_inputs(inputs, output)
+    found: list[Found] = []
+    for given in inputs:
+        found += _search(given, output) if os.path.isdir(given) else [Found(given, given, Path(given.name))]
+    return found
+
+
+def check_inputs(inputs: Iterable[Path], output: Path) -> None:
+    """Check what the user named, before anything is searched or loaded.
+
+    Raises:
+        SettingsError: an input does not exist, is no file or folder, or is the output folder.
+    """
+    for given in inputs:
+        if not os.path.exists(given):
+            raise SettingsError(f"{given}: no such file or folder.")
+        if os.path.isdir(given):
+            if resolve_path(given) == resolve_path(output):
+                raise SettingsError(f"{given}: this is the output folder, too. Choose another output folder.")
+        elif not os.path.isfile(given):
+            raise SettingsError(f"{given}: not a file or folder, but a pipe, socket or device.")
+
+
+def is_input(file: Path) -> bool:
+    """Return whether a file found in a folder should be processed.
+
+    A file whose content cannot be read is included, because it may be DICOM; the reader then reports it. The same
+    holds for a link that leads nowhere. Pipes are not, because reading one would wait for ever.
+    """
+    if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or file.name.endswith(STALE):
+        return False
+    if not os.path.isfile(file):
+        return file.is_symlink() and has_known_suffix(file)
+    return is_candidate(file) or not os.access(file, os.R_OK)
+
+
+def strip_suffix(file: Path) -> str:
+    """Return the name without the suffix of a known format. Any other part of a name stays: it may belong to a UID."""
+    return file.stem if has_known_suffix(file) else file.name
+
+
+def resolve_path(path: Path) -> str:
+    """Return the path with links resolved. Unlike Path.resolve it accepts links that lead in a circle."""
+    return os.path.realpath(path)
+
+
+def _search(given: Path, output: Path) -> list[Found]:
+    """Search one folder, and log what was left out."""
+    closed: list[OSError] = []
+    others: Counter[str] = Counter()
+    files: list[Path] = []
+    results: set[Path] = set()  # of earlier runs, in the folders seen so far
+    for here, names in _walk(given, output, closed):
+        if here != given and (named := read_named(here)):
+            logger.info("%s: results of an earlier run are left out. Name the folder to process them.", here)
+            results |= {here / name for name in named}
+        for file in (here / name for name in sorted(names)):
+            if file not in results and is_input(file):
+                files.append(file)
+            elif file not in results and (kind := _describe_other(file)):
+                others[kind] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        logger.warning(
+            "%s: left out files of kinds not read here (%s). Unpack them, or convert them to DICOM or PNG.",
+            given,
+            kinds,
+        )
+    refused = [Found(Path(error.filename), given, None, f"cannot be searched ({error.strerror})") for error in closed]
+    return [*(_check_found(file, given) for file in _without_icons(given, files)), *refused]
+
+
+def _walk(given: Path, output: Path, closed: list[OSError]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder below `given` with its file names, without the output folder and hidden folders.
+
+    Folders that cannot be searched are added to `closed`.
+    """
+    excluded = resolve_path(output)
+    for folder, folders, names in os.walk(given, onerror=closed.append):
+        here = Path(folder)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and resolve_path(here / name) != excluded
+        )
+        for link in (name for name in folders if (here / name).is_symlink()):
+            logger.warning("%s: a link to a folder is not followed. Name it to process it.", here / link)
+        yield here, names
+
+
+def _check_found(file: Path, given: Path) -> Found:
+    if os.path.isfile(file):
+        return Found(file, given, file.relative_to(given))
+    return Found(file, given, None, "the link leads to no file")
+
+
+def _describe_other(file: Path) -> str | None:
+    """Return what kind of image or archive a file is that no reader here takes; None if it is neither."""
+    if file.name.startswith(".") or file.name.endswith(STALE) or not os.path.isfile(file):
+        return None
+    suffix = file.suffix.lower()
+    if suffix in OTHER_SUFFIXES:
+        inner = Path(file.stem)
+        known = suffix in _PACKED and (has_known_suffix(inner) or inner.suffix.lower() in OTHER_SUFFIXES)
+        return f"{inner.suffix.lower()}{suffix}" if known else suffix
+    try:
+        with file.open("rb") as content:
+            head = content.read(16)
+    except OSError:
+        return None
+    return next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
+
+
+def _without_icons(given: Path, files: list[Path]) -> list[Path]:
+    """Return `files` without the small pictures that a viewer on a patient CD brings along; log how many there are.
+
+    Only beside DICOM files: a folder of small pictures alone is a data set.
+    """
+    formats = {file: find_format(file) for file in files}
+    if DICOM not in formats.values():
+        return files
+    icons = {file for file, kind in formats.items() if kind is not DICOM and _is_icon(file)}
+    if icons:
+        logger.warning(
+            "%s: left out %d small picture%s beside DICOM files (under %d px a side: a viewer's icons). "
+            "Name a file to process it.",
+            given,
+            len(icons),
+            "" if len(icons) == 1 else "s",
+            ICON_PX,
+        )
+    return [file for file in files if file not in icons]
+
+
+def _is_icon(file: Path) -> bool:
+    """Return whether a file is a readable picture with both sides shorter than ICON_PX."""
+    try:
+        if file.stat().st_size > _ICON_BYTES:
+            return False
+        picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        return False
+    return picture is not None and max(picture.shape[:2]) < ICON_PX
