@@ -27,13 +27,16 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.formats.radiograph import grey_digest
-from bsdiff_rt.formats.raster import read_together
+from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.network_input import resize, to_network
 from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
 from bsdiff_rt.imaging.view import remove_borders
+from train.inserts import WHOLE_IMAGE_MM, draw_inserts
 
 Image = NDArray[np.float32]
+Curve = Callable[[Image], Image]
 
+NO_PAIRS = np.empty((0, 2, 1, 1), np.uint8)
 ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
 FOREIGN_BONE = (0.2, 1.25)  # how strong another scanner shows bone, of what this one does
 BLACK_OUTSIDE = 0.2  # share of the turned samples with black corners, as a viewer or a scanner turns a picture
@@ -74,6 +77,8 @@ class Augmentation:
         flip, rotation, zoom, elastic: which parts of the geometry there are; rotation is also black corners, zoom
             shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
+        inserts: share of the samples with nodules, tubes and the like added to X-ray and truth alike
+            (`train.inserts`).
     """
 
     geometry: float = 1.0
@@ -86,6 +91,7 @@ class Augmentation:
     zoom: bool = True
     elastic: bool = True
     contrast: bool = True
+    inserts: float = 0.8
 
     @classmethod
     def of(cls, kinds: str) -> Augmentation:
@@ -104,7 +110,9 @@ class Augmentation:
 
 # The paper's three, which made 840 images of 120 and are drawn anew for each batch here; what made the demo model.
 AUGMENTATION_SETS: dict[str, frozenset[str]] = {
-    "demo": frozenset({"flip", "rotation", "zoom", "elastic", "contrast", "foreign", "swap-bones", "blur-noise"}),
+    "demo": frozenset(
+        {"flip", "rotation", "zoom", "elastic", "contrast", "foreign", "swap-bones", "blur-noise", "inserts"}
+    ),
     "paper": frozenset({"flip", "rotation", "contrast"}),
     "none": frozenset(),
 }
@@ -126,6 +134,22 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
     squares = (to_network(image, Preprocessing(size))[0] for image in remove_borders(images))
     cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
+
+
+def load_projected(folder: Path, size: int) -> NDArray[np.uint8]:
+    """Read the pairs of a folder that were projected from CTs: [N, 2, size, size] uint8, X-ray and soft tissue.
+
+    Raises:
+        SettingsError: a pair's images differ in shape, or there is no pair.
+    """
+    pool = []
+    for name, *paths in find_pairs(folder):
+        images = [picture.cxr for picture in read_together(paths)]
+        if images[0].shape != images[1].shape:
+            raise SettingsError(f"pair {name}: X-ray and soft tissue differ in shape; project the CT anew")
+        squares = (to_network(image, Preprocessing(size))[0] for image in images)
+        pool.append(np.rint((np.stack(list(squares)) + 1) * np.float32(127.5)).astype(np.uint8))
+    return np.stack(pool)
 
 
 def xray_digest(cxr: Image) -> str:
@@ -195,6 +219,8 @@ class Batches:
         augmentation: see `Augmentation`.
         seed: every batch is a function of this and its step.
         clahe: clip limit the pairs were equalised with; 0: they were not; None: not known.
+        projected: [M, 2, Q, Q] uint8, X-ray and soft tissue of pairs projected from CTs.
+        projected_share: share of such samples in a batch; 0 when there are none.
 
     Raises:
         SettingsError: no samples; or phantoms that nothing draws from, or that are not equalised as the pairs are.
@@ -208,6 +234,8 @@ class Batches:
         augmentation: Augmentation,
         seed: int,
         clahe: float | None = None,
+        projected: NDArray[np.uint8] = NO_PAIRS,
+        projected_share: float = 0.0,
     ) -> None:
         if not real and not len(phantoms):
             raise SettingsError("nothing to train on: give a folder of pairs, a number of phantoms, or both")
@@ -227,6 +255,8 @@ class Batches:
         self.real_share = real_share if real else 0.0
         if not len(phantoms):
             self.real_share = 1.0
+        self.projected = projected
+        self.projected_share = projected_share if len(projected) else 0.0
         self.augmentation = augmentation
         self.seed = seed
 
@@ -237,7 +267,8 @@ class Batches:
         """
         rest = (self.seed, self.real_share, asdict(self.augmentation), self.phantoms.shape, len(self.real))
         digest = hashlib.sha256(repr(rest).encode())
-        digest.update(np.ascontiguousarray(self.phantoms).data)
+        for pool in (self.phantoms, self.projected):
+            digest.update(np.ascontiguousarray(pool).data)
         for pair in self.real:
             for image in (pair.cxr, pair.soft_tissue):
                 digest.update(np.rint(image * 65535).astype("<u2").data)
@@ -252,6 +283,8 @@ class Batches:
             "clahe": self.clahe,
             "phantoms": len(self.phantoms),
             "real_share": self.real_share,
+            "projected": len(self.projected),
+            "projected_share": self.projected_share,
             "augmentation": asdict(self.augmentation),
             "data": self.fingerprint(),
             "trained_on": sorted(pair.digest for pair in self.real),
@@ -266,16 +299,48 @@ class Batches:
         samples = [self._sample(rng, size, crop) for _ in range(count)]
         return np.stack(samples) * 2.0 - 1.0
 
-    def _sample(self, rng: np.random.Generator, size: int, crop: int) -> NDArray[np.float32]:
-        if rng.random() < self.real_share:
-            cxr, soft_tissue = self._real(rng, size, crop)
-        else:
-            cxr, soft_tissue = self._phantom(rng, size, crop)
-        if rng.random() < self.augmentation.blur_noise:
-            cxr, soft_tissue = degrade(rng, cxr, soft_tissue)
-        return np.clip(np.stack([cxr, soft_tissue]), 0.0, 1.0)
+    def paired(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
+        """`count` augmented samples for `step`, each without and with inserts: [count, 5, crop, crop] float32.
 
-    def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
+        Channels: X-ray and truth without, X-ray and truth with the inserts, all in [-1, 1]; and the inserts' weight
+        (`train.inserts.Inserts`) for errors in [-1, 1].
+        """
+        rng = np.random.default_rng([self.seed, step])
+        samples = []
+        for _ in range(count):
+            *images, weight = self._paired(rng, size, crop)
+            samples.append(np.stack([*(image * np.float32(2) - np.float32(1) for image in images), weight / 4]))
+        return np.stack(samples)
+
+    def _sample(self, rng: np.random.Generator, size: int, crop: int) -> NDArray[np.float32]:
+        return np.stack(self._paired(rng, size, crop)[2:4])
+
+    def _paired(self, rng: np.random.Generator, size: int, crop: int) -> list[Image]:
+        """X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop]."""
+        cxr, soft_tissue, curve = self._drawn(rng, size, crop)
+        images = [cxr, soft_tissue]
+        weight = np.zeros_like(cxr)
+        if rng.random() < self.augmentation.inserts:
+            inserts = draw_inserts(rng, cxr, cxr - soft_tissue, WHOLE_IMAGE_MM / size)
+            images += [cxr + inserts.layer, soft_tissue + inserts.layer]
+            weight = inserts.weight
+        else:
+            images += [cxr, soft_tissue]
+        images = [curve(image) for image in images]
+        if rng.random() < self.augmentation.blur_noise:
+            images = degrade(rng, *images)
+        return [*(np.clip(image, 0.0, 1.0) for image in images), weight]
+
+    def _drawn(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+        """X-ray and truth of one sample, and the curve that both are shown with."""
+        kind = rng.random()
+        if kind < self.real_share:
+            return self._real(rng, size, crop)
+        if kind < self.real_share + self.projected_share:
+            return self._projected(rng, size, crop)
+        return self._phantom(rng, size, crop)
+
+    def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
         stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
         augmentation = self.augmentation
         if rng.random() >= augmentation.phantoms:
@@ -284,11 +349,23 @@ class Batches:
         if augmentation.foreign:
             cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * (cxr - soft_tissue)
         if rng.random() < augmentation.foreign:
-            curve = tone_curve(rng)
-            return curve(cxr), curve(soft_tissue)
-        return cxr, soft_tissue
+            return cxr, soft_tissue, tone_curve(rng)
+        return cxr, soft_tissue, _as_it_is
 
-    def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image]:
+    def _projected(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+        """A pair projected from a CT: its truth is exact, its tone that of the X-ray."""
+        stored = self.projected[rng.integers(len(self.projected))].astype(np.float32) / 255.0
+        cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
+        bone = cxr - soft_tissue
+        if rng.random() < self.augmentation.swap_bones / 2:
+            donor = self.projected[rng.integers(len(self.projected))].astype(np.float32) / 255.0
+            (bone,) = warp(rng, [donor[0] - donor[1]], size, crop, self.augmentation)
+        cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
+        if rng.random() < self.augmentation.foreign:
+            return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
+        return cxr, soft_tissue, _as_it_is
+
+    def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
         pair = self.real[rng.integers(len(self.real))]
         foreign = rng.random() < self.augmentation.foreign
         truth = pair.tone_matched if foreign else pair.soft_tissue
@@ -298,19 +375,19 @@ class Batches:
             bone = self._other_bone(rng, size, crop, foreign)
         if foreign:
             cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
-            curve = tone_curve(rng)
-            return curve(np.clip(cxr, 0, 1)), curve(soft_tissue)
+            return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
         if not self.augmentation.contrast:
-            return soft_tissue + bone, soft_tissue
+            return soft_tissue + bone, soft_tissue, _as_it_is
         # The scanner's own look: only as much variation as exposures of one scanner show.
         gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
         cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
-        return gain * cxr + offset, gain * soft_tissue + offset
+        return gain * cxr + offset, gain * soft_tissue + offset, _as_it_is
 
     def _other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
         """A bone layer that never belonged to this soft tissue: another patient's, or a phantom's."""
         if foreign and len(self.phantoms) and rng.random() < 0.5:
-            stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
+            pool = self.projected if len(self.projected) and rng.random() < 0.5 else self.phantoms
+            stored = pool[rng.integers(len(pool))].astype(np.float32) / 255.0
             cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
             bone = cxr - soft_tissue
             spread = float(bone.std())
@@ -361,7 +438,11 @@ def warp(
     return [np.asarray(image, dtype=np.float32) for image in warped]
 
 
-def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
+def _as_it_is(image: Image) -> Image:
+    return image
+
+
+def tone_curve(rng: np.random.Generator) -> Curve:
     """A random monotone curve on [0, 1]: gamma, a smooth piecewise-linear bend, and a range inside [0, 1]."""
     knots = np.cumsum(np.concatenate([[0.0], rng.uniform(0.45, 1.55, 7)]))
     gamma = np.exp(rng.uniform(-0.5, 0.5))
@@ -374,19 +455,17 @@ def tone_curve(rng: np.random.Generator) -> Callable[[Image], Image]:
     return lambda image: np.interp(image, grid, values).astype(np.float32)
 
 
-def degrade(rng: np.random.Generator, cxr: Image, soft_tissue: Image) -> tuple[Image, Image]:
-    """Another detector: both images softer, sharper or noisier alike. Noise is no bone: it stays, as in phantoms."""
+def degrade(rng: np.random.Generator, *images: Image) -> list[Image]:
+    """Another detector: all images softer, sharper or noisier alike. Noise is no bone: it stays, as in phantoms."""
     kind = rng.integers(3)
     if kind == 0:
         sigma = rng.uniform(0.3, 0.9)
-        cxr, soft_tissue = _blurred(cxr, sigma), _blurred(soft_tissue, sigma)
-    elif kind == 1:
-        amount = rng.uniform(0.2, 1.2)
-        cxr, soft_tissue = (image + np.float32(amount) * (image - _blurred(image, 1.5)) for image in (cxr, soft_tissue))
-    else:
-        noise = rng.normal(0.0, np.exp(rng.uniform(*np.log((0.002, 0.03)))), cxr.shape).astype(np.float32)
-        cxr, soft_tissue = cxr + noise, soft_tissue + noise
-    return cxr, soft_tissue
+        return [_blurred(image, sigma) for image in images]
+    if kind == 1:
+        amount = np.float32(rng.uniform(0.2, 1.2))
+        return [image + amount * (image - _blurred(image, 1.5)) for image in images]
+    noise = rng.normal(0.0, np.exp(rng.uniform(*np.log((0.002, 0.03)))), images[0].shape).astype(np.float32)
+    return [image + noise for image in images]
 
 
 def _blurred(image: Image, sigma: float) -> Image:

@@ -20,82 +20,15 @@ from torch import Tensor
 from bsdiff_rt.config import Preset, Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.sampling.schedule import alpha_bar
 from train.checkpoint import last_checkpoint
 from train.data import Batches
+from train.diffusion import Diffusion, weighted_error
 from train.dry_run import Estimate, Part, estimate
 from train.loop import Trainee, TrainOptions, split_batch
+from train.response import paired_samples, response_losses
 from train.run import Run
 from train.start import start_from
 from train.validation import Validation
-
-# Share of the training steps spent on the noisiest tenth of the diffusion when the objective can answer there (x0, v):
-# a sampler of a handful of steps asks for little else.
-NOISY_SHARE = 0.8
-
-# Mean square of an image's bone, in the networks' [-1, 1]: of a typical image, and of one with hardly any, whose weight
-# would otherwise grow without bound.
-BONE_ENERGY, LITTLE_BONE_ENERGY = 0.02, 0.004
-
-# What an image's mean counts beside the rest of its error. A scanner that tones soft tissue anew gives it a mean that
-# cannot be told from the X-ray: guessing it only adds noise to what such images teach.
-MEAN_SHARE = 0.2
-
-
-def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tensor:
-    """`count` diffusion times, [B] int64 in [0, T): uniform for eps (the paper), else weighted to the noisy end."""
-    times = rng.integers(0, schedule.train_steps, count)
-    if schedule.objective != "eps":
-        noisy = rng.integers(schedule.train_steps * 9 // 10, schedule.train_steps, count)
-        times = np.where(rng.random(count) < NOISY_SHARE, noisy, times)
-    return torch.from_numpy(times)
-
-
-def target(schedule: Schedule, x_0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """What the network should predict, with a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t)."""
-    return {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[schedule.objective]
-
-
-def bone_weights(schedule: Schedule, pair: Tensor) -> Tensor:
-    """Weights of each sample's squared error about its mean, and of its squared mean, [B, 2].
-
-    What counts is the share of the bone left in (BSR), so x0's error is taken relative to the energy of the sample's
-    bone; else images of strong bone alone say what is learned. The mean is apart because of scanners that tone soft
-    tissue anew: there, most of what X-ray and truth differ by is one offset, which nobody can tell from the X-ray, and
-    relative to it the bones hardly counted. The errors of eps and v are not the picture's: all 1.
-
-    Args:
-        schedule: tells what is predicted.
-        pair: [B, 2, H, W] in [-1, 1]: X-ray and truth.
-    """
-    if schedule.objective != "x0":
-        return torch.ones(len(pair), 2, device=pair.device)
-    bone = pair[:, 0] - pair[:, 1]
-    energy, offset = torch.mean(bone**2, dim=(1, 2)), torch.mean(bone, dim=(1, 2)) ** 2
-    weights = BONE_ENERGY / (torch.stack([energy - offset, energy], dim=1) + LITTLE_BONE_ENERGY)
-    return weights * torch.tensor([1.0, MEAN_SHARE], device=pair.device)
-
-
-class Diffusion:
-    """Makes training samples of a schedule, on a device."""
-
-    def __init__(self, schedule: Schedule, device: torch.device) -> None:
-        table = alpha_bar(schedule)
-        self.schedule = schedule
-        self.root_a, self.root_s = (torch.from_numpy(np.sqrt(x)).float().to(device) for x in (table, 1.0 - table))
-
-    def noised(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x_t, cxr, t, what the network should predict, and the weight of its error.
-
-        Args:
-            pair: [B, 2, H, W], X-ray and truth in [-1, 1].
-            rng: draws the noise and the times.
-        """
-        cxr, x_0 = pair[:, 0:1], pair[:, 1:2]
-        eps = torch.from_numpy(rng.standard_normal(x_0.shape, dtype=np.float32)).to(pair.device)
-        t = draw_times(rng, self.schedule, len(pair)).to(pair.device)
-        a, s = self.root_a[t].view(-1, 1, 1, 1), self.root_s[t].view(-1, 1, 1, 1)
-        return a * x_0 + s * eps, cxr, t, target(self.schedule, x_0, eps, a, s), bone_weights(self.schedule, pair)
 
 
 def denoiser_losses(
@@ -109,10 +42,7 @@ def denoiser_losses(
     for noisy, condition, times, goal, weight in split_batch(options.accumulate, x_t, cxr, t, wanted, weights):
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=options.bf16):
             out = trainee.model(noisy, condition, times)
-        error = out.float() - goal
-        offset = torch.mean(error, dim=(1, 2, 3)) ** 2
-        about_it = torch.mean(error**2, dim=(1, 2, 3)) - offset
-        yield torch.sum(weight * torch.stack([about_it, offset], dim=1)) / len(x_t)
+        yield weighted_error(out.float() - goal, weight) / len(x_t)
 
 
 def train_denoiser(
@@ -124,6 +54,7 @@ def train_denoiser(
     options: TrainOptions,
     size: int,
     start: str | None = None,
+    response: float = 0.0,
 ) -> Path:
     """Train until `options.steps`, resuming from the checkpoint in `folder` where there is one, else from `start`.
 
@@ -136,6 +67,7 @@ def train_denoiser(
         options: of the run.
         size: side of the images, px.
         start: bundle whose weights a new run begins with; a resumed one does not open it.
+        response: weight of the error of what inserts change (train/response.py); 0 leaves it out.
 
     Returns: the checkpoint's path. Also writes denoiser.csv (loss, quality), denoiser_samples.png, tensorboard/.
 
@@ -146,11 +78,42 @@ def train_denoiser(
     torch.manual_seed(options.seed)
     network = Denoiser(preset.denoiser)
     header: dict[str, Any] = {"preset": preset.name, "schedule": asdict(schedule), "size": size}
-    header |= batches.description() | validation.description()
+    header |= batches.description() | validation.description() | {"response": response}
+    run = _begin(folder, network, schedule, options, validation, header, start)
+    trainee = run.trainee
+    diffusion = Diffusion(schedule, trainee.accelerator.device)
+
+    def make(step: int) -> NDArray[np.float32]:
+        count, crop = options.crop(step, size)
+        if response:  # each sample is two images
+            return batches.paired(trainee.sample_index(step), max(1, count // 2), size, crop)
+        return batches.batch(trainee.sample_index(step), count, size, crop)
+
+    for index, samples in run.batches(make):
+        rng = np.random.default_rng([options.seed, index, 1])
+        terms: dict[str, float] = {}
+        if response:
+            losses = response_losses(trainee, response, paired_samples(diffusion, samples, rng), terms)
+        else:
+            losses = denoiser_losses(trainee, *diffusion.noised(samples, rng))
+        run.after_step({"loss": trainee.update(losses), **terms})
+    return run.path
+
+
+def _begin(
+    folder: Path,
+    network: Denoiser,
+    schedule: Schedule,
+    options: TrainOptions,
+    validation: Validation,
+    header: dict[str, Any],
+    start: str | None,
+) -> Run:
+    """Begin or resume a run: see `train_denoiser`. `header` holds what its checkpoint must agree with."""
     trained_on = header.pop("trained_on")
     last = last_checkpoint(folder, "denoiser")
     bundle = None if start is None or last else start_from(network, schedule, start)
-    trainee = Trainee(network, options)
+    trainee = Trainee(network, options, channels_last=True)
     judge = functools.partial(validation.denoiser, trainee.averaged)
     run = Run(folder, "denoiser", trainee, "psnr", judge, **header)
     began = None
@@ -164,17 +127,7 @@ def train_denoiser(
         trained_on = sorted({*trained_on, *bundle.manifest.training.get("trained_on", ())})
     check_held_out(validation, trained_on)
     run.header |= {"start": began, "trained_on": trained_on}
-    diffusion = Diffusion(schedule, trainee.accelerator.device)
-
-    def make(step: int) -> NDArray[np.float32]:
-        count, crop = options.crop(step, size)
-        return batches.batch(trainee.sample_index(step), count, size, crop)
-
-    for index, pair in run.batches(make):
-        noised = diffusion.noised(pair, np.random.default_rng([options.seed, index, 1]))
-        loss = trainee.update(denoiser_losses(trainee, *noised))
-        run.after_step({"loss": loss})
-    return run.path
+    return run
 
 
 def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:

@@ -43,6 +43,8 @@ class Recipe:
         phantoms: drawn patients to train on.
         real_share: share of real samples in a batch, where there are both.
         augmentation: see `Augmentation`.
+        drr_share: share of samples projected from CTs, where there are such.
+        response: weight of the error of what inserts change in the denoiser's output (`train.denoiser`); 0: none.
         denoiser, enhancer: options of each stage; `steps` and `save_every` are replaced where epochs are counted.
         epochs: of `VERSIONS_PER_PAIR` samples per training pair; 0 counts steps.
         losses: terms of stage 2's loss.
@@ -57,6 +59,8 @@ class Recipe:
     phantoms: int
     real_share: float
     augmentation: Augmentation
+    drr_share: float
+    response: float
     denoiser: TrainOptions
     enhancer: TrainOptions
     epochs: int
@@ -97,9 +101,11 @@ RECIPES: dict[str, Recipe] = {
         preset="demo",
         schedule=Schedule(objective="x0"),
         phantoms=900,
-        real_share=0.6,
+        real_share=0.5,
         augmentation=Augmentation(),
-        denoiser=TrainOptions(steps=6000),
+        drr_share=0.3,
+        response=0.015,
+        denoiser=TrainOptions(steps=6000, clip_to_usual=1.5),
         enhancer=TrainOptions(steps=1500),
         epochs=0,
         losses=LossWeights(),
@@ -114,6 +120,8 @@ RECIPES: dict[str, Recipe] = {
         phantoms=0,
         real_share=1.0,
         augmentation=Augmentation.of("paper"),
+        drr_share=0.0,
+        response=0.0,
         denoiser=_PAPER_OPTIONS,
         enhancer=_PAPER_OPTIONS,
         epochs=200,

@@ -20,6 +20,7 @@ from train.data import (
     degrade,
     load_dataset,
     load_pair,
+    load_projected,
     match_tone,
     read_dataset_settings,
     tone_curve,
@@ -28,7 +29,7 @@ from train.data import (
 )
 from train.phantoms import draw_phantom, write_pairs
 
-PLAIN = Augmentation(geometry=0.0, foreign=0.0, swap_bones=0.0, blur_noise=0.0)
+PLAIN = Augmentation(geometry=0.0, foreign=0.0, swap_bones=0.0, blur_noise=0.0, inserts=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,9 @@ def test_contrast_is_a_switch(pair):
 def test_kinds_of_augmentation_by_name():
     assert Augmentation.of("demo") == Augmentation()
     assert Augmentation.of("paper") == Augmentation.of("contrast,flip,rotation")
-    assert Augmentation.of("paper") == Augmentation(zoom=False, elastic=False, foreign=0, swap_bones=0, blur_noise=0)
+    assert Augmentation.of("paper") == Augmentation(
+        zoom=False, elastic=False, foreign=0, swap_bones=0, blur_noise=0, inserts=0
+    )
     none = Augmentation.of("none")
     assert not any(getattr(none, field.name) for field in fields(none) if field.name not in ("geometry", "phantoms"))
     for kind in AUGMENTATION_SETS["demo"]:
@@ -311,7 +314,7 @@ def test_warped_phantoms_show_bone_as_weak_or_strong_as_another_scanner_does(poo
 
     def strengths(phantoms, foreign):
         # Toned anew never (a share this small), so that the layers can be compared.
-        augmentation = Augmentation(geometry=0.0, phantoms=phantoms, foreign=foreign, blur_noise=0.0)
+        augmentation = Augmentation(geometry=0.0, phantoms=phantoms, foreign=foreign, blur_noise=0.0, inserts=0.0)
         found = []
         for step in range(40):
             cxr, soft_tissue = (Batches([], pool, 0.0, augmentation, 0).batch(step, 1, 64, 64)[0] + 1) / 2
@@ -339,9 +342,9 @@ def test_phantoms_are_bent_and_toned_anew_as_often_as_asked_else_only_mirrored(p
         # 2e-3: the warp's sub-pixel positions are multiples of 1/32 px.
         return sum(min(np.abs(image - stored).max() for stored in drawn) < 2e-3 for image in made)
 
-    assert as_drawn(Augmentation(phantoms=0.0, blur_noise=0.0)) == 40
-    assert as_drawn(Augmentation(phantoms=1.0, blur_noise=0.0)) == 0
-    assert 20 <= as_drawn(Augmentation(blur_noise=0.0)) <= 35
+    assert as_drawn(Augmentation(phantoms=0.0, blur_noise=0.0, inserts=0.0)) == 40
+    assert as_drawn(Augmentation(phantoms=1.0, blur_noise=0.0, inserts=0.0)) == 0
+    assert 20 <= as_drawn(Augmentation(blur_noise=0.0, inserts=0.0)) <= 35
 
 
 def test_a_pair_in_a_frame_is_read_without_it(tmp_path):
@@ -356,3 +359,52 @@ def test_a_pair_in_a_frame_is_read_without_it(tmp_path):
     )
     np.testing.assert_allclose(framed.cxr, plain.cxr, atol=2e-5)
     np.testing.assert_allclose(framed.soft_tissue, plain.soft_tissue, atol=2e-5)
+
+
+def test_inserts_are_added_alike_to_x_ray_and_truth(pair, pool):
+    """Without a tone curve and noise both images change by the same picture, and the weight lies on it."""
+    augmentation = replace(PLAIN, inserts=1.0)
+    batch = Batches([pair], pool, 0.5, augmentation, 0).paired(3, 4, 64, 64)
+    assert batch.shape == (4, 5, 64, 64)
+    cxr, truth, cxr_with, truth_with, weight = batch.swapaxes(0, 1)
+    np.testing.assert_allclose(cxr_with - cxr, truth_with - truth, atol=1e-5)
+    for change, where in zip(truth_with - truth, weight, strict=True):
+        assert np.abs(change).max() > 0.02
+        assert where[np.abs(change) == np.abs(change).max()] > 0
+        assert (where >= 0).all()
+        energy = float((where * change**2).sum())  # of an output without any insert: about 1, less for faint ones
+        assert 0.3 < energy < 2.5
+
+
+def test_a_batch_shows_the_images_with_inserts_of_the_pairs(pair, pool):
+    batches = Batches([pair], pool, 0.5, Augmentation(), 5)
+    paired = batches.paired(2, 3, 64, 64)
+    np.testing.assert_array_equal(batches.batch(2, 3, 64, 64), paired[:, 2:4])
+    without = Batches([pair], pool, 0.5, replace(Augmentation(), inserts=0.0), 5).paired(2, 3, 64, 64)
+    np.testing.assert_array_equal(without[:, 0:2], without[:, 2:4])
+    assert not without[:, 4].any()
+
+
+def test_both_images_of_a_sample_are_blurred_and_toned_alike(pair):
+    """A curve and noise that differed between the picture without and with inserts would be a response of their own."""
+    augmentation = Augmentation(foreign=1.0, blur_noise=1.0, inserts=1.0)
+    batches = Batches([pair], np.empty((0, 2, 64, 64), np.uint8), 1.0, augmentation, 0)
+    for step in range(6):
+        cxr, _, cxr_with, _, weight = batches.paired(step, 1, 64, 64)[0]
+        far = cv2.dilate((weight > 0).astype(np.uint8), np.ones((15, 15))) == 0
+        np.testing.assert_allclose(cxr[far], cxr_with[far], atol=0.02)
+
+
+def test_pairs_projected_from_cts_are_a_source_of_their_own(tmp_path, pool):
+    write_pairs(tmp_path, 2, first_seed=20, size=64)
+    projected = load_projected(tmp_path, 64)
+    assert projected.shape == (2, 2, 64, 64)
+    batches = Batches([], pool, 0.0, PLAIN, 0, projected=projected, projected_share=1.0)
+    batch = batches.batch(0, 1, 64, 64)[0]
+    truth = (batch[1] + 1) / 2
+    assert min(np.abs(truth - stored[1] / 255).max() for stored in projected.astype(np.float32)) < 2e-3
+    assert batches.description()["projected"] == 2
+    assert batches.fingerprint() != Batches([], pool, 0.0, PLAIN, 0, projected_share=1.0).fingerprint()
+    cv2.imwrite(str(tmp_path / "phantom000020_soft_tissue.png"), np.eye(64, dtype=np.uint8)[:32] * 255)
+    with pytest.raises(SettingsError, match="pair phantom000020: X-ray and soft tissue differ in shape"):
+        load_projected(tmp_path, 64)

@@ -269,7 +269,7 @@ def test_what_an_earlier_version_left_at_its_end_is_put_right(tmp_path, options)
     (tmp_path / "x_unjudged.pt").unlink()
     last = load_checkpoint(tmp_path / "x.pt")
     assert (last["step"], last["stopping"]) == (6, {"best": 3.0, "checks": 2, "finished": False})
-    assert set(last) == {"network", "averaged", "optimizer", "step", "options", "size", "stopping"}  # as it had
+    assert set(last) == {"network", "averaged", "optimizer", "step", "usual_norm", "options", "size", "stopping"}
     assert run_to_the_end(tmp_path, [], **options) == []
     kept = load_checkpoint(tmp_path / "x.pt")
     assert (kept["step"], kept["stopping"]["finished"]) == (2, True)
@@ -364,7 +364,7 @@ def test_other_options_than_the_checkpoints_are_said_and_used(tmp_path, caplog):
 def test_a_resumed_run_does_not_hold_the_weights_twice(tmp_path):
     run_to_the_end(tmp_path, [1.0], steps=2)
     run = Run(tmp_path, "x", make_trainee(steps=2, save_every=2), "psnr", dict, size=8)
-    assert set(run.restored) == {"step", "options", "size", "stopping"}
+    assert set(run.restored) == {"step", "usual_norm", "options", "size", "stopping"}
 
 
 def test_a_damaged_checkpoint_and_a_size_that_cannot_be_halved(tmp_path):
@@ -381,3 +381,17 @@ def test_several_processes_without_a_gpu_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=r"2 processes were launched, but there is no GPU .* without a launcher"):
         make_accelerator()
+
+
+def test_a_gradient_much_larger_than_usual_is_clipped_to_a_multiple_of_it():
+    """The running mean rises slowly, so a single large one moves the weights as one of 1.5 times the usual would."""
+    trainee = make_trainee(clip=0.0, clip_to_usual=1.5, weight_decay=0.0)
+    weight = next(trainee.network.parameters())
+    seen = []
+    for size in (1.0, 1.0, 100.0, 1.0):
+        trainee.update([size * weight.sum() / weight.numel() ** 0.5])
+        seen.append(float(weight.grad.norm()))
+    assert seen[:2] == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert seen[2] == pytest.approx(1.5, rel=1e-3)
+    assert seen[3] == pytest.approx(1.0, rel=1e-4)
+    assert trainee.usual_norm == pytest.approx(1 + 0.03 * 2 * 0.97, rel=1e-3)

@@ -57,8 +57,9 @@ def test_steps_given_for_a_recipe_of_epochs_keep_its_share_between_checkpoints()
 
 def test_the_demo_is_what_trained_the_bundled_model():
     demo = RECIPES["demo"]
-    assert demo.options(demo.denoiser, 3, 1) == TrainOptions(steps=6000)
+    assert demo.options(demo.denoiser, 3, 1) == TrainOptions(steps=6000, clip_to_usual=1.5)
     assert demo.enhancer == TrainOptions(steps=1500)
-    assert (demo.phantoms, demo.real_share, demo.samples, demo.clean_share) == (900, 0.6, 600, 0.25)
+    assert (demo.phantoms, demo.real_share, demo.samples, demo.clean_share) == (900, 0.5, 600, 0.25)
+    assert (demo.drr_share, demo.response, demo.augmentation.inserts) == (0.3, 0.015, 0.8)
     assert demo.losses == LossWeights(mae=1.0, ms_ssim=1.0)
     assert demo.schedule.objective == "x0"

@@ -22,7 +22,8 @@ from train.__main__ import app
 from train.checkpoint import load_checkpoint
 from train.commands.options import SharedOptions
 from train.commands.setup import Samples, load_real_pairs, split_pairs
-from train.denoiser import bone_weights, denoiser_losses, draw_times, target
+from train.denoiser import denoiser_losses
+from train.diffusion import bone_weights, draw_times, target
 from train.loop import Trainee, TrainOptions
 from train.phantom_pool import HELD_OUT_PHANTOM_SEED
 from train.recipe import RECIPES
@@ -181,8 +182,8 @@ def test_times_are_uniform_for_eps_and_lean_to_the_noisy_end_otherwise():
     uniform = draw_times(rng, Schedule(objective="eps"), 20000)
     assert float((uniform >= 900).double().mean()) == pytest.approx(0.1, abs=0.01)
     leaning = draw_times(rng, Schedule(objective="x0"), 20000)
-    # 80 % drawn from there, and a tenth of the rest.
-    assert float((leaning >= 900).double().mean()) == pytest.approx(0.82, abs=0.015)
+    # 90 % drawn from there, and a tenth of the rest.
+    assert float((leaning >= 900).double().mean()) == pytest.approx(0.91, abs=0.015)
     assert int(leaning.max()) == 999
 
 

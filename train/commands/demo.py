@@ -19,8 +19,9 @@ def demo_command(
     pairs: Annotated[
         Path | None, typer.Option(help="Folder of real pairs. Without it, only phantoms are used.")
     ] = None,
+    drrs: Annotated[Path | None, typer.Option(help="Folder of pairs projected from CTs.")] = None,
 ) -> None:
     """Train both stages with the recipe of the bundled demo model (docs/model-card.md). Takes hours on two cores."""
-    shared = SharedOptions(pairs=pairs)
+    shared = SharedOptions(pairs=pairs, drrs=drrs)
     denoiser(output, shared=shared)
     enhancer(output, shared=shared)

@@ -30,6 +30,12 @@ def denoiser(
     crop: Annotated[
         int | None, typer.Option(min=16, help="Side of the training crops, px.", show_default="grows, as in the recipe")
     ] = None,
+    response: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Weight of the error of what added inserts change in the result.", show_default=FROM_RECIPE
+        ),
+    ] = None,
     start: Annotated[
         str | None, typer.Option(help="Start from the weights of this bundle: `demo` or a bundle folder.")
     ] = None,
@@ -50,7 +56,8 @@ def denoiser(
         claim_run_folder(output)
     batches = samples.make_batches(output, size, shared.seed)
     validation = Validation(samples.choose_groups(size, options.patience), diffusion, recipe.validation)
-    train_denoiser(output, shape, diffusion, batches, validation, options, size, start)
+    weight = recipe.response if response is None else response
+    train_denoiser(output, shape, diffusion, batches, validation, options, size, start, weight)
 
 
 denoiser_command = share_options(denoiser)

@@ -49,6 +49,14 @@ class SharedOptions:
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of real samples in a batch.", show_default=FROM_RECIPE),
     ] = None
+    drrs: Annotated[
+        Path | None,
+        typer.Option(help="Folder with NAME_cxr.* and NAME_soft_tissue.* files that were projected from CTs."),
+    ] = None
+    drr_share: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of --drrs samples in a batch.", show_default=FROM_RECIPE),
+    ] = None
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two checkpoints.", show_default=FROM_RECIPE)
     ] = None

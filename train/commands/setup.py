@@ -12,7 +12,17 @@ from bsdiff_rt.config import PRESETS, Preset
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.formats.raster import find_pairs
 from train.commands.options import SharedOptions
-from train.data import STORED_PX, Augmentation, Batches, Pair, load_dataset, load_pair, read_dataset_settings
+from train.data import (
+    NO_PAIRS,
+    STORED_PX,
+    Augmentation,
+    Batches,
+    Pair,
+    load_dataset,
+    load_pair,
+    load_projected,
+    read_dataset_settings,
+)
 from train.loop import TrainOptions, choose_bf16, make_accelerator
 from train.phantom_pool import draw_held_out_phantoms, load_phantom_pool
 from train.phantoms import SMALLEST_PX
@@ -32,12 +42,14 @@ class Samples:
         train: real pairs to train on.
         held_out: real pairs to validate on, at the model's size.
         dataset: folder written by `prepare` that they come from, if any.
+        drrs: folder of pairs projected from CTs, if any.
     """
 
     recipe: Recipe
     train: list[Pair]
     held_out: list[Pair]
     dataset: Path | None
+    drrs: Path | None = None
 
     @classmethod
     def load(cls, shared: SharedOptions, size: int) -> Samples:
@@ -48,7 +60,7 @@ class Samples:
         """
         recipe = override_recipe(find_recipe(shared.recipe), shared)
         train, held_out = load_real_pairs(shared.pairs, shared.hold_out, shared.dataset, size)
-        return cls(recipe, train, held_out, shared.dataset)
+        return cls(recipe, train, held_out, shared.dataset, shared.drrs)
 
     def make_batches(self, folder: Path, size: int, seed: int) -> Batches:
         """Return the source of training batches. The phantoms are drawn by one process and kept in `folder`.
@@ -61,7 +73,11 @@ class Samples:
         _, clahe = read_dataset_settings(self.dataset) if self.dataset else (0, None)
         with make_accelerator().main_process_first():
             pool = load_phantom_pool(folder, self.recipe.phantoms, size)
-        return Batches(self.train, pool, self.recipe.real_share, self.recipe.augmentation, seed, clahe)
+        projected = NO_PAIRS if self.drrs is None else load_projected(self.drrs, find_stored_size(size))
+        recipe = self.recipe
+        return Batches(
+            self.train, pool, recipe.real_share, recipe.augmentation, seed, clahe, projected, recipe.drr_share
+        )
 
     def choose_groups(self, size: int, patience: int) -> dict[str, list[Pair]]:
         """Return the groups of images to validate on, by name.
@@ -125,7 +141,7 @@ def override_recipe(recipe: Recipe, shared: SharedOptions) -> Recipe:
     """
     augmentation = None if shared.augment is None else Augmentation.of(shared.augment)
     changes = drop_none(phantoms=shared.phantoms, real_share=shared.real_share, augmentation=augmentation)
-    return replace(recipe, **changes)
+    return replace(recipe, **changes, **drop_none(drr_share=shared.drr_share))
 
 
 def resolve_options(
@@ -159,6 +175,11 @@ def resolve_options(
     return replace(counted, accumulate=shared.accumulate, seed=shared.seed, bf16=bf16, **changes)
 
 
+def find_stored_size(size: int) -> int:
+    """Return the side in px at which pairs are kept for a model of `size` px: room to zoom in."""
+    return max(STORED_PX, size * 3 // 2)
+
+
 def split_pairs(folder: Path | None, hold_out: list[str], size: int) -> tuple[list[Pair], list[Pair]]:
     """Read a folder of pairs: those to train on, and those held out, the latter at `size` px.
 
@@ -171,7 +192,7 @@ def split_pairs(folder: Path | None, hold_out: list[str], size: int) -> tuple[li
     unknown = set(hold_out) - {name for name, _, _ in found}
     if unknown:
         raise SettingsError(f"--hold-out {', '.join(sorted(unknown))}: no such pair in {folder}")
-    stored = max(STORED_PX, size * 3 // 2)  # room to zoom in
+    stored = find_stored_size(size)
     train = [load_pair(*entry, size=stored) for entry in found if entry[0] not in hold_out]
     held_out = [load_pair(*entry, size=size) for entry in found if entry[0] in hold_out]
     return train, held_out
