@@ -31,7 +31,7 @@ from bsdiff_rt.imaging.network_input import place, resize
 from bsdiff_rt.imaging.one_image import Prepared, finish, list_passes, prepare
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
-from bsdiff_rt.sampling.batching import enhanced, suppress
+from bsdiff_rt.sampling.batching import run_enhancer, suppress
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
@@ -173,7 +173,7 @@ def run_stages(
     passes = list_passes(prepared, 1, mirror=mirror)
     first = suppress(runner, np.stack(passes)[:, None], table, [noise] * len(passes), enhance=False)
     between = time.perf_counter()
-    second = enhanced(runner, torch.from_numpy(first).to(runner.device)).cpu().numpy()
+    second = run_enhancer(runner, torch.from_numpy(first).to(runner.device)).cpu().numpy()
     ended = time.perf_counter()
     return (first[:, 0], between - started), (second[:, 0], ended - started)
 

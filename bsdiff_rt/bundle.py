@@ -40,7 +40,6 @@ MANIFEST = "manifest.json"
 DIGEST = "sha256"  # of the manifest itself
 FILES = ("denoiser.safetensors", "denoiser.onnx", "enhancer.safetensors", "enhancer.onnx")
 NOTICE = "Not for diagnostic use."
-UNSTATED = "unstated"  # licence of a bundle for which none was given
 BUNDLES = Path(__file__).parent / "bundles"
 
 T = TypeVar("T")

@@ -31,7 +31,7 @@ from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes,
 from bsdiff_rt.imaging.view import make_whole_view
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
-from bsdiff_rt.sampling.batching import Suppressor, Taken, auto_batch
+from bsdiff_rt.sampling.batching import Suppressor, Taken, choose_batch
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
@@ -331,7 +331,7 @@ def resolve_batch(asked: int | None, runner: Runner) -> int:
         raise SettingsError(
             f"batch {asked} is more than the {runner.name} runner's {most}. Use {most}, or build an engine"
         )
-    return asked or auto_batch(runner)
+    return asked or choose_batch(runner)
 
 
 def list_decisive(settings: ModelSettings, runner: str, precision: Precision) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from bsdiff_rt.bench.candidates import BASELINE, Candidate, Missing, Model, memo
 from bsdiff_rt.bench.flops import denoiser_work
 from bsdiff_rt.errors import EngineError, forget_frames
 from bsdiff_rt.runners.timing import median_ratio, time_call, time_in_turn
-from bsdiff_rt.sampling.batching import NOISE_THREADS, NoiseAhead
+from bsdiff_rt.sampling.batching import NOISE_THREADS, NoiseAhead, run_enhancer
 from bsdiff_rt.sampling.cuda_graph import CapturedSampler
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.sampler import sample
@@ -290,9 +290,7 @@ class Trial:
         x_0 = loop(self._cxr, self._table, draw)
         if not self._plan.model.enhance:
             return x_0
-        enhanced = torch.empty_like(x_0)
-        self.candidate.runner.enhance(x_0, enhanced)
-        return enhanced.clamp_(-1.0, 1.0)
+        return run_enhancer(self.candidate.runner, x_0)
 
 
 def _row(trial: Trial, plan: Plan, times: Mapping[tuple[str, str], list[float]], eager: Trial | None) -> Row:

@@ -1,9 +1,9 @@
 """Batches on their way to the device and back: pinned buffers, copies and noise beside the computation.
 
-Three things happen at once on a GPU: a batch is computed, the next one's X-rays travel to the device, and the last
-one's results travel back, each on a stream of its own; the host only gives orders and is ahead of the device by up to
-`BATCHES_IN_FLIGHT` batches. Pinned (page-locked) memory is what makes the copies asynchronous. Noise is drawn ahead by
-threads in the same way. On the CPU the same code runs without streams, one batch after the other.
+On a GPU three streams work at the same time. One computes a batch, one copies the next X-rays to the device, and one
+copies the last results back. The host only gives orders, up to `BATCHES_IN_FLIGHT` batches ahead. Pinned (page-locked)
+memory makes the copies asynchronous. Threads draw the noise ahead. On the CPU the same code runs without streams, one
+batch after the other.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from bsdiff_rt.sampling.schedule import Table
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.8  # of the free device memory: recordings and fragments need some, too
-BATCHES_IN_FLIGHT = 3  # one travels to the device, one is computed, one is on its way to the files
+MEMORY_SHARE = 0.8  # of the free device memory; recordings and fragments need the rest
+BATCHES_IN_FLIGHT = 3  # one is copied to the device, one is computed, one is copied back
 NOISE_THREADS = 2
-NOISE_AHEAD = 8  # draws; a thread may be late by some milliseconds without the device noticing
+NOISE_AHEAD = 8  # draws; so a thread may be late by some milliseconds while the device goes on
 
 
 Taken = tuple[NDArray[np.float32], float]  # one result, [S, S], and its share of the seconds of its batch
 
 
 class HostBatch:
-    """Pinned memory for one batch: X-rays in, results out. Each image's result is taken once.
+    """Pinned memory for one batch: X-rays and results. Each result is taken once.
 
     Attributes:
         cxr: [B, 1, S, S] float32.
@@ -58,14 +58,18 @@ class HostBatch:
         self._clock: _Clock = _Clock()
 
     def order(self, count: int, clock: _Clock) -> None:
-        """`count` results will be taken; `clock` knows when they are there."""
+        """Expect that `count` results are taken. `clock` waits for the device."""
         self._left = self._count = count
         self._clock = clock
 
     def take(self, number: int) -> Taken:
-        """Wait for the device and copy out result `number`, [S, S]; after the last one the memory is free again.
+        """Wait for the device and copy one result. After the last result the memory can be used again.
 
-        Returns: it, and its share of the seconds that the networks took for the batch.
+        Args:
+            number: place of the image in the batch.
+
+        Returns:
+            The result, [S, S] float32, and its share of the seconds that the batch took.
 
         Raises:
             RuntimeError: the device failed after the batch was ordered.
@@ -83,18 +87,18 @@ class HostBatch:
 
 
 class Suppressor:
-    """Both stages on batch after batch; a context manager that holds buffers, streams, threads and recordings.
+    """Run both stages on batch after batch. A context manager that holds buffers, streams, threads and recordings.
 
     Args:
-        runner: both networks; not closed here.
+        runner: both networks. It is not closed here.
         table: the sampler.
         enhance: whether stage 2 runs.
-        batch: the largest batch that will be given.
+        batch: the largest batch.
 
     Attributes:
-        smallest: the smallest batch the runner is given; fewer images are filled up to it.
-        busy_s: seconds from the first to the last order of each batch whose results have been taken, as the device, or
-            the CPU, carried them out: the networks, and what they wait for between steps (noise, say).
+        smallest: the runner's smallest batch. Smaller ones are filled up.
+        busy_s: seconds that the device or CPU took for all batches whose results have been taken. It includes what the
+            networks wait for between steps, such as noise.
     """
 
     def __init__(self, runner: Runner, table: Table, *, enhance: bool, batch: int) -> None:
@@ -121,21 +125,22 @@ class Suppressor:
 
     @torch.no_grad()
     def submit(self, cxr: Sequence[NDArray[np.float32]], noise: Sequence[ImageNoise]) -> HostBatch:
-        """Order both stages on one batch; on a GPU this returns before they are done.
+        """Order both stages on one batch. On a GPU this returns before they are done.
 
-        Waits while `BATCHES_IN_FLIGHT` batches have results that were not taken. Fewer images than the runner's
-        smallest batch are filled up with the last one, whose further results are dropped.
+        Waits while `BATCHES_IN_FLIGHT` batches have results that were not taken. A batch that is too small for the
+        runner is filled up with copies of its last image, whose results are dropped.
 
         Args:
-            cxr: B images, [S, S] float32 in [-1, 1].
+            cxr: B images, [S, S] float32, in [-1, 1].
             noise: one stream per image.
 
         Returns:
-            Gives each image's result, [S, S] float32 in [-1, 1] unless the networks failed (NaN).
+            The batch, from which each result is taken: [S, S] float32, in [-1, 1], or NaN if the networks failed.
 
         Raises:
-            EngineError: a batch or size the runner does not take.
-            RuntimeError: the backend failed: out of memory, say. Recordings and unused device memory were given back.
+            EngineError: the runner does not take this batch or image size.
+            RuntimeError: the backend failed, for example for lack of memory. Recordings and unused device memory were
+                released.
         """
         host = self._free.get()
         missing = max(0, self.smallest - len(cxr))
@@ -149,7 +154,7 @@ class Suppressor:
                 self._sampler.close()
                 if self._cuda:
                     torch.cuda.empty_cache()
-            finally:  # also after a device error that lasts: without its memory a later call would wait for ever
+            finally:  # also after a lasting device error: without its memory a later call would wait for ever
                 self._free.put(host)
             raise
         host.order(len(cxr), clock)
@@ -166,7 +171,7 @@ class Suppressor:
             clock.start()
             x_0 = self._sampler.sample(x, self._table, draw)
             if self._enhance:
-                x_0 = enhanced(self._runner, x_0)
+                x_0 = run_enhancer(self._runner, x_0)
             clock.stop()
         with self._on("download", after="compute", using=x_0):
             host.soft_tissue[:count].copy_(x_0, non_blocking=True)
@@ -181,9 +186,12 @@ class Suppressor:
     def _on(
         self, name: str, after: str | None = None, using: torch.Tensor | None = None
     ) -> AbstractContextManager[object]:
-        """Work in this block goes to the named stream, behind what was given to `after`; the CPU has but one order.
+        """Give the work of this block to a stream. On the CPU nothing happens.
 
-        `using`, made on another stream, is kept until this one has used it.
+        Args:
+            name: upload, compute or download.
+            after: the stream whose work so far comes first.
+            using: a tensor of another stream, which is kept until this stream has used it.
         """
         if not self._cuda:
             return nullcontext()
@@ -197,28 +205,28 @@ class Suppressor:
 
 
 class _Clock:
-    """When a batch was computed, on the CPU: at once."""
+    """Clock of a batch on the CPU, where work is done when it is ordered."""
 
     def __init__(self) -> None:
         self.busy_s = 0.0
 
     def start(self) -> None:
-        """The networks begin."""
+        """Note that the networks begin."""
         self.busy_s = -time.perf_counter()
 
     def stop(self) -> None:
-        """The networks end."""
+        """Note that the networks end."""
         self.busy_s += time.perf_counter()
 
     def arrive(self) -> None:
-        """The results are on the host."""
+        """Note that the results are on the host."""
 
     def wait(self) -> None:
-        """Until the results are on the host."""
+        """Wait until the results are on the host."""
 
 
 class _DeviceClock(_Clock):
-    """The same by events of the current stream, which pass later than they are given."""
+    """Clock of a batch on a GPU, based on CUDA events of the current stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,12 +246,12 @@ class _DeviceClock(_Clock):
         self.busy_s = self._began.elapsed_time(self._ended) / 1e3
 
 
-def auto_batch(runner: Runner) -> int:
-    """How many images to give at once: what fills the device and fits its free memory.
+def choose_batch(runner: Runner) -> int:
+    """Return how many images to run at once: as many as fill the device and fit into its free memory.
 
-    A CPU gains nothing from a batch, a GPU's arithmetic is filled by `FULL_BATCH` images. The memory an image
-    needs is judged by one denoiser call at the runner's smallest batch, which is the answer where not even that fits:
-    the files will say so.
+    A CPU gains nothing from a batch. `FULL_BATCH` images fill a GPU. One denoiser call at the runner's smallest batch
+    shows how much memory an image needs. If even that call fails, the smallest batch is returned, and the run will
+    report the failure for each file.
     """
     low, high = runner.batch_range
     if runner.device.type == "cpu":
@@ -259,7 +267,7 @@ def auto_batch(runner: Runner) -> int:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        logger.warning("out of memory with %d images at once; %.0f MB were free", low, free_before / 1e6)
+        logger.warning("Out of memory with %d images at once. %.0f MB were free.", low, free_before / 1e6)
         forget_frames(error)
         torch.cuda.empty_cache()
         return low
@@ -274,17 +282,17 @@ def auto_batch(runner: Runner) -> int:
 def suppress(
     runner: Runner, cxr: NDArray[np.float32], table: Table, noise: list[ImageNoise], *, enhance: bool
 ) -> NDArray[np.float32]:
-    """Both stages on one batch; they chain in device memory, in float32.
+    """Run both stages on one batch. They chain in device memory, in float32.
 
     Args:
         runner: both networks.
-        cxr: [B, 1, S, S] float32 in [-1, 1].
+        cxr: [B, 1, S, S] float32, in [-1, 1].
         table: the sampler.
         noise: one stream per image.
         enhance: whether stage 2 runs.
 
     Returns:
-        [B, 1, S, S] float32, in [-1, 1] unless the networks failed (NaN), on the host.
+        [B, 1, S, S] float32, in [-1, 1], or NaN if the networks failed; on the host.
     """
     size = (cxr.shape[-2], cxr.shape[-1])
     x_0 = sample(
@@ -294,27 +302,35 @@ def suppress(
         lambda number: torch.from_numpy(batch_noise(noise, number, size)),
     )
     if enhance:
-        x_0 = enhanced(runner, x_0)
+        x_0 = run_enhancer(runner, x_0)
     return np.asarray(x_0.cpu().numpy(), dtype=np.float32)
 
 
-def enhanced(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
-    """Stage 2: [B, 1, S, S] float32 to the same, in [-1, 1]; NaN where the enhancer returned an infinity or NaN."""
+def run_enhancer(runner: Runner, x_0: torch.Tensor) -> torch.Tensor:
+    """Run stage 2.
+
+    Args:
+        runner: runs the enhancer.
+        x_0: [B, 1, S, S] float32, in [-1, 1].
+
+    Returns:
+        [B, 1, S, S] float32, in [-1, 1]; NaN where the enhancer returned NaN or an infinity.
+    """
     out = torch.empty_like(x_0)
     runner.enhance(x_0, out)
-    nothing = out * 0  # NaN where it is infinite: clamped, that would be a white or black pixel
-    return out.clamp_(-1.0, 1.0).add_(nothing)
+    zero = out * 0  # NaN where `out` is infinite: the clamp alone would make a white or black pixel of it
+    return out.clamp_(-1.0, 1.0).add_(zero)
 
 
 class NoiseAhead:
-    """The draws one batch's sampling asks for (`sampler.sample`), made ahead by threads in a ring of host memory.
+    """Noise of one batch for `sampler.sample`, drawn ahead by threads into a ring of host memory.
 
     Args:
         streams: one per image.
         size: (height, width), in px.
-        table: tells which draws will be asked for.
+        table: the sampler. It determines which draws are requested.
         threads: draw the noise.
-        pin: whether the memory is pinned, and so copied by the device while the host goes on.
+        pin: whether the memory is pinned, so that the device copies it while the host goes on.
     """
 
     def __init__(
@@ -328,32 +344,33 @@ class NoiseAhead:
     ) -> None:
         self._streams, self._size, self._threads, self._pin = streams, size, threads, pin
         self._waiting = deque([0, *(k + 1 for k, S in enumerate(table.S) if S != 0.0)])
-        self._made: deque[tuple[int, Future[torch.Tensor]]] = deque()
-        self._given: torch.Tensor | None = None
-        self._given_on: torch.cuda.Stream | None = None
+        self._drawn: deque[tuple[int, Future[torch.Tensor]]] = deque()
+        self._last: torch.Tensor | None = None
+        self._last_stream: torch.cuda.Stream | None = None
         for _ in range(min(NOISE_AHEAD, len(self._waiting))):
-            self._make(torch.empty(len(streams), 1, *size, pin_memory=pin), None)
+            self._start_draw(torch.empty(len(streams), 1, *size, pin_memory=pin), None)
 
     def __call__(self, number: int) -> torch.Tensor:
-        """Draw `number`, [B, 1, H, W]; valid until the next call, also for copies ordered on the current stream.
+        """Return draw `number`, [B, 1, H, W] float32, valid until the next call.
 
-        The next call may come from another one: x_T is copied by the stream that computes, z by one that only copies.
+        Copies that the current stream was given before the next call are safe. The next call may come from another
+        stream: the computing stream copies x_T, a second one copies z.
 
         Raises:
-            ValueError: not the next draw of the table.
+            ValueError: this is not the next draw of the table.
         """
-        if self._given is not None and self._waiting:
-            # The device may still be copying it: its memory is filled again once the copies ordered so far, on the
-            # stream it was handed out to, are done.
-            self._make(self._given, self._given_on.record_event() if self._given_on else None)
-        expected, draw = self._made.popleft() if self._made else (None, None)
+        if self._last is not None and self._waiting:
+            # The device may still copy the last draw. Its memory is filled again after the copies that its stream has
+            # been given so far.
+            self._start_draw(self._last, self._last_stream.record_event() if self._last_stream else None)
+        expected, draw = self._drawn.popleft() if self._drawn else (None, None)
         if draw is None or expected != number:
-            raise ValueError(f"draw {number} was asked for; the next one of this table is {expected}")
-        self._given = draw.result()
-        self._given_on = torch.cuda.current_stream() if self._pin else None
-        return self._given
+            raise ValueError(f"draw {number} was requested, but the next one of this table is {expected}")
+        self._last = draw.result()
+        self._last_stream = torch.cuda.current_stream() if self._pin else None
+        return self._last
 
-    def _make(self, memory: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+    def _start_draw(self, memory: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         number = self._waiting.popleft()
 
         def fill() -> torch.Tensor:
@@ -362,4 +379,4 @@ class NoiseAhead:
             batch_noise(self._streams, number, self._size, out=memory.numpy())
             return memory
 
-        self._made.append((number, self._threads.submit(fill)))
+        self._drawn.append((number, self._threads.submit(fill)))

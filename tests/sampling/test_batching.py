@@ -19,7 +19,7 @@ from bsdiff_rt.sampling.batching import (
     NOISE_AHEAD,
     NoiseAhead,
     Suppressor,
-    auto_batch,
+    choose_batch,
     suppress,
 )
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
@@ -45,21 +45,21 @@ def test_draws_made_ahead_are_those_of_the_images(threads):
     draw = NoiseAhead(STREAMS[:2], SIZE, sampler_table(SCHEDULE, "ddpm", steps), threads, pin=False)
     for number in range(steps):  # x_T and all but the last step's z
         assert np.array_equal(draw(number).numpy(), batch_noise(STREAMS[:2], number, SIZE))
-    with pytest.raises(ValueError, match=f"draw {steps} was asked for; the next one of this table is None"):
+    with pytest.raises(ValueError, match=f"draw {steps} was requested, but the next one of this table is None"):
         draw(steps)
 
 
 def test_a_sampler_without_noise_draws_once(threads):
     draw = NoiseAhead(STREAMS[:1], SIZE, sampler_table(SCHEDULE, "ddim", 50), threads, pin=False)
     assert np.array_equal(draw(0).numpy(), batch_noise(STREAMS[:1], 0, SIZE))
-    with pytest.raises(ValueError, match="draw 1 was asked for"):
+    with pytest.raises(ValueError, match="draw 1 was requested"):
         draw(1)
 
 
 def test_draws_are_taken_in_order(threads):
     draw = NoiseAhead(STREAMS[:1], SIZE, sampler_table(SCHEDULE, "ddpm", 5), threads, pin=False)
     draw(0)
-    with pytest.raises(ValueError, match="draw 2 was asked for; the next one of this table is 1"):
+    with pytest.raises(ValueError, match="draw 2 was requested, but the next one of this table is 1"):
         draw(2)
 
 
@@ -137,11 +137,11 @@ def test_too_few_images_are_filled_up():
     assert runner.batches[1:] == [4] * 2 * BATCHES_IN_FLIGHT
 
 
-def test_auto_batch_on_the_cpu_is_the_smallest():
+def test_choose_batch_on_the_cpu_is_the_smallest():
     runner = ToyRunner(SIZE[0])
-    assert auto_batch(runner) == 1
+    assert choose_batch(runner) == 1
     runner.batch_range = (3, 6)
-    assert auto_batch(runner) == 3
+    assert choose_batch(runner) == 3
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_auto_batch_on_the_cpu_is_the_smallest():
         ((2, 4), 500, 2),
     ],
 )
-def test_auto_batch_fits_the_free_memory(monkeypatch, batch_range, free_mb, expected):
+def test_choose_batch_fits_the_free_memory(monkeypatch, batch_range, free_mb, expected):
     runner = ToyRunner(SIZE[0])
     runner.batch_range = batch_range
     used = [0]
@@ -172,11 +172,11 @@ def test_auto_batch_fits_the_free_memory(monkeypatch, batch_range, free_mb, expe
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))  # no such device here
     monkeypatch.setattr(torch.Tensor, "to", lambda self, _: self)
     runner.device = torch.device("cuda", 0)
-    assert auto_batch(runner) == expected
+    assert choose_batch(runner) == expected
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("bad kernel")])
-def test_auto_batch_without_the_memory_for_one(monkeypatch, error, caplog):
+def test_choose_batch_without_the_memory_for_one(monkeypatch, error, caplog):
     runner = ToyRunner(SIZE[0])
     runner.batch_range, runner.device = (2, 6), torch.device("cuda", 0)
     for name in ("reset_peak_memory_stats", "memory_allocated"):
@@ -188,11 +188,11 @@ def test_auto_batch_without_the_memory_for_one(monkeypatch, error, caplog):
 
     monkeypatch.setattr(torch, "zeros", fail)
     if isinstance(error, torch.OutOfMemoryError):
-        assert auto_batch(runner) == 2
-        assert caplog.messages == ["out of memory with 2 images at once; 10 MB were free"]
+        assert choose_batch(runner) == 2
+        assert caplog.messages == ["Out of memory with 2 images at once. 10 MB were free."]
     else:
         with pytest.raises(RuntimeError, match="bad kernel"):
-            auto_batch(runner)
+            choose_batch(runner)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -255,4 +255,4 @@ def test_streams_and_pinned_memory_change_no_pixel_on_a_gpu(sampler):
             hosts = [suppressor.submit(images(2), STREAMS[:2]) for _ in range(BATCHES_IN_FLIGHT)]
             for host in hosts:
                 assert np.array_equal(np.stack([host.take(place)[0] for place in range(2)]), expected[:, 0])
-        assert batching.auto_batch(runner) == FULL_BATCH
+        assert batching.choose_batch(runner) == FULL_BATCH
