@@ -2,7 +2,8 @@
 
     python -m benchmarks.plots benchmarks/results/bench-paper.json -o bench.png
 
-Reads what `bsdiff-rt bench --json`, `python -m benchmarks.peers --json` and `python -m benchmarks.gpu_suite` write.
+Reads what `bsdiff-rt bench --json-file`, `python -m benchmarks.peers --json` and `python -m benchmarks.gpu_suite`
+write.
 """
 
 from __future__ import annotations

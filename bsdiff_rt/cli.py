@@ -248,7 +248,6 @@ def infer(
     from bsdiff_rt.folder.search import check_inputs
 
     check_inputs(inputs, output)
-    _set_threads(threads)
     from bsdiff_rt.folder.pipeline import Inference
 
     inference = Inference(settings)
@@ -520,12 +519,6 @@ def _parse_whole(text: str, option: str, alternative: str = "") -> int:
 def _split_names(values: list[str] | None) -> tuple[str, ...]:
     """Return the values of an option that may be repeated, each a list separated by commas; each name once."""
     return tuple(dict.fromkeys(name for value in values or () for name in value.split(",")))
-
-
-def _set_threads(threads: int | None) -> None:
-    """Limit the threads of the libraries that compute. They read this when they are imported."""
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def _convert_to_json(row: Quality) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels,
 from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes, prepare
 from bsdiff_rt.imaging.view import make_whole_view
 from bsdiff_rt.runners.base import Runner
-from bsdiff_rt.runners.devices import resolve_device
+from bsdiff_rt.runners.devices import resolve_device, set_threads
 from bsdiff_rt.sampling.batching import Suppressor, Taken, choose_batch
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
@@ -316,7 +316,10 @@ def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Ru
 
     Raises:
         EngineError: it cannot be used here.
+        SettingsError: the number of threads is out of range.
     """
+    if settings.threads is not None:
+        set_threads(settings.threads)
     return load_first(request_runner(bundle, settings))
 
 

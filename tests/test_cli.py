@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import dicom, fates, png, report_of, tree
 from pydicom.uid import CTImageStorage
 from synthetic import SECRETS, chest
@@ -25,6 +26,7 @@ from bsdiff_rt import cli as command_line
 from bsdiff_rt.folder import progress as module
 from bsdiff_rt.formats.radiograph import grey_digest
 from bsdiff_rt.formats.raster import read_raster
+from bsdiff_rt.runners import devices
 
 OPTIONS = {
     "infer": ("--output", "--sampler", "--samples", "--runner", "--dry-run"),
@@ -257,8 +259,17 @@ def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
     assert toy.denoised == steps
 
 
-def test_every_option_arrives(infer, toy, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # put back afterwards
+def test_threads(infer, tmp_path, monkeypatch):
+    """With the real networks: the number is set when they are loaded."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(devices, "_threads", None)  # put back afterwards
+    png(tmp_path / "in" / "a.png")
+    assert infer("--threads", 1, "-n", 1).code == 0
+    assert (devices.count_threads(), torch.get_num_threads()) == (1, 1)
+    torch.set_num_threads(before)
+
+
+def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
     more = "--threads 1 --no-enhance --mirror --detail model --raw-view --format png --preview --overwrite --any-view"
@@ -278,7 +289,6 @@ def test_every_option_arrives(infer, toy, tmp_path, monkeypatch):
         "precision": "fp32",
     }
     assert toy.enhanced == 0
-    assert os.environ["OMP_NUM_THREADS"] == "1"
     assert (tmp_path / "out" / "preview.png").is_file()
 
 

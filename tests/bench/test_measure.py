@@ -383,7 +383,9 @@ def test_the_table_says_what_is_extrapolated_and_what_is_missing(clock):
 def test_bench(cli, tiny_bundle, tmp_path, rates):
     written, drawn = tmp_path / "b.json", tmp_path / "b.png"
     shared = ("bench", "--bundle", tiny_bundle, "--device", "cpu", "--repeats", 2)
-    done = cli(*shared, "--runner", "onnxruntime", "--batch", "1,2", "--steps", 2, "--json", written, "--plot", drawn)
+    done = cli(
+        *shared, "--runner", "onnxruntime", "--batch", "1,2", "--steps", 2, "--json-file", written, "--plot", drawn
+    )
     assert (done.code, "measuring the device's own rates" in done.err) == (0, True)
     found = json.loads(written.read_text())
     assert [(row["name"], row["batch"]) for row in found["rows"]] == [
@@ -414,7 +416,7 @@ def test_bench(cli, tiny_bundle, tmp_path, rates):
 def test_what_was_asked_for_and_is_missing_ends_with_its_exit_code(cli, tiny_bundle, tmp_path, rates):
     written = tmp_path / "b.json"
     arguments = ("--bundle", tiny_bundle, "--device", "cpu", "--batch", 1, "--steps", 1, "--repeats", 1)
-    done = cli("bench", *arguments, "--runner", "tensorrt,eager", "--json", written)
+    done = cli("bench", *arguments, "--runner", "tensorrt,eager", "--json-file", written)
     assert done.code == 4
     assert re.search(r"^not measured: tensorrt: --runner tensorrt cannot be used on cpu", done.out, re.MULTILINE)
     early, late = "tensorrt will not be measured: --runner tensorrt cannot", "warming up"
@@ -431,7 +433,7 @@ def test_what_was_asked_for_and_is_missing_ends_with_its_exit_code(cli, tiny_bun
         (("--batch", "1,x"), "'x' is not a whole number above 0"),
         (("--runner", "eager,pycuda"), "--runner pycuda: not known"),
         (("--precision", "int8"), "--precision int8: not known"),
-        (("--json", "nowhere/b.json"), "there is no folder nowhere"),
+        (("--json-file", "nowhere/b.json"), "there is no folder nowhere"),
         (("--plot", "nowhere/b.png"), "there is no folder nowhere"),
         (("--plot", "b.txt"), "name a .png, .pdf or .svg file"),
     ],
