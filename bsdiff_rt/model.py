@@ -312,7 +312,7 @@ def request_runner(bundle: Bundle, settings: ModelSettings) -> RunnerRequest:
 
 
 def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Runner]:
-    """Choose and load the runner that settings ask for.
+    """Choose and load the runner that settings ask for. `threads` then holds for the whole process.
 
     Raises:
         EngineError: it cannot be used here.

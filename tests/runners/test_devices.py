@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bsdiff_rt import open_model
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners import devices
 from bsdiff_rt.runners.devices import count_threads, describe_processor, resolve_device, set_threads
@@ -85,6 +86,11 @@ def test_threads(threads, monkeypatch):
         set_threads(0)
     assert caught.value.setting == "threads"
     assert count_threads() == 2
+
+
+def test_a_model_sets_the_threads_of_its_runner(threads):
+    with open_model("demo", runner="onnxruntime", device="cpu", threads=1):
+        assert count_threads() == torch.get_num_threads() == 1
 
 
 def test_threads_where_the_system_does_not_know_a_processs_processors(threads, monkeypatch):

@@ -135,7 +135,7 @@ def test_timesteps_it_cannot_use(runner, t, message):
     [
         ((1, None), 0, "batch of 0 .* takes 1 or more"),
         ((2, 4), 1, "batch of 1 .* takes 2 to 4"),
-        ((2, 4), 5, "batch of 5 .* takes 2 to 4; change the batch size or build an engine for it"),
+        ((2, 4), 5, "batch of 5 .* takes 2 to 4. Change the batch size, or build an engine for it"),
         ((4, 4), 3, "takes 4 to 4"),
     ],
 )

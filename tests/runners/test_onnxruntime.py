@@ -15,6 +15,7 @@ import torch
 
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.errors import EngineError
+from bsdiff_rt.runners import devices
 from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner
 from bsdiff_rt.runners.registry import load_runner
 from bsdiff_rt.sampling.cuda_graph import CapturedSampler
@@ -148,6 +149,7 @@ def test_threads(bundle_copy, monkeypatch, given, expected):
         "InferenceSession",
         lambda graph, options, **more: seen.append(options.intra_op_num_threads) or real(graph, options, **more),
     )
+    monkeypatch.setattr(devices, "_threads", None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     OnnxRuntimeRunner(bundle_copy / "denoiser.onnx", bundle_copy / "enhancer.onnx", SIZE, given)
     assert seen == [expected, expected]
@@ -166,13 +168,14 @@ def test_its_threads_rest_after_a_call(tiny_bundle):
 
 
 def test_threads_where_no_affinity_is_known(bundle_copy, monkeypatch):
+    monkeypatch.setattr(devices, "_threads", None)
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
     OnnxRuntimeRunner(bundle_copy / "denoiser.onnx", bundle_copy / "enhancer.onnx", SIZE)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_precisions_the_cpu_has_not(tiny_bundle, precision):
-    with pytest.raises(EngineError, match=rf"--precision {precision}: runner onnxruntime computes in fp32 on cpu"):
+    with pytest.raises(EngineError, match=rf"runner onnxruntime computes in fp32 on cpu, not in {precision}"):
         OnnxRuntimeRunner(tiny_bundle / "denoiser.onnx", tiny_bundle / "enhancer.onnx", SIZE, precision=precision)
 
 
@@ -310,7 +313,7 @@ def test_on_the_default_stream_it_uses_its_own(on_cuda, fake_cuda, monkeypatch):
 
 
 def test_bf16_on_cuda(on_cuda):
-    with pytest.raises(EngineError, match=r"--precision bf16: runner onnxruntime computes in fp32 or fp16 on cuda"):
+    with pytest.raises(EngineError, match=r"runner onnxruntime computes in fp32 or fp16 on cuda, not in bf16"):
         on_cuda("bf16")
 
 

@@ -123,7 +123,7 @@ def test_what_11_removed_is_found(check, declarations_11):
 
 @pytest.mark.skipif(find_spec("tensorrt_libs") is not None, reason="TensorRT itself is installed and would answer")
 def test_with_the_real_classes(installed):
-    """Logger and monitor are accepted as subclasses, and a constructor that fails raises what `made` expects."""
+    """Logger and monitor are accepted as subclasses, and a constructor that fails raises what `make` expects."""
     code = """
 import logging, sys
 import tensorrt_bindings
@@ -140,14 +140,14 @@ assert heard == [("denoiser: Building", 0.0), ("denoiser: Building", 0.5)], hear
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(levelname)s %(message)s")
 for severity in trt.ILogger.Severity.__members__.values():
     builder.LOGGER.log(severity, "hello")
-assert builder.LOGGER.said() == "; TensorRT says: hello; hello"
-for what, make in (("builder", trt.Builder), ("runtime", trt.Runtime)):
+assert builder.LOGGER.take_errors() == "; TensorRT says: hello; hello"
+for what, create in (("builder", trt.Builder), ("runtime", trt.Runtime)):
     try:
-        builder.made(what, lambda: make(builder.LOGGER))
+        builder.make(what, lambda: create(builder.LOGGER))
         raise SystemExit("an empty library made a " + what)
     except EngineError as error:
         print(error)
-print(tensorrt.versions())
+print(tensorrt.list_versions())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=installed[0], capture_output=True, text=True, cwd=ROOT, timeout=120
@@ -172,6 +172,6 @@ except EngineError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert re.match(
-        r"TensorRT cannot be imported \(ModuleNotFoundError: .+\); install it with pip install 'bsdiff-rt\[tensorrt\]'",
+        r"TensorRT cannot be imported \(ModuleNotFoundError: .+\)\. Install it: pip install 'bsdiff-rt\[tensorrt\]'",
         done.stdout,
     ), done.stderr
