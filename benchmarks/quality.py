@@ -170,7 +170,7 @@ def run_stages(
         Twice the passes, [P, S, S], float32, in [-1, 1], for `finish`, and a time. Stage 1 runs once.
     """
     started = time.perf_counter()
-    passes = list_passes(prepared, 1, mirror=mirror)
+    passes = [cxr_net for cxr_net, _ in list_passes(prepared, 1, mirror=mirror)]
     first = suppress(runner, np.stack(passes)[:, None], table, [noise] * len(passes), enhance=False)
     between = time.perf_counter()
     second = run_enhancer(runner, torch.from_numpy(first).to(runner.device)).cpu().numpy()

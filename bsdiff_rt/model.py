@@ -27,7 +27,8 @@ from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.files import digest_json
 from bsdiff_rt.formats.base import Derivation
 from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels, grey_digest
-from bsdiff_rt.imaging.one_image import Finished, Prepared, finish, list_passes, prepare
+from bsdiff_rt.imaging.one_image import Finished, Prepared, count_passes, finish, list_passes, prepare
+from bsdiff_rt.imaging.probe import Retention
 from bsdiff_rt.imaging.view import make_whole_view
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device, set_threads
@@ -51,12 +52,14 @@ class Result:
         soft_tissue: the X-ray without its bones, [H, W], float32, in [0, 1], the matrix of the X-ray.
         bone: what was taken away, [H, W], float32, in [0, 1]; 0 where nothing was.
         uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None unless samples > 1.
+        retention: how much of a small nodule would survive at each place; None unless probe=True.
         warnings: what the reader had to assume, and whether the X-ray may be inverted. One sentence each.
     """
 
     soft_tissue: NDArray[np.float32]
     bone: NDArray[np.float32]
     uncertainty: NDArray[np.float32] | None
+    retention: Retention | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -70,7 +73,7 @@ def open_model(
         runner: auto, eager, onnxruntime, aoti or tensorrt, or the folder of a built engine.
         device: auto, cpu, cuda or cuda:N.
         **options: further fields of `bsdiff_rt.config.ModelSettings`, which are the options of `bsdiff-rt infer`:
-            precision, batch, threads, sampler, steps, seed, samples, enhance, mirror, detail, raw_view.
+            precision, batch, threads, sampler, steps, seed, samples, enhance, mirror, detail, raw_view, probe.
 
     Returns:
         The model, ready to run. Use it as a context manager, or close it.
@@ -134,8 +137,8 @@ class Model:
 
     @property
     def passes_per_image(self) -> int:
-        """How often one X-ray goes through the networks: its samples, times two with mirroring."""
-        return self.settings.samples * (2 if self.settings.mirror else 1)
+        """How often one X-ray goes through the model."""
+        return count_passes(self.settings.samples, mirror=bool(self.settings.mirror), probe=self.settings.probe)
 
     @property
     def smallest_batch(self) -> int:
@@ -201,7 +204,8 @@ class Model:
 
     def prepare(self, cxr: NDArray[np.float32]) -> Prepared:
         """Make an X-ray, [H, W], float32, in [0, 1], into the model's input."""
-        return prepare(cxr, self.bundle.manifest.preprocessing, raw_view=self.settings.raw_view)
+        settings = self.settings
+        return prepare(cxr, self.bundle.manifest.preprocessing, raw_view=settings.raw_view, probe=settings.probe)
 
     def order(self, images: Sequence[tuple[Prepared, bytes]]) -> Iterator[Callable[[], Taken]]:
         """Give every pass of some X-rays to the networks, `batch` at a time.
@@ -216,12 +220,11 @@ class Model:
         Raises:
             RuntimeError: the backend failed: out of memory, say.
         """
-        mirror, passes = bool(self.settings.mirror), []
-        for prepared, digest in images:
-            inputs = list_passes(prepared, self.settings.samples, mirror=mirror)
-            for number, cxr_net in enumerate(inputs):
-                sample = number // 2 if mirror else number  # an X-ray and its mirror image get the same noise
-                passes.append((cxr_net, ImageNoise(self.settings.seed + sample, digest)))
+        passes = [
+            (cxr_net, ImageNoise(self.settings.seed + sample, digest))
+            for prepared, digest in images
+            for cxr_net, sample in list_passes(prepared, self.settings.samples, mirror=bool(self.settings.mirror))
+        ]
         for first in range(0, len(passes), self.batch):
             part = passes[first : first + self.batch]
             host = self._suppressor.submit([cxr_net for cxr_net, _ in part], [noise for _, noise in part])
@@ -275,7 +278,8 @@ def from_array(pixels: Pixels) -> Radiograph:
 def make_result(radiograph: Radiograph, prepared: Prepared, finished: Finished) -> Result:
     """Return what the public API returns for one X-ray."""
     bone = np.clip(radiograph.cxr - finished.soft_tissue, 0, 1, dtype=np.float32)
-    return Result(finished.soft_tissue, bone, finished.uncertainty, (*radiograph.warnings, *prepared.warnings))
+    warnings = (*radiograph.warnings, *prepared.warnings)
+    return Result(finished.soft_tissue, bone, finished.uncertainty, finished.retention, warnings)
 
 
 def resolve_settings(settings: S, manifest: Manifest) -> S:

@@ -24,7 +24,9 @@ def framed_chest() -> np.ndarray:
 
 def test_passes_are_samples_each_with_its_mirror_image():
     prepared = prepare(chest(80, 72), PREP)
-    passes = list_passes(prepared, 2, mirror=True)
+    listed = list_passes(prepared, 2, mirror=True)
+    assert [sample for _, sample in listed] == [0, 0, 1, 1]
+    passes = [cxr_net for cxr_net, _ in listed]
     assert [one.shape for one in passes] == [(64, 64)] * 4
     np.testing.assert_array_equal(passes[0], passes[2])
     np.testing.assert_array_equal(passes[1], passes[0][:, ::-1])
@@ -59,7 +61,7 @@ def test_the_result_is_the_mean_of_the_samples_and_the_uncertainty_their_deviati
 
 def test_mirrored_passes_are_turned_back():
     prepared = prepare(chest(64, 64), PREP)
-    passes = np.stack(list_passes(prepared, 1, mirror=True))
+    passes = np.stack([cxr_net for cxr_net, _ in list_passes(prepared, 1, mirror=True)])
     result = finish(prepared, passes, mirror=True, detail="model").soft_tissue
     np.testing.assert_allclose(result, prepared.cxr, atol=1e-6)
 
