@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+GROUPS = ("Input and output", "Model", "Speed", "Run")
 CLI = "from bsdiff_rt.cli import main; import sys; sys.argv[0] = 'bsdiff-rt'; main()"
 TIMED_CLI = f"import atexit, sys, time; atexit.register(lambda: print(time.process_time(), file=sys.stderr)); {CLI}"
 
@@ -61,3 +63,11 @@ def test_no_table_row_of_the_readme_is_wider_than_120_characters():
     rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert rows
     assert [row for row in rows if len(row) > 120] == []
+
+
+def test_infer_has_at_most_24_options_in_four_groups():
+    text = run_cli(CLI, "infer", "--help").stdout
+    titles = re.findall(r"^(?:╭─ )?([A-Z][a-z ]+?)(?::| ─+╮)$", text, re.MULTILINE)
+    assert [title for title in titles if title not in ("Arguments", "Options")] == list(GROUPS)
+    options = set(re.findall(r"^(?:│ )?\W*(?:-\w, +)?(--[a-z][a-z-]*)", text, re.MULTILINE)) - {"--help"}
+    assert len(options) <= 24, sorted(options)
