@@ -8,7 +8,7 @@ from bsdiff_rt.config import step_count
 from bsdiff_rt.engines.cache import list_engines, locate_cache
 from bsdiff_rt.engines.manifest import Engine, check_files, check_machine, read_engine
 from bsdiff_rt.errors import BundleError, EngineError
-from bsdiff_rt.folder.report import package_versions
+from bsdiff_rt.folder.report import list_package_versions
 from bsdiff_rt.runners.devices import count_threads, resolve_device
 from bsdiff_rt.runners.registry import RUNNERS
 
@@ -17,7 +17,7 @@ def describe() -> dict[str, dict[str, str]]:
     """Return sections of names with values, ready to be printed or written as JSON."""
     device = resolve_device("auto")
     return {
-        "versions": {"bsdiff-rt": __version__} | package_versions(),
+        "versions": {"bsdiff-rt": __version__} | list_package_versions(),
         "devices": describe_devices(),
         f"runners on {device}": describe_runners(),
         "bundles": describe_bundles(),

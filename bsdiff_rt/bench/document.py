@@ -20,7 +20,7 @@ from bsdiff_rt.bench.flops import copy_bandwidth, denoiser_work, enhancer_work, 
 from bsdiff_rt.bench.measure import Plan, Row, default_steps, measure
 from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.folder.report import environment, now
+from bsdiff_rt.folder.report import describe_environment, now
 from bsdiff_rt.runners.devices import describe_processor, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def device_name(device: torch.device) -> str:
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """What else decides how fast things are: versions, clocks, load, precision switches, commit."""
-    found = environment(str(device)) | {
+    found = describe_environment(str(device)) | {
         "started": now(),
         "clocks": clocks(device),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -18,12 +18,12 @@ from bsdiff_rt.folder.report import (
     FILE_NAME,
     FileEntry,
     Report,
+    locate_deviation,
     now,
     read_planned,
     read_preview_name,
     read_rates,
     read_results,
-    uncertainty_path,
 )
 from bsdiff_rt.folder.search import STALE
 
@@ -76,7 +76,7 @@ class Ledger:
         report: the run's report, without files yet.
         folder: the output folder.
         outputs: every input, as the report lists it, and the place of its result below `folder`.
-        before: what an earlier run finished (`report.finished_before`). Entries that this run has not reached yet stay
+        before: what an earlier run finished (`report.read_finished`). Entries that this run has not reached yet stay
             in the saved report, so that an interrupted run can be resumed again.
         on_file: called with each entry as it is added.
     """
@@ -197,7 +197,7 @@ class Ledger:
     def _set_deviation_aside(self, output: Path) -> None:
         """Rename the deviation map of an earlier result that is replaced or gone. A result in its place stays."""
         earlier = self._earlier.get(output)
-        deviation = uncertainty_path(Path(), output)
+        deviation = locate_deviation(Path(), output)
         if earlier is None or earlier.deviation_sha256 is None or deviation in self._results:
             return
         if stale := self._rename(deviation, earlier.deviation_sha256):

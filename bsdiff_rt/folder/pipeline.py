@@ -23,7 +23,7 @@ from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
 from bsdiff_rt.folder.ledger import Ledger, only_run
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.reading import Reader, Ready, make_not_done
-from bsdiff_rt.folder.report import UNCERTAINTY, FileEntry, Report, environment, finished_before, path_digest
+from bsdiff_rt.folder.report import UNCERTAINTY, FileEntry, Report, describe_environment, digest_path, read_finished
 from bsdiff_rt.folder.tasks import Task, find_tasks
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
@@ -70,7 +70,7 @@ class Inference:
         name = chosen.runner if isinstance(chosen, Choice) else chosen.name
         decisive = list_decisive(self.settings, name, chosen.precision) | {"format": self.settings.format}
         bundle = self.bundle.identity | {"licence": self.bundle.manifest.licence}
-        report = Report(bundle, decisive, environment(str(self.device)))
+        report = Report(bundle, decisive, describe_environment(str(self.device)))
         report.preview = PREVIEW if self.settings.preview else None
         if isinstance(chosen, Choice) and chosen.engine:
             report.environment["engine"] = chosen.engine.sha256
@@ -96,7 +96,7 @@ class Inference:
                 str(task.output),
                 "ok",
                 input_sha256=outcome.input_sha256,
-                path_sha256=path_digest(task.input),
+                path_sha256=digest_path(task.input),
                 warnings=list(outcome.warnings),
             )
 
@@ -136,7 +136,7 @@ class Inference:
         return self.report
 
     def _make_reader(self) -> Reader:
-        before = {} if self.settings.overwrite else finished_before(self.settings.output, self.report)
+        before = {} if self.settings.overwrite else read_finished(self.settings.output, self.report)
         return Reader(self.settings, self.bundle.manifest.preprocessing, before)
 
 

@@ -16,7 +16,7 @@ from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.report import FileEntry, path_digest, uncertainty_path
+from bsdiff_rt.folder.report import FileEntry, digest_path, locate_deviation
 from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.imaging.one_image import Prepared, prepare
@@ -55,7 +55,7 @@ class Reader:
     Args:
         settings: the run's settings. Its output folder holds what an earlier run finished.
         preprocessing: the bundle's.
-        before: results of an earlier run that need not be done again (`report.finished_before`).
+        before: results of an earlier run that need not be done again (`report.read_finished`).
     """
 
     def __init__(self, settings: InferSettings, preprocessing: Preprocessing, before: dict[str, FileEntry]) -> None:
@@ -87,7 +87,7 @@ class Reader:
             digest = file_sha256(task.input)
             if self._is_finished(task.output, digest):
                 done = self.before[str(task.output)]
-                path_sha256 = path_digest(task.input)
+                path_sha256 = digest_path(task.input)
                 return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
             radiograph = formats.read(task.input, any_view=self._settings.any_view)
             formats.check_kind(self._settings.format, radiograph)
@@ -114,7 +114,7 @@ class Reader:
         )
 
     def _has_deviation(self, output: Path, entry: FileEntry) -> bool:
-        path = uncertainty_path(self._settings.output, output)
+        path = locate_deviation(self._settings.output, output)
         return path.is_file() and file_sha256(path) == entry.deviation_sha256
 
 
@@ -123,7 +123,7 @@ def make_not_done(
 ) -> FileEntry:
     """Return the report entry of a file that was not written; `started` is a time of the monotonic clock, s."""
     seconds = round(time.monotonic() - started, 4)
-    return FileEntry(str(task.input), None, status, reason, seconds, None, input_sha256, path_digest(task.input))
+    return FileEntry(str(task.input), None, status, reason, seconds, None, input_sha256, digest_path(task.input))
 
 
 def describe_error(error: Exception, doing: Literal["read", "written"]) -> str:

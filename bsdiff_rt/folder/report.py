@@ -163,7 +163,7 @@ def check_output(folder: Path) -> None:
         ) from error
 
 
-def finished_before(folder: Path, report: Report) -> dict[str, FileEntry]:
+def read_finished(folder: Path, report: Report) -> dict[str, FileEntry]:
     """Return the results that an earlier run with the bundle and settings of `report` finished, by output path.
 
     The version of this package does not matter, so a new release does not redo an archive. A setting that the earlier
@@ -234,32 +234,32 @@ def read_named(folder: Path) -> set[Path]:
     """
     results, planned, preview = read_results(folder), read_planned(folder), read_preview_name(folder)
     maps = {path for path, entry in results.items() if entry.deviation_sha256} | planned
-    named = {*results, *planned, *(uncertainty_path(Path(), path) for path in maps)}
+    named = {*results, *planned, *(locate_deviation(Path(), path) for path in maps)}
     return named | ({Path(preview)} if preview else set())
 
 
-def uncertainty_path(folder: Path, output: Path | str) -> Path:
+def locate_deviation(folder: Path, output: Path | str) -> Path:
     """Return where the deviation map of a result goes: uncertainty/x.png for x.png, uncertainty/x.dcm.png for x.dcm."""
     path = Path(output)
     return folder / UNCERTAINTY / (path if path.suffix == ".png" else f"{path}.png")
 
 
-def path_digest(path: Path) -> str:
+def digest_path(path: Path) -> str:
     """Return the SHA-256 of a file's absolute path, with links resolved."""
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
 
 
-def environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     """Return versions, platform and device. Names of users and hosts are left out."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "packages": package_versions(),
+        "packages": list_package_versions(),
     }
 
 
-def package_versions() -> dict[str, str]:
+def list_package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that can change pixels."""
     found = {}
     for name in PACKAGES:

@@ -20,10 +20,10 @@ from bsdiff_rt.folder.report import (
     UNCERTAINTY,
     FileEntry,
     check_output,
-    path_digest,
+    digest_path,
+    locate_deviation,
     read_named,
     read_results,
-    uncertainty_path,
 )
 from bsdiff_rt.folder.search import Found, find_files, resolve_path, strip_suffix
 from bsdiff_rt.formats import result_suffix
@@ -131,7 +131,7 @@ class _Places:
 
     def check_length(self, target: Path) -> str | None:
         """Return the reason why the file system cannot hold a file of this name, or None."""
-        name = target.name if UNCERTAINTY not in self.reserved else uncertainty_path(Path(), target).name
+        name = target.name if UNCERTAINTY not in self.reserved else locate_deviation(Path(), target).name
         if (length := _measure_name(name)) <= self._longest:
             return None
         return (
@@ -141,7 +141,7 @@ class _Places:
 
     def take(self, found: Found, target: Path) -> str | None:
         """Reserve `target` for the result of an input. Return the reason why that is impossible, or None."""
-        deviation = uncertainty_path(Path(), target) if UNCERTAINTY in self.reserved else None
+        deviation = locate_deviation(Path(), target) if UNCERTAINTY in self.reserved else None
         reason = (
             self._check_other_result(found, target)
             or self._check_unnamed_file(target, "result")
@@ -210,7 +210,7 @@ def _is_of_another(result: Path, earlier: FileEntry, file: Path) -> bool:
     """
     if not os.path.isfile(result):
         return False
-    if earlier.path_sha256 == path_digest(file) or (earlier.path_sha256 is None and earlier.input in ("", str(file))):
+    if earlier.path_sha256 == digest_path(file) or (earlier.path_sha256 is None and earlier.input in ("", str(file))):
         return False
     try:
         return file_sha256(file) != earlier.input_sha256

@@ -20,7 +20,7 @@ from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.preview import ROWS, Preview
 from bsdiff_rt.folder.reading import Ready, describe_error, make_not_done
-from bsdiff_rt.folder.report import FileEntry, path_digest, uncertainty_path
+from bsdiff_rt.folder.report import FileEntry, digest_path, locate_deviation
 from bsdiff_rt.formats.raster import write_png
 from bsdiff_rt.imaging.one_image import finish
 from bsdiff_rt.model import describe_derivation
@@ -76,7 +76,7 @@ class Writer:
             seconds=round(spent + time.monotonic() - started, 4),
             sha256=digest,
             input_sha256=ready.input_sha256,
-            path_sha256=path_digest(ready.task.input),
+            path_sha256=digest_path(ready.task.input),
             deviation_sha256=deviation,
             view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
             warnings=list(ready.warnings),
@@ -84,7 +84,7 @@ class Writer:
 
     def _write_deviation(self, output: Path, uncertainty: NDArray[np.float32]) -> str:
         """Write the samples' standard deviation and return the file's SHA-256."""
-        path = uncertainty_path(self._settings.output, output)
+        path = locate_deviation(self._settings.output, output)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(path, uncertainty, DEVIATION_BITS)
         return file_sha256(path)
@@ -97,7 +97,7 @@ class Writer:
             try:
                 radiograph = formats.read(Path(entry.input), any_view=True)
                 result = read_result(self._settings.output / str(entry.output), radiograph.bits_stored)
-                path = uncertainty_path(self._settings.output, str(entry.output))
+                path = locate_deviation(self._settings.output, str(entry.output))
                 deviation = read_result(path, DEVIATION_BITS) if self._settings.samples > 1 else None
             except BsdiffError as error:  # changed since it was done
                 logger.warning("%s is not in the preview: %s", entry.input, error)
@@ -106,6 +106,7 @@ class Writer:
         try:
             written = preview.write(self._settings.output)
         except OSError as error:
-            logger.warning("%s cannot be written (%s); no result depends on it", PREVIEW, error.strerror)
+            logger.warning("%s cannot be written (%s). The results are complete.", PREVIEW, error.strerror)
             return
-        logger.info("preview: %s; %d left out", written or "nothing was written", max(0, len(shown) - ROWS))
+        if written is not None:
+            logger.info("wrote %s with %d of %d images", written, min(len(shown), ROWS), len(shown))

@@ -28,7 +28,7 @@ from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder import ledger, pipeline, preview, reading, writing
 from bsdiff_rt.folder.ledger import only_run
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.folder.report import path_digest
+from bsdiff_rt.folder.report import digest_path
 from bsdiff_rt.folder.tasks import find_tasks
 from bsdiff_rt.formats import raster
 from bsdiff_rt.formats.raster import read_raster
@@ -156,7 +156,7 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "seconds": 0,
         "sha256": None,
         "input_sha256": file_sha256(tmp_path / "in" / "c.png"),
-        "path_sha256": path_digest(tmp_path / "in" / "c.png"),
+        "path_sha256": digest_path(tmp_path / "in" / "c.png"),
         "deviation_sha256": None,
         "view": None,
         "warnings": [],
@@ -384,7 +384,7 @@ def test_a_preview_that_cannot_be_written_is_said(run, toy, monkeypatch, tmp_pat
 
     monkeypatch.setattr(writing.Preview, "write", full)
     assert statuses(run(preview=True)) == {"a.png": "ok"}
-    assert "preview.png cannot be written (No space left on device); no result depends on it" in caplog.text
+    assert "preview.png cannot be written (No space left on device). The results are complete." in caplog.text
 
 
 def test_a_result_is_not_replaced_by_the_preview(run, toy, tmp_path):
@@ -1147,7 +1147,7 @@ def test_what_is_said_along_the_way(run, toy, tmp_path, caplog):
     png(tmp_path / "in" / "a.png")
     with caplog.at_level(logging.INFO):
         run(preview=True)
-    assert "preview: " in caplog.text
+    assert f"wrote {tmp_path / 'out' / 'preview.png'} with 1 of 1 images" in caplog.text
 
 
 def test_the_networks_see_what_training_saw(run, toy, tiny_bundle, tmp_path):

@@ -19,10 +19,10 @@ from bsdiff_rt.folder.report import (
     FileEntry,
     Report,
     check_output,
-    environment,
-    finished_before,
-    package_versions,
-    path_digest,
+    describe_environment,
+    digest_path,
+    list_package_versions,
+    read_finished,
     read_named,
     read_results,
 )
@@ -54,7 +54,7 @@ def test_the_document():
 def test_every_key_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
     document = json.loads(make([DONE]).to_json())
-    keys = {*document, *document["files"][0], *document["bundle"], *environment("cpu")}
+    keys = {*document, *document["files"][0], *document["bundle"], *describe_environment("cpu")}
     assert not {key for key in keys if f"`{key}`" not in page}
 
 
@@ -62,7 +62,7 @@ def test_names_of_any_kind_survive(tmp_path):
     names = ["Ünï 日本.png", 'quote" and \\.png', "line\nbreak.png", b"\xff\xfe.png".decode(errors="surrogateescape")]
     entries = [FileEntry(name, name, "ok", None, 0.0, "1", "2") for name in names]
     make(entries).write(tmp_path)
-    assert finished_before(tmp_path, make()) == {entry.output: entry for entry in entries}
+    assert read_finished(tmp_path, make()) == {entry.output: entry for entry in entries}
 
 
 def test_counts():
@@ -73,43 +73,43 @@ def test_only_finished_files_count(tmp_path):
     skipped = dataclasses.replace(DONE, output="c.png", status="skipped")
     refused = FileEntry("in/d.png", None, "refused", "too small")
     make([DONE, FAILED, skipped, refused]).write(tmp_path)
-    assert finished_before(tmp_path, make()) == {"a.png": DONE, "c.png": skipped}
+    assert read_finished(tmp_path, make()) == {"a.png": DONE, "c.png": skipped}
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"steps": None}, {"mirror": True}])
 def test_other_settings_finish_nothing(tmp_path, changed, caplog):
     make([DONE]).write(tmp_path)
     with caplog.at_level(logging.INFO):
-        assert finished_before(tmp_path, make(**changed)) == {}
+        assert read_finished(tmp_path, make(**changed)) == {}
     assert "is of another bundle or of other settings. Every file is processed again." in caplog.text
 
 
 def test_another_bundle_finishes_nothing(tmp_path):
     make([DONE]).write(tmp_path)
-    assert finished_before(tmp_path, dataclasses.replace(make(), bundle={"name": "tiny", "sha256": "9" * 64})) == {}
+    assert read_finished(tmp_path, dataclasses.replace(make(), bundle={"name": "tiny", "sha256": "9" * 64})) == {}
 
 
 def test_another_version_finishes_the_same(tmp_path):
     """A new release does not redo an archive: not for its version, and not for a setting it adds, at its default."""
     make([DONE]).write(tmp_path)
-    assert finished_before(tmp_path, dataclasses.replace(make(), bsdiff_rt="9.0")) == {"a.png": DONE}
-    assert finished_before(tmp_path, make(mirror=None, samples=1)) == {"a.png": DONE}
-    assert finished_before(tmp_path, make(samples=2)) == {}
+    assert read_finished(tmp_path, dataclasses.replace(make(), bsdiff_rt="9.0")) == {"a.png": DONE}
+    assert read_finished(tmp_path, make(mirror=None, samples=1)) == {"a.png": DONE}
+    assert read_finished(tmp_path, make(samples=2)) == {}
     document = json.loads((tmp_path / "report.json").read_text())
     document["files"][0] |= {"new": 1}
     del document["files"][0]["warnings"]
     (tmp_path / "report.json").write_text(json.dumps(document))
-    assert finished_before(tmp_path, make()) == {"a.png": DONE}
+    assert read_finished(tmp_path, make()) == {"a.png": DONE}
 
 
 def test_another_name_of_the_bundle_does_not_matter(tmp_path):
     make([DONE]).write(tmp_path)
-    assert finished_before(tmp_path, dataclasses.replace(make(), bundle=BUNDLE | {"licence": "unstated"}))
+    assert read_finished(tmp_path, dataclasses.replace(make(), bundle=BUNDLE | {"licence": "unstated"}))
 
 
 def test_no_report_is_no_news(tmp_path, caplog):
-    assert finished_before(tmp_path, make()) == {}
-    assert finished_before(tmp_path / "absent", make()) == {}
+    assert read_finished(tmp_path, make()) == {}
+    assert read_finished(tmp_path / "absent", make()) == {}
     assert not caplog.records
 
 
@@ -134,7 +134,7 @@ WHOLE = json.loads(make([DONE]).to_json())
 )
 def test_a_damaged_report_finishes_nothing(tmp_path, content, caplog):
     (tmp_path / "report.json").write_bytes(content)
-    assert finished_before(tmp_path, make()) == {}
+    assert read_finished(tmp_path, make()) == {}
     assert "cannot be used" in caplog.text
     assert "Every file is processed again." in caplog.text
     if b'"output": ["a.png"]' not in content:
@@ -144,7 +144,7 @@ def test_a_damaged_report_finishes_nothing(tmp_path, content, caplog):
 
 def test_a_folder_in_the_reports_place(tmp_path, caplog):
     (tmp_path / "report.json").mkdir()
-    assert finished_before(tmp_path, make()) == {}
+    assert read_finished(tmp_path, make()) == {}
     assert "cannot be used (IsADirectoryError)" in caplog.text
     with pytest.raises(SettingsError, match=r"report\.json: cannot be read \(Is a directory\)"):
         check_output(tmp_path)
@@ -191,14 +191,14 @@ def test_a_path_is_known_by_whatever_name(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     names = (Path("a.png"), Path("./sub/../a.png"), tmp_path / "a.png", Path("link"))
-    assert len({path_digest(name) for name in names}) == 1
-    assert path_digest(Path("b.png")) != path_digest(Path("a.png"))
-    assert len(path_digest(Path(b"\xff.png".decode(errors="surrogateescape")))) == 64
+    assert len({digest_path(name) for name in names}) == 1
+    assert digest_path(Path("b.png")) != digest_path(Path("a.png"))
+    assert len(digest_path(Path(b"\xff.png".decode(errors="surrogateescape")))) == 64
 
 
 def test_the_environment_names_no_user_and_no_host(monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the host's name"))
-    found = environment("cpu")
+    found = describe_environment("cpu")
     assert set(found) == {"python", "platform", "device", "packages"}
     assert found["device"] == "cpu"
     text = json.dumps(found)
@@ -208,7 +208,7 @@ def test_the_environment_names_no_user_and_no_host(monkeypatch):
 
 
 def test_package_versions_are_those_installed():
-    found = package_versions()
+    found = list_package_versions()
     assert {"torch", "numpy", "pydicom"} <= set(found)
     assert "tensorrt" not in found or found["tensorrt"]
     assert all(found.values())

@@ -12,7 +12,7 @@ from helpers import dicom, png
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder import tasks as discover
-from bsdiff_rt.folder.report import path_digest, uncertainty_path
+from bsdiff_rt.folder.report import digest_path, locate_deviation
 from bsdiff_rt.folder.tasks import find_tasks
 
 OUT = Path("/nowhere/out")
@@ -299,7 +299,7 @@ def test_a_result_never_replaces_that_of_an_earlier_runs_other_input(folder):
     out, first, second = folder / "out", folder / "1" / "a.png", folder / "2" / "a.png"
     put(first, second)
     second.write_bytes(b"another patient")
-    known = {"input": str(first), "path_sha256": path_digest(first), "input_sha256": file_sha256(first)}
+    known = {"input": str(first), "path_sha256": digest_path(first), "input_sha256": file_sha256(first)}
     another_run(out, **known)
     refusal = (
         f"its result a.png would replace that of another file, {first}, from an earlier run. "
@@ -322,7 +322,7 @@ def test_two_files_given_by_the_same_relative_path_are_two(folder, monkeypatch):
     put(folder / "1" / "a.png", folder / "2" / "a.png")
     (folder / "2" / "a.png").write_bytes(b"another patient")
     monkeypatch.chdir(folder / "1")
-    known = {"path_sha256": path_digest(Path("a.png")), "input_sha256": file_sha256(Path("a.png"))}
+    known = {"path_sha256": digest_path(Path("a.png")), "input_sha256": file_sha256(Path("a.png"))}
     another_run(out, input="a.png", **known)
     assert refusals(Path("a.png"), output=out) == {}
     monkeypatch.chdir(folder / "2")
@@ -397,8 +397,8 @@ def test_a_link_to_a_folder_is_said(folder, caplog):
 
 
 def test_the_deviation_maps_of_a_dicom_and_a_png_of_one_name(folder):
-    assert uncertainty_path(OUT, "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
-    assert uncertainty_path(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
+    assert locate_deviation(OUT, "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
+    assert locate_deviation(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
 
 
 def test_deviation_maps_that_would_replace_each_other(folder):
