@@ -1,15 +1,14 @@
-"""Quality against steps: BSR (Yang), PSNR and SSIM of every sampler, without and with stage 2.
+"""Measure quality against steps: BSR (Yang), PSNR and SSIM of every sampler, without and with stage 2.
 
     python -m benchmarks.quality --phantoms HELD_OUT --pairs FOLDER --json benchmarks/results/quality.json
 
-Held-out phantoms are ones no training sees (the seeds `python -m train phantoms` starts at). Pairs given with --pairs
-are named in the output as what they are for the model at hand: training pairs, if it was trained on them.
+BSR is the bone suppression ratio, the share of bone removed: 1 is perfect. No training sees the phantoms of
+`python -m train phantoms`. If the model was not trained on the real pairs, say so with --pairs-are.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.documents import describe_run, write_json
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, run_command
-from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
@@ -61,21 +60,22 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    bundle: Annotated[str, typer.Option(help="Model.")] = "demo",
+    bundle: Annotated[str, typer.Option(help="Model: demo, or a bundle's folder.")] = "demo",
     phantoms: Annotated[Path | None, typer.Option(help="Folder of `python -m train phantoms`.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Folder of real pairs.")] = None,
-    pairs_are: Annotated[str, typer.Option(help="What to call the pairs in the table.")] = "training pairs",
-    steps: Annotated[str, typer.Option(help="Numbers of steps, comma separated.")] = ",".join(map(str, STEPS)),
-    full: Annotated[int, typer.Option(help="Images per group for ddpm with all steps; 0 leaves it out.")] = 1,
+    pairs_are: Annotated[str, typer.Option(help="Name of the pairs in the table.")] = "training pairs",
+    steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = ",".join(map(str, STEPS)),
+    full: Annotated[int, typer.Option(help="Images of each group for ddpm with all steps; 0: none.")] = 1,
     mirror: Annotated[
-        bool | None, typer.Option("--mirror/--no-mirror", help="As of infer.", show_default="the bundle's")
+        bool | None,
+        typer.Option("--mirror/--no-mirror", help="Average the mirrored X-ray in.", show_default="the bundle's"),
     ] = None,
-    size: Annotated[int, typer.Option(help="Side at which images are compared, px; 0: each image's own.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    size: Annotated[int, typer.Option(help="Longer side at which images are compared, px; 0: full size.")] = 256,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the rows to a JSON file.")] = None,
 ) -> None:
-    """Print and write one row per group, sampler, number of steps, stage and detail."""
-    model = open_bundle(bundle)
+    """Print one row for each group, sampler, number of steps, stage and detail."""
+    model, where = open_bundle(bundle), resolve_device(device)
     manifest = model.manifest
     schedule = manifest.schedule
     mirror = manifest.mirror if mirror is None else mirror
@@ -84,17 +84,15 @@ def main(
     if not groups:
         raise SettingsError("nothing to judge: give --phantoms, --pairs, or both")
     settings: list[tuple[SamplerName, int, int | None]]
-    settings = [(sampler, count, None) for sampler in SAMPLERS for count in numbers(steps)]
+    settings = [(sampler, count, None) for sampler in SAMPLERS for count in parse_steps(steps)]
     settings += [("ddpm", schedule.train_steps, full)] if full else []
-    # Here, because it refuses what cannot be run: before hours.
+    # Before anything is judged: this refuses a number of steps that the model does not have.
     tables = [sampler_table(schedule, sampler, count) for sampler, count, _ in settings]
+    head = describe_run(model, where) | {"size_px": size}
     if output:
-        head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "bundle": model.identity, "torch": torch.__version__}
-        head |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "device": device}
-        head |= {"size_px": size}
-        write(output, head | {"rows": []})
+        write_json(output, head | {"rows": []})
     rows: list[dict[str, Any]] = []
-    with load(model, "auto", resolve_device(device)) as runner:
+    with load(model, "auto", where) as runner:
         for group, images in groups.items():
             for (sampler, count, most), table in zip(settings, tables, strict=True):
                 some = images[:most]
@@ -104,34 +102,23 @@ def main(
                 row["seconds"] = (time.monotonic() - started) / len(some)
                 for stage2, detail in found[0]:
                     figures = mean_quality([one[stage2, detail] for one in found]).as_dict()
-                    rows.append(row | {"stage2": stage2, "detail": detail} | figures)
-                    print(line(rows[-1]), flush=True)
-                if output:  # an interruption costs no more than the row in the making
-                    write(output, head | {"rows": rows})
+                    finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+                    rows.append(row | {"stage2": stage2, "detail": detail} | finite)
+                    print(write_line(rows[-1]), flush=True)
+                if output:  # after each setting, so that an interruption keeps what is done
+                    write_json(output, head | {"rows": rows})
 
 
-def numbers(steps: str) -> list[int]:
-    """The numbers in a comma separated list.
+def parse_steps(steps: str) -> list[int]:
+    """Return the numbers in a list separated by commas.
 
     Raises:
-        SettingsError: something else is in it.
+        SettingsError: the list has something else.
     """
     try:
         return [int(count) for count in steps.split(",")]
     except ValueError:
-        raise SettingsError(f"--steps {steps}: give whole numbers, comma separated") from None
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all.
-
-    Raises:
-        SettingsError: it cannot be written.
-    """
-    try:
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-    except OSError as error:
-        raise SettingsError(f"--json {path}: cannot be written ({error.strerror})") from error
+        raise SettingsError(f"{steps}: give whole numbers, separated by commas", setting="steps") from None
 
 
 def load_pairs(folder: Path) -> list[Pair]:
@@ -186,17 +173,20 @@ def resize_longer(image: Image, size: int) -> Image:
     return resize(image, (placement.height, placement.width))
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row as text."""
+def write_line(row: dict[str, Any]) -> str:
+    """Return one row as text. Lines appear one by one, because each may take minutes."""
+    bsr, matched, psnr, ssim = (
+        math.nan if row[key] is None else row[key] for key in ("bsr", "bsr_tone_matched", "psnr", "ssim")
+    )
     return (
         f"{row['group']:18} {row['sampler']:9} {row['steps']:4d} steps  stage 2 {'on ' if row['stage2'] else 'off'} "
-        f"{row['detail']:7}  BSR {row['bsr']:6.3f}  tone-matched {row['bsr_tone_matched']:6.3f}  "
-        f"PSNR {row['psnr']:5.2f} dB  SSIM {row['ssim']:.4f}  {row['seconds']:6.2f} s"
+        f"{row['detail']:5}  BSR {bsr:6.3f}  tone-matched {matched:6.3f}  "
+        f"PSNR {psnr:5.2f} dB  SSIM {ssim:.4f}  {row['seconds']:6.2f} s per image"
     )
 
 
 def run() -> None:
-    """Entry point: our errors become one line and their exit code."""
+    """Run the command; an error of this project becomes one line and its exit code."""
     run_command(app)
 
 

@@ -30,7 +30,7 @@ def test_a_row_for_each_image_and_precision(tiny_bundle, tmp_path, monkeypatch, 
     arguments = ["--bundle", tiny_bundle, "--sampler", "ddpm", "--steps", 4, "--json", tmp_path / "p.json"]
     assert run(monkeypatch, *images, *arguments) == 0
     found = json.loads((tmp_path / "p.json").read_text())
-    assert (found["bundle"], found["objective"], found["sampler"], found["steps"]) == ("tiny", "x0", "ddpm", 4)
+    assert (found["bundle"]["name"], found["objective"], found["sampler"], found["steps"]) == ("tiny", "x0", "ddpm", 4)
     assert [(row["image"], row["precision"]) for row in found["rows"]] == [
         (0, "fp16"),
         (0, "bf16"),
@@ -48,7 +48,7 @@ def test_a_row_for_each_image_and_precision(tiny_bundle, tmp_path, monkeypatch, 
 
 def test_what_is_rounded_is_what_an_engine_for_a_gpu_holds(tiny_bundle, monkeypatch):
     monkeypatch.setattr("bsdiff_rt.runners.aoti_builder.FUSED_WIDTH", 8)
-    runners = precision.candidates(open_bundle(tiny_bundle))
+    runners = precision.make_runners(open_bundle(tiny_bundle))
     assert list(runners) == ["fp32", "fp16", "bf16"]
     kinds = [runner._denoiser.down_blocks[0].downsampler.weight.dtype for runner in runners.values()]
     assert kinds == [torch.float32, torch.float16, torch.bfloat16]
@@ -61,12 +61,12 @@ def test_what_is_rounded_is_what_an_engine_for_a_gpu_holds(tiny_bundle, monkeypa
 
 def test_figures_by_hand():
     cxr, expected = np.full((4, 4), 1.0), np.full((4, 4), 0.6)
-    found = precision.compared(expected, expected + 0.02, cxr)
+    found = precision.compare(expected, expected + 0.02, cxr)
     assert found["psnr"] == pytest.approx(40.0)  # 0.01 of a range of 1
     assert found["taken"] == pytest.approx(0.05)  # 0.01 of 0.2
     assert found["largest"] == pytest.approx(0.01)
-    assert precision.compared(expected, expected, cxr) == {"psnr": 200.0, "taken": 0.0, "largest": 0.0}
-    assert precision.compared(cxr, cxr, cxr)["taken"] == 0.0
+    assert precision.compare(expected, expected, cxr) == {"psnr": 200.0, "taken": 0.0, "largest": 0.0}
+    assert precision.compare(cxr, cxr, cxr)["taken"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_pairs_share_one_grey_scale(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "json_file", "message"),
     [
-        ("1,zwei", "q.json", "--steps 1,zwei: give whole numbers, comma separated"),
+        ("1,zwei", "q.json", "1,zwei: give whole numbers, separated by commas"),
         ("1,2000", "q.json", "2000 sampling steps asked for"),
-        ("1", "absent/q.json", r"--json .*q\.json: cannot be written \(No such file"),
+        ("1", "absent/q.json", r"q\.json cannot be written \(No such file"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_hours_of_it(phantoms, tmp_path, monkeypatch, steps, json_file, message):

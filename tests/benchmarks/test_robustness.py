@@ -26,7 +26,7 @@ def test_a_row_for_each_change(phantoms, tiny_bundle, tmp_path):
     assert result.exit_code == 0
     document = json.loads((tmp_path / "r.json").read_text())
     assert [row["change"] for row in document["rows"]] == list(robustness.CHANGES)
-    assert [line.split("  BSR")[0].strip() for line in result.output.splitlines()] == list(robustness.CHANGES)
+    assert [line[:36].strip() for line in result.output.splitlines()[1:]] == list(robustness.CHANGES)
     assert {row["images"] for row in document["rows"]} == {2}
     assert all(np.isfinite(row["bsr"]) for row in document["rows"])
 
@@ -37,7 +37,7 @@ def test_changes_keep_shape_and_the_order_of_x_ray_and_truth(name):
     truth = np.linspace(0.2, 0.7, 96 * 80, dtype=np.float32).reshape(96, 80)
     cxr = truth.copy()
     cxr[40:44, 10:70] += 0.2
-    one, other = robustness.unit(*robustness.CHANGES[name](cxr, truth))
+    one, other = robustness.clip_pair(*robustness.CHANGES[name](cxr, truth))
     assert one.shape == other.shape == truth.shape
     assert one.dtype == other.dtype == np.float32
     assert one.sum() > other.sum()
@@ -50,26 +50,26 @@ def test_a_folder_too_dark_is_refused(tmp_path, tiny_bundle):
         dark = np.tile(np.linspace(0, 4000, 64).astype(np.uint16), (64, 1))
         dark[0] = 8000 if role == "cxr" else 0
         cv2.imwrite(str(tmp_path / f"a_{role}.png"), np.minimum(dark, 5000))
-    with pytest.raises(SettingsError, match="grey scale would be read as brighter"):
-        robustness.measure(tmp_path, str(tiny_bundle))
+    with pytest.raises(SettingsError, match="uses less than half of the grey scale"):
+        robustness.measure_changes(tmp_path, str(tiny_bundle))
 
 
 def test_a_change_that_gives_no_result_is_said(phantoms, tiny_bundle, monkeypatch):
     monkeypatch.setattr(robustness, "CHANGES", {"flat": lambda cxr, truth: (0 * cxr + 0.6, truth)})
-    with pytest.raises(SettingsError, match="2 of 2 changed X-rays gave no result: the image is empty"):
-        robustness.measure(phantoms, str(tiny_bundle))
+    with pytest.raises(SettingsError, match="2 of 2 changed X-rays have no result: the image is empty"):
+        robustness.measure_changes(phantoms, str(tiny_bundle))
 
 
-def test_plain_shows_the_networks_what_is_kept_from_them_otherwise(phantoms, monkeypatch):
+def test_raw_view_hides_nothing_from_the_model(phantoms, monkeypatch):
     views = []
 
-    def told(cxr, *, trim, least_span):
+    def record(cxr, *, trim, least_span):
         views.append((trim, least_span))
         return find_view(cxr, trim=trim, least_span=least_span)
 
-    monkeypatch.setattr("bsdiff_rt.imaging.one_image.find_view", told)
+    monkeypatch.setattr("bsdiff_rt.imaging.one_image.find_view", record)
     monkeypatch.setattr(robustness, "CHANGES", {"none": robustness.CHANGES["none"]})
-    for plain in (False, True):
-        robustness.measure(phantoms, "demo", plain=plain)
+    for raw_view in (False, True):
+        robustness.measure_changes(phantoms, "demo", raw_view=raw_view)
     assert set(views[:2]) == {(True, 0.45)}
     assert set(views[2:]) == {(False, 0.0)}

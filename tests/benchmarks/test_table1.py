@@ -1,6 +1,8 @@
 """The paper's tables: rows of the networks given, intervals of a known distribution, prepared and plain data sets."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -12,17 +14,17 @@ from onnx import TensorProto, helper
 from synthetic import chest
 from typer.testing import CliRunner
 
+from benchmarks.cases import Case, read_cases
+from benchmarks.methods import parse_methods
 from benchmarks.table1 import (
     BOTH,
     PUBLISHED,
     STAGE_1,
     UNTOUCHED,
-    Case,
     app,
-    comparator,
-    interval,
-    print_table,
-    read_cases,
+    bootstrap_interval,
+    load_comparator,
+    print_rows,
 )
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preprocessing
@@ -95,7 +97,8 @@ def test_rows_of_every_network_with_the_papers_values(dataset, tiny_bundle, tmp_
     assert rows[BOTH]["paper"]["psnr"] == 38.249
     assert rows["other"]["paper"] is None
     one, two = result.output.split("Table 2")
-    assert "4 images of 3 patients, ddim in 3 steps, onnxruntime on cpu" in one
+    assert "4 images of 3 patients" in one
+    assert "ddim, 3 steps, onnxruntime on cpu" in one
     assert "38.249" in one
     assert STAGE_1 not in one
     assert "29.528" in two
@@ -125,39 +128,89 @@ def test_images_that_a_network_was_trained_on_are_told(dataset, tiny_bundle, tmp
 
 def test_the_papers_values_stand_below_the_columns_they_belong_to(capsys):
     row = {"name": BOTH, "seconds": 1.5, "paper": PUBLISHED[BOTH]}
-    row |= {"bsr": 0.5, "bsr_release": 0.75, "mse": 0.25, "ssim": 0.125, "psnr": 6.0}
-    row["intervals"] = dict.fromkeys(("bsr", "bsr_release", "mse", "ssim", "psnr"), (0.1, 0.9))
-    print_table("T", [row])
-    head, ours, paper = capsys.readouterr().out.splitlines()[2:]
-    ends = [head.index(title) + len(title) for title in ("BSR (Yang)", "BSR (release)", "MSE", "SSIM", "PSNR, dB")]
-    for end, published, mean in zip(
-        ends, ("-", "0.988", "0.0002", "0.937", "38.249"), (0.5, 0.75, 0.25, 0.125, 6.0), strict=True
-    ):
-        assert paper[:end].endswith(f" {published}")
-        assert float(ours[end - 26 : end].split()[0]) == mean
+    row |= {"bsr": 0.5, "bsr_tone_matched": 0.4, "bsr_release": 0.75, "mse": 0.25, "ssim": 0.125, "psnr": None}
+    row["intervals"] = dict.fromkeys(("bsr", "bsr_tone_matched", "bsr_release", "mse", "ssim", "psnr"), (0.1, 0.9))
+    print_rows("T", [row])
+    ours, paper = (re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[3:])
+    assert [cell.split()[0] for cell in ours] == ["BS-Diff", "0.500", "0.400", "0.750", "0.2500", "0.125", "-", "1.500"]
+    assert ours[1] == "0.500 [0.100, 0.900]"
+    assert paper == ["paper", "-", "-", "0.988", "0.0002", "0.937", "38.249", "-"]
+
+
+def test_other_methods_are_judged_beside_ours(dataset, tiny_bundle, tmp_path):
+    """Results of any program: half of the X-ray, which is the truth, and a quarter at another size and depth."""
+    exact, poor = tmp_path / "exact", tmp_path / "poor"
+    for folder in (exact, poor):
+        folder.mkdir()
+    for name in "abcd":
+        cxr = cv2.imread(str(dataset / "test" / f"{name}_cxr.png"), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(exact / f"{name}_soft_tissue.png"), cxr // 2)
+        cv2.imwrite(str(poor / f"{name}_cxr.png"), cv2.resize(cxr // 4, (96, 96), interpolation=cv2.INTER_AREA))
+    path = tmp_path / "t.json"
+    arguments = [dataset, "--bundle", tiny_bundle, "--device", "cpu", "--json", path]
+    arguments += ["--method", f"exact={exact}", "--method", f"quarter={poor}"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    rows = {row["name"]: row for row in json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]}
+    assert list(rows) == [UNTOUCHED, "exact", "quarter", STAGE_1, BOTH]
+    assert rows["exact"]["bsr"] == pytest.approx(1.0, abs=1e-6)
+    # A quarter leaves an error of a quarter of the X-ray, where bone is a half: 1 - (1/2)^2.
+    assert rows["quarter"]["bsr"] == pytest.approx(0.75, abs=0.01)
+    low, high = rows["quarter"]["intervals"]["psnr"]
+    assert low < rows["quarter"]["psnr"] < high
+    assert rows["quarter"]["seconds"] is None
+    assert "quarter" in result.output
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("exact", "exact: give it as NAME=FOLDER"),
+        ("exact=", "exact=: give it as NAME=FOLDER"),
+        ("BS-Diff={folder}", "BS-Diff: this row exists"),
+        ("x={folder}", r"no result for b \(3 of 4 missing\)"),
+        ("x={folder}/nowhere", "no such file or folder"),
+    ],
+)
+def test_methods_that_cannot_be_judged(dataset, tiny_bundle, tmp_path, value, message):
+    (tmp_path / "results").mkdir()
+    shutil.copy(dataset / "test" / "a_soft_tissue.png", tmp_path / "results" / "a.png")
+    arguments = [dataset, "--bundle", tiny_bundle, "--device", "cpu"]
+    arguments += ["--method", value.format(folder=tmp_path / "results")]
+    with pytest.raises(SettingsError, match=message):
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_two_methods_of_one_name_and_a_result_of_another_shape(dataset, tiny_bundle, tmp_path):
+    with pytest.raises(SettingsError, match="a: two methods have this name"):
+        parse_methods(["a=x", "a=y"])
+    for name in "abcd":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.linspace(0, 255, 64 * 80).reshape(64, 80).astype(np.uint8))
+    arguments = [dataset, "--bundle", tiny_bundle, "--device", "cpu", "--method", f"wide={tmp_path}"]
+    with pytest.raises(SettingsError, match=r"a\.png: 64 x 80 px has another aspect ratio"):
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 def test_interval_of_a_known_distribution():
     """The mean of 400 normal values has standard error 1 / 20: plus and minus 1.96 of it, to the bootstrap's noise."""
     values = np.random.default_rng(0).standard_normal(400)
-    low, high = interval(list(values), [str(i) for i in range(400)], seed=0)
+    low, high = bootstrap_interval(list(values), [str(i) for i in range(400)], seed=0)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
-    assert interval(list(values), [str(i) for i in range(400)], seed=0) == (low, high)
-    assert interval(list(values), [str(i) for i in range(400)], seed=1) != (low, high)
+    assert bootstrap_interval(list(values), [str(i) for i in range(400)], seed=0) == (low, high)
+    assert bootstrap_interval(list(values), [str(i) for i in range(400)], seed=1) != (low, high)
 
 
 def test_patients_are_drawn_not_images():
     """Ten equal images of each patient tell nothing more than one."""
     values = np.random.default_rng(1).standard_normal(30)
     names = [str(i) for i in range(30)]
-    once = interval(list(values), names, seed=0)
-    often = interval(list(np.repeat(values, 10)), list(np.repeat(names, 10)), seed=0)
+    once = bootstrap_interval(list(values), names, seed=0)
+    often = bootstrap_interval(list(np.repeat(values, 10)), list(np.repeat(names, 10)), seed=0)
     assert often == pytest.approx(once, rel=1e-9)
 
 
 def test_one_patient_has_no_interval():
-    assert interval([1.0, 2.0], ["a", "a"], seed=0) is None
+    assert bootstrap_interval([1.0, 2.0], ["a", "a"], seed=0) is None
 
 
 def test_one_patients_table_has_no_brackets(dataset, tiny_bundle, tmp_path):
@@ -167,7 +220,7 @@ def test_one_patients_table_has_no_brackets(dataset, tiny_bundle, tmp_path):
         str(a) for a in (dataset, "--part", "train", "--bundle", tiny_bundle, "--device", "cpu", "--json", path)
     ]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert "[" not in result.output
+    assert "[" not in result.output.split("Table 1")[1]
     rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
     assert all(set(row["intervals"].values()) == {None} for row in rows)
 
@@ -202,11 +255,11 @@ def test_what_cannot_be_judged_is_said(dataset, tmp_path):
 def test_a_network_that_does_not_fit_is_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("no graph")
     with pytest.raises(SettingsError, match=r"text.onnx: "):
-        comparator(tmp_path / "text.onnx", CPU)
+        load_comparator(tmp_path / "text.onnx", CPU)
     write_network(tmp_path / "small.onnx", 1.0, size=32)
     cxr = chest(SIZE, SIZE)
-    case = Case("p", prepare(cxr, Preprocessing(SIZE)), cxr, b"", "")
-    small = comparator(tmp_path / "small.onnx", CPU)
+    case = Case("a", "p", prepare(cxr, Preprocessing(SIZE)), cxr, 16, b"", "")
+    small = load_comparator(tmp_path / "small.onnx", CPU)
     with pytest.raises(SettingsError, match=r"small.onnx: made for images of 32 px, the bundle's are 64 px"):
         small(case)
 
@@ -215,7 +268,7 @@ def test_a_network_that_does_not_fit_is_refused(tmp_path):
 def test_the_device_asked_for_is_used_or_refused(tmp_path):
     write_network(tmp_path / "x.onnx", 1.0)
     with pytest.raises(SettingsError, match="no CUDAExecutionProvider here"):
-        comparator(tmp_path / "x.onnx", torch.device("cuda", 0))
+        load_comparator(tmp_path / "x.onnx", torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("enhance", [True, False])
@@ -232,8 +285,8 @@ def test_table_1_has_stage_2_as_the_bundle_has(dataset, tiny_bundle, monkeypatch
 def test_what_table_1_cannot_use_or_write_is_said_before_anything_is_judged(dataset, tiny_bundle, tmp_path):
     (tmp_path / "empty").mkdir()
     for extra, message in (
-        (["--comparators", tmp_path / "empty"], r"--comparators .*empty: no NAME\.onnx there"),
-        (["--json", tmp_path / "nowhere" / "t.json"], "--json .*: cannot be written"),
+        (["--comparators", tmp_path / "empty"], r"empty: no NAME\.onnx;"),
+        (["--json", tmp_path / "nowhere" / "t.json"], "t.json cannot be written"),
     ):
         arguments = [str(a) for a in (dataset, "--bundle", tiny_bundle, "--device", "cpu", *extra)]
         with pytest.raises(SettingsError, match=message):
