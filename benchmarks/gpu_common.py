@@ -1,4 +1,4 @@
-"""What the parts of `python -m benchmarks.gpu_suite` share: where results go, the model, what is measured."""
+"""Shared by the parts of `python -m benchmarks.gpu_suite`: the folder for results, the model, the candidates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bsdiff_rt.bench.candidates import Candidate, Missing, Model, baseline, loaded, missing, open_model, random_model
-from bsdiff_rt.bench.measure import Plan
+from bsdiff_rt.bench.candidates import Candidate, Missing, describe_missing, load_baseline, load_candidate
+from bsdiff_rt.bench.networks import BenchModel, make_random_model, open_bench_model
+from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
 from bsdiff_rt.config import EngineOptions, Precision, Preprocessing
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import RUNNERS, find_batch_limit, load_runner
+from bsdiff_rt.runners.registry import RUNNERS, RunnerEntry, find_batch_limit, load_runner
 
 FEW_STEPS = 4
 TF32 = "eager tf32"
@@ -33,19 +33,19 @@ DEMO = "demo"  # the demo bundle's engine, in the folder for work
 
 
 class Skipped(Exception):
-    """A part, or some of it, that cannot be done here; the text says why."""
+    """A part, or some of it, cannot be done here. The text is the reason."""
 
 
 @dataclass
 class Part:
-    """What one part does with, and where it leaves what it finds.
+    """One part of the suite, with its settings and its results.
 
     Attributes:
         name: of the part.
         options: the command line.
-        work: folder for what need not be kept: weights, engines, pictures.
+        work: folder for temporary files: weights, engines, pictures.
         deadline: of the part, by `time.monotonic`.
-        found: what DIR/PART.json holds: "status", "reason", "seconds", "notes", and the part's own.
+        found: content of DIR/PART.json: "status", "reason", "seconds", "notes", and the part's own results.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Part:
 
     @property
     def device(self) -> torch.device:
-        """Where to run."""
+        """The device to run on."""
         return resolve_device(self.options.device)
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def save(self, **more: Any) -> None:
-        """Add to what was found, and write it."""
+        """Add to the results, and write them."""
         self.found |= more
         path = self.options.output / f"{self.name}.json"
         written = path.with_suffix(".part")
@@ -72,39 +72,45 @@ class Part:
         written.replace(path)
 
     def note(self, line: str) -> None:
-        """Say something, now and in the file."""
+        """Print a line, and add it to the notes in the file."""
         print(f"  {line}", flush=True)
         self.save(notes=[*self.found.get("notes", []), line])
 
     def enough_time(self, seconds: float, what: str) -> bool:
-        """Whether `what`, which takes about `seconds`, fits before the deadline; if not, that is noted."""
+        """Return whether `what`, which takes about `seconds`, fits before the deadline. If not, note that."""
         if self.left() > seconds:
             return True
-        self.note(f"{what}: skipped: out of time ({self.left():.0f} s left, about {seconds:.0f} s needed)")
+        self.note(f"{what}: skipped, not enough time ({self.left():.0f} s left, about {seconds:.0f} s needed)")
         return False
 
-    def other(self, name: str) -> dict[str, Any]:
-        """What an earlier part found."""
-        return read(self.options.output / f"{name}.json")
+    def read_other(self, name: str) -> dict[str, Any]:
+        """Return the results of an earlier part."""
+        return read_json(self.options.output / f"{name}.json")
 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine to build; `one` for batch 1 alone, else for every batch that is measured and that the runner takes."""
+    """An engine to build.
+
+    Attributes:
+        runner: runs it.
+        precision: of weights and activations.
+        one: build for batch size 1 alone, not for every measured batch size that the runner takes.
+    """
 
     runner: str
     precision: Precision
     one: bool = False
 
-    def options(self, part: Part, bundle: Bundle) -> EngineOptions:
-        """What a build is asked for."""
+    def choose_options(self, part: Part, bundle: Bundle) -> EngineOptions:
+        """Return the options of the build."""
         largest = 1 if self.one else max(part.options.batches)
         limit = find_batch_limit(self.runner, bundle.manifest)
         return EngineOptions(self.runner, self.precision, (1, min(largest, limit or largest)))
 
 
 ENGINES = {
-    # What is asked of one image comes first: an engine of one batch size is the fastest for it.
+    # For one image an engine of one batch size is the fastest, so these come first.
     "aoti fp16, batch 1": EngineKind("aoti", "fp16", one=True),
     "tensorrt fp16, batch 1": EngineKind("tensorrt", "fp16", one=True),
     "aoti fp16": EngineKind("aoti", "fp16"),
@@ -113,16 +119,16 @@ ENGINES = {
 }
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def make_model(part: Part) -> Model:
-    """The bundle given, or the preset with random weights, which are written as far as engines need them."""
+def make_model(part: Part) -> BenchModel:
+    """Return the bundle of --bundle, or the preset with random weights, written to a bundle without graphs."""
     if part.options.bundle:
-        return open_model(part.options.bundle)
-    model = random_model(part.options.preset, part.options.size)
+        return open_bench_model(part.options.bundle)
+    model = make_random_model(part.options.preset, part.options.size)
     folder = part.work / "model"
     if not folder.is_dir():
         _write_weights(model, part.options.preset, folder)
@@ -130,11 +136,11 @@ def make_model(part: Part) -> Model:
     return replace(model, bundle=Bundle(folder, Manifest.from_json(text), file_sha256(folder / MANIFEST)))
 
 
-def _write_weights(model: Model, preset: str, folder: Path) -> None:
-    """A bundle without graphs, whole or not at all."""
+def _write_weights(model: BenchModel, preset: str, folder: Path) -> None:
+    """Write a bundle without graphs, completely or not at all."""
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")
     unfinished.mkdir()
-    for name, network in zip(("denoiser", "enhancer"), model.networks(), strict=True):
+    for name, network in zip(("denoiser", "enhancer"), model.load_networks(), strict=True):
         save_file(network.state_dict(), unfinished / f"{name}.safetensors")
     manifest = Manifest(
         format=FORMAT,
@@ -157,90 +163,96 @@ def _write_weights(model: Model, preset: str, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def make_plan(part: Part, model: Model, ceilings: dict[str, float], steps: int = FEW_STEPS) -> Plan:
-    """A plan of few rounds."""
+def make_plan(part: Part, model: BenchModel, ceilings: dict[str, float], steps: int = FEW_STEPS) -> Plan:
+    """Return a plan of few rounds."""
     return Plan(model, part.device, steps, part.options.repeats, 1, ceilings)
 
 
-def plan_of(part: Part, steps: int = FEW_STEPS) -> Plan:
-    """A plan with the ceilings the first part measured."""
-    rates = part.other("machine").get("head", {}).get("matmul_tflops", {})
+def make_rated_plan(part: Part, steps: int = FEW_STEPS) -> Plan:
+    """Return a plan with the device's rates, which the part `machine` measured."""
+    rates = part.read_other("machine").get("head", {}).get("matmul_tflops", {})
     return make_plan(part, make_model(part), {name: rate * 1e12 for name, rate in rates.items()}, steps)
 
 
-def backend(runner: str, bundle: Bundle) -> tuple[Callable[..., Any], Callable[..., Runner]]:
-    """Return the functions that build and load an engine."""
-    entry = RUNNERS[runner]
+def find_backend(runner: str, bundle: Bundle) -> RunnerEntry:
+    """Return the registry's entry of a runner with engines.
+
+    Raises:
+        Skipped: a package or the bundle's graphs are missing.
+    """
     if runner == "tensorrt":
         if find_spec("tensorrt") is None:
             raise Skipped("the package tensorrt is not installed")
         if "denoiser.onnx" not in bundle.manifest.files:
-            raise Skipped("needs graphs: `python -m export random paper -o DIR`, then --bundle DIR")
-    return entry.build, entry.load_engine
+            raise Skipped("it needs graphs: `python -m export random paper -o DIR`, then --bundle DIR")
+    return RUNNERS[runner]
 
 
-def candidates(part: Part, model: Model) -> tuple[list[Candidate], list[Missing]]:
-    """Eager in fp32, on CUDA also with TF32 matrix products and ONNX Runtime on graphs, and the engines built."""
-    found: list[Candidate] = [baseline(model, part.device)]
+def load_all(part: Part, model: BenchModel) -> tuple[list[Candidate], list[Missing]]:
+    """Load eager fp32, on CUDA also eager with TF32 and ONNX Runtime, and the engines that were built.
+
+    Returns: what was loaded, and what could not be loaded.
+    """
+    found: list[Candidate] = [load_baseline(model, part.device)]
     absent: list[Missing] = []
     if part.device.type == "cuda":
-        tf32 = loaded(TF32, lambda: Tf32Runner(*model.networks(), model.size, part.device), part.device)
+        tf32 = load_candidate(TF32, lambda: Tf32Runner(*model.load_networks(), model.size, part.device), part.device)
         found.append(tf32)
     if part.device.type == "cuda" and model.bundle is not None and "denoiser.onnx" in model.bundle.manifest.files:
         for precision in ("fp32", "fp16"):
             name = f"onnxruntime {precision}"
             try:
                 load = partial(load_runner, model.bundle, "onnxruntime", part.device, precision)
-                found.append(loaded(name, load, part.device))
+                found.append(load_candidate(name, load, part.device))
             except Exception as error:  # as below
-                absent.append(missing(name, "onnxruntime", precision, None, error))
-    built, not_built = (part.other("engines").get(key, {}) for key in ("built", "not_built"))
+                absent.append(describe_missing(name, "onnxruntime", precision, None, error))
+    built, not_built = (part.read_other("engines").get(key, {}) for key in ("built", "not_built"))
     for name, asked in ENGINES.items():
         runner, precision = asked.runner, asked.precision
         if name not in built:
-            reason = not_built.get(name) or part.other("engines").get("reason") or "was not built"
-            absent.append(missing(name, runner, precision, None, Skipped(reason), asked=False))
+            reason = not_built.get(name) or part.read_other("engines").get("reason") or "not built"
+            absent.append(describe_missing(name, runner, precision, None, Skipped(reason), asked=False))
             continue
         try:
             assert model.bundle is not None
-            _, kind = backend(runner, model.bundle)
+            entry = find_backend(runner, model.bundle)
             load = partial(
-                kind,
-                part.work / folder_of(name),
+                entry.load_engine,
+                part.work / name_folder(name),
                 device=part.device,
                 precision=precision,
-                batch_range=asked.options(part, model.bundle).batch,
+                batch_range=asked.choose_options(part, model.bundle).batch,
                 image_size=model.size,
             )
-            found.append(loaded(name, load, part.device))
-        except Exception as error:  # of a backend; the others are still measured
-            absent.append(missing(name, runner, precision, None, error))
+            found.append(load_candidate(name, load, part.device))
+        except Exception as error:  # backends raise any type; the others are still measured
+            absent.append(describe_missing(name, runner, precision, None, error))
     return found, absent
 
 
-def folder_of(name: str) -> str:
-    """The engine's folder in the folder for work."""
+def name_folder(name: str) -> str:
+    """Return the name of an engine's folder in the folder for temporary files."""
     return name.replace(",", "").replace(" ", "-")
 
 
 class Tf32Runner(EagerRunner):
-    """Eager with matrix products, too, in TF32; torch's convolutions use it anyway."""
+    """Eager with matrix products in TF32; torch's convolutions use TF32 by default."""
 
     name = "eager"
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 1; see `Runner.denoise`."""
-        with _tf32():
+        """Run stage 1 (see `Runner.denoise`)."""
+        with _allow_tf32():
             super().denoise(x_t, cxr, t, out)
 
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Stage 2; see `Runner.enhance`."""
-        with _tf32():
+        """Run stage 2 (see `Runner.enhance`)."""
+        with _allow_tf32():
             super().enhance(x, out)
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def _allow_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks.gpu_suite`: each does one thing and leaves what it finds in a JSON file."""
+"""The parts of `python -m benchmarks.gpu_suite`. Each writes its results to one JSON file."""
 
 from __future__ import annotations
 
@@ -23,48 +23,51 @@ from benchmarks.gpu_common import (
     TF32,
     Part,
     Skipped,
-    backend,
-    candidates,
-    folder_of,
+    find_backend,
+    load_all,
     make_model,
     make_plan,
-    plan_of,
+    make_rated_plan,
+    name_folder,
 )
 from bsdiff_rt.bench.candidates import Candidate, Missing
-from bsdiff_rt.bench.document import head
-from bsdiff_rt.bench.flops import matmul_ceilings
-from bsdiff_rt.bench.measure import Plan, Trial, measure, psnr_db
+from bsdiff_rt.bench.document import describe_run
+from bsdiff_rt.bench.flops import measure_matmul_rates
+from bsdiff_rt.bench.measure import PICTURE_RANGE, compute_psnr, measure_batches
+from bsdiff_rt.bench.plan import Plan
+from bsdiff_rt.bench.trial import Trial
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
 from bsdiff_rt.runners.timing import time_call
 
 ROOT = Path(__file__).parents[1]
-TELLING_S = 10.0  # that pytest is given to tell what failed, should time run out
-COMPILING_S = 60.0  # less than this left, and torch.compile is not begun
-DEMO_ENGINE_S = 60.0  # the same of the demo model's engine
+FIRST_TESTS = ("tests/sampling/test_captured_sampler.py", "tests/sampling/test_batching.py")
+TELLING_S = 10.0  # for pytest to report failures when time runs out
+COMPILING_S = 60.0  # torch.compile starts only if this much time is left
+DEMO_ENGINE_S = 60.0  # the demo model's engine likewise
 DEMO_BATCH = 8
-TWICE_S = 15.0  # an image that takes less is made twice: once its step has been recorded
+TWICE_S = 15.0  # an image that takes less is made twice; the second time its step is recorded already
 
 
 def machine(part: Part) -> None:
-    """Device, conditions, ceilings; writes the weights all parts share."""
+    """Record device, conditions and rates, and write the weights that all parts share."""
     model = make_model(part)
-    ceilings = matmul_ceilings(part.device)
-    part.save(head=head(make_plan(part, model, ceilings)))
+    ceilings = measure_matmul_rates(part.device)
+    part.save(head=describe_run(make_plan(part, model, ceilings)))
     rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.items())
     part.note(f"{part.found['head']['device']}: matrix products in TFLOP/s: {rates}")
 
 
 def tests(part: Part) -> None:
-    """pytest -m gpu, the captured loop first."""
+    """Run `pytest -m gpu`, the tests of the captured loop first."""
     _needs_cuda(part)
     absent = [name for name in ("pytest", "typer", "pydicom", "platformdirs") if find_spec(name) is None]
     if absent:
-        raise Skipped(f"the tests need {', '.join(absent)}, not installed here")
+        raise Skipped(f"the tests need {', '.join(absent)}; not installed")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "-rfE", "--tb=short"]
-    # Other files are not even imported: they need packages that a bare GPU machine may lack.
-    first = [ROOT / "tests" / name for name in ("test_captured_sampler.py", "test_batching.py")]
+    # Other test files are not even imported: they need packages that a bare GPU machine may lack.
+    first = [ROOT / path for path in FIRST_TESTS]
     marked = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     files = [*first, *(path for path in marked if path not in first)]
     log = part.options.output / "tests.log"
@@ -77,7 +80,7 @@ def tests(part: Part) -> None:
                 running.wait(patience)
                 break
             except subprocess.TimeoutExpired:
-                running.send_signal(signal.SIGINT)  # it tells what has failed so far, and ends
+                running.send_signal(signal.SIGINT)  # pytest reports what has failed so far, and ends
     lines = log.read_text().splitlines() or ["no output"]
     part.save(tail=lines[-30:])
     part.note(lines[-1])
@@ -86,12 +89,13 @@ def tests(part: Part) -> None:
 
 
 def _needs_cuda(part: Part) -> None:
+    """Raise Skipped if the device is not a GPU."""
     if part.device.type != "cuda":
         raise Skipped(f"needs CUDA, this is {part.device}")
 
 
 def engines(part: Part) -> None:
-    """Build the engines the other parts use; their parity is measured with their speed."""
+    """Build the engines that the other parts use. Their parity is measured together with their speed."""
     _needs_cuda(part)
     model = make_model(part)
     assert model.bundle is not None
@@ -104,12 +108,12 @@ def engines(part: Part) -> None:
             part.save(not_built=part.found["not_built"] | {name: "out of time"})
             continue
         try:
-            build, _ = backend(asked.runner, model.bundle)
-            folder = part.work / folder_of(name)
+            entry = find_backend(asked.runner, model.bundle)
+            folder = part.work / name_folder(name)
             folder.mkdir()
             started = time.monotonic()
-            build(model.bundle, asked.options(part, model.bundle), part.device, folder, lambda *_: None)
-        except Exception as error:  # whatever a compiler raises; the next may work
+            entry.build(model.bundle, asked.choose_options(part, model.bundle), part.device, folder, lambda *_: None)
+        except Exception as error:  # compilers raise any type; the next engine may work
             reason = str(error) if isinstance(error, Skipped | BsdiffError) else one_line(error)
             part.save(not_built=part.found["not_built"] | {name: reason})
             part.note(f"{name}: not built: {reason}")
@@ -120,7 +124,7 @@ def engines(part: Part) -> None:
 
 
 def _demo_engine(part: Part) -> None:
-    """As `build-engine` builds it, its parity gate included; for the part `folder`."""
+    """Build the demo model's engine as `build-engine` does, with its parity gate, for the part `folder`."""
     try:
         from bsdiff_rt.engines.build import build_engine  # needs platformdirs
 
@@ -133,9 +137,9 @@ def _demo_engine(part: Part) -> None:
 
 
 def steps(part: Part) -> None:
-    """Step and short-image times of everything, in turn, one batch size after the other."""
-    plan = plan_of(part)
-    found, absent = candidates(part, plan.model)
+    """Measure steps and short images of every candidate in turn, one batch size after the other."""
+    plan = make_rated_plan(part)
+    found, absent = load_all(part, plan.model)
     measure_rows(part, plan, found, absent)
 
 
@@ -150,9 +154,15 @@ def measure_rows(
     before: Rows | None = None,
     finish: Callable[[Rows], Rows] = list,
 ) -> Rows:
-    """Measure batch by batch while there is time; rows are saved as they come, behind those of `before`.
+    """Measure batch by batch while there is time, and save the rows of each batch.
 
-    A row of a name that `before` has is not repeated. `finish` may add to the rows of a batch.
+    Args:
+        part: receives the rows.
+        plan: what to measure, and how often.
+        found: the candidates.
+        absent: what is missing already.
+        before: rows measured earlier, saved in front. A candidate with a row there is not saved again.
+        finish: changes the rows of a batch before they are saved.
     """
     before = before or []
     rows: Rows = []
@@ -165,8 +175,8 @@ def measure_rows(
             continue
         started = time.monotonic()
         able = [candidate for candidate in found if batch <= (candidate.runner.batch_range[1] or batch)]
-        once = 0.0  # libraries load, a graph is recorded: next to nothing of it grows with the batch
-        for measured, failed in measure(plan, able, [batch]):
+        once = 0.0  # loading and recording, which hardly depend on the batch size
+        for measured, failed in measure_batches(plan, able, [batch]):
             rows += finish([asdict(row) for row in measured])
             absent += failed
             once += sum(row.warm_up_s for row in measured)
@@ -181,19 +191,21 @@ def measure_rows(
 
 
 def full(part: Part) -> None:
-    """One image with all steps: the fastest engine, eager to judge it by, the other engines; then all uncaptured.
+    """Make one image with all steps: the fastest engine, eager, the other engines; then all of them uncaptured.
 
-    What takes less than TWICE_S is made twice, and the second counts, for which the step has been recorded. Eager with
-    TF32 is left out: it takes as long as eager.
+    An image that takes less than TWICE_S is made twice and the second time counts, when the step is recorded already.
+    Eager with TF32 is left out: it takes as long as eager.
     """
-    plan = plan_of(part, part.options.full_steps)
-    found, absent = candidates(part, plan.model)
+    plan = make_rated_plan(part, part.options.full_steps)
+    found, absent = load_all(part, plan.model)
     part.save(steps=plan.steps, images=[], not_measured=[asdict(entry) for entry in absent])
-    step_s = {row["name"]: row["step_ms"] / 1e3 for row in part.other("steps").get("rows", []) if row["batch"] == 1}
+    step_s = {
+        row["name"]: row["step_ms"] / 1e3 for row in part.read_other("steps").get("rows", []) if row["batch"] == 1
+    }
     pictures: dict[str, torch.Tensor] = {}
     eager, *engines = [candidate for candidate in found if candidate.name != TF32]
     engines.sort(key=lambda candidate: step_s.get(candidate.name, 0.0))
-    with ThreadPoolExecutor(2) as threads, _own_stream(part.device):
+    with ThreadPoolExecutor(2) as threads, _open_stream(part.device):
         for what, order in (("image", [*engines[:1], eager, *engines[1:]]), ("uncaptured", engines)):
             for candidate in order:
                 name = candidate.name + ("" if what == "image" else ", uncaptured")
@@ -204,10 +216,12 @@ def full(part: Part) -> None:
                     time_call(trial.step, part.device)
                     calls = trial.image_calls()
                     if what in calls:
-                        _full_image(part, name, calls[what], pictures)
+                        _make_full_image(part, name, calls[what], pictures)
 
 
-def _full_image(part: Part, name: str, call: Callable[[], torch.Tensor], pictures: dict[str, torch.Tensor]) -> None:
+def _make_full_image(
+    part: Part, name: str, call: Callable[[], torch.Tensor], pictures: dict[str, torch.Tensor]
+) -> None:
     def keep() -> None:
         pictures[name] = call()
 
@@ -220,19 +234,19 @@ def _full_image(part: Part, name: str, call: Callable[[], torch.Tensor], picture
     images = [*part.found["images"], row]
     if "eager" in pictures:
         for image in images:
-            image["psnr_vs_eager"] = psnr_db(pictures["eager"], pictures[image["name"]], 2.0)
+            image["psnr_vs_eager"] = compute_psnr(pictures["eager"], pictures[image["name"]], PICTURE_RANGE)
     part.save(images=images)
     part.note(f"{name}: {seconds:.2f} s" + ("" if same is None else f", same bits as captured: {same}"))
 
 
-def _own_stream(device: torch.device) -> Any:
+def _open_stream(device: torch.device) -> Any:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def profile(part: Part) -> None:
-    """The kernels that take the time, of three steps at batch 1."""
-    plan = plan_of(part)
-    found, _ = candidates(part, plan.model)
+    """Record which kernels take the time of three steps at batch size 1."""
+    plan = make_rated_plan(part)
+    found, _ = load_all(part, plan.model)
     cuda = part.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     part.save(kernels={})
@@ -243,14 +257,14 @@ def profile(part: Part) -> None:
             with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
                 for _ in range(3):
                     time_call(trial.step, part.device)
-            rows = _kernels(profiler, cuda)
+            rows = _list_kernels(profiler, cuda)
             part.save(kernels=part.found["kernels"] | {candidate.name: rows})
             top = ", ".join(f"{row['share']:.0%} {row['name'][:60]}" for row in rows[:3])
             part.note(f"{candidate.name}: {top}")
 
 
-def _kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
-    """The 15 that take most: name, calls, milliseconds of all three steps, share."""
+def _list_kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
+    """Return the 15 kernels that take most: name, calls, milliseconds of all three steps, share."""
     unit = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: getattr(event, unit), reverse=True)
     if cuda:
@@ -263,8 +277,8 @@ def _kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
 
 
 def folder(part: Part) -> None:
-    """The demo bundle on a folder of drawn pictures: reading, both networks' loop, writing."""
-    from bsdiff_rt.folder.pipeline import Inference  # here: needs the packages that read files
+    """Run the demo bundle on a folder of random pictures, reading and writing included."""
+    from bsdiff_rt.folder.pipeline import Inference  # here: it needs the packages that read files
 
     source = part.work / "pictures"
     source.mkdir()
@@ -278,15 +292,21 @@ def folder(part: Part) -> None:
     done = counts.get("ok", 0)
     part.save(seconds_whole=seconds, counts=counts, settings=report.settings, images_per_second=done / seconds)
     part.note(
-        f"{counts} of {part.options.images} images of {part.options.image_px} px in {seconds:.1f} s, loading included: "
+        f"{counts} of {part.options.images} images of {part.options.image_px} px in {seconds:.1f} s with loading: "
         f"{part.found['images_per_second']:.2f} images/s, runner {report.settings['runner']}"
     )
     if done != part.options.images:
-        raise RuntimeError(f"not every image was done: {counts}")
+        raise RuntimeError(f"some images failed: {counts}")
 
 
 def draw_pictures(target: Path, count: int, size: int) -> None:
-    """16-bit PNG files of smooth random fields with some noise: no patient, no phantom, work for every stage."""
+    """Write 16-bit PNG files of smooth random fields with noise.
+
+    Args:
+        target: an existing folder.
+        count: number of files.
+        size: side of each, px.
+    """
     import cv2
 
     generator = np.random.default_rng(0)
@@ -299,17 +319,17 @@ def draw_pictures(target: Path, count: int, size: int) -> None:
 
 
 def peers(part: Part) -> None:
-    """What others offer for the same network; last, what must be compiled for minutes."""
-    from benchmarks.peers import COMPILED, DIFFUSERS, PUBLISHED, add_peers, with_ratios
+    """Measure other projects' code for the same network; last the one that takes minutes to compile."""
+    from benchmarks.peers import COMPILED, DIFFUSERS, PUBLISHED, add_ratios, load_peers
 
-    plan = plan_of(part)
-    ours, absent = candidates(part, plan.model)
-    more, without = add_peers((PUBLISHED, DIFFUSERS), plan.model, part.device, ours[0])
-    rows = measure_rows(part, plan, ours + more, absent + without, finish=with_ratios)
+    plan = make_rated_plan(part)
+    ours, absent = load_all(part, plan.model)
+    more, without = load_peers((PUBLISHED, DIFFUSERS), plan.model, part.device, ours[0])
+    rows = measure_rows(part, plan, ours + more, absent + without, finish=add_ratios)
     if part.device.type == "cuda" and part.enough_time(COMPILING_S, COMPILED):
-        last, failed = add_peers((COMPILED,), plan.model, part.device, ours[0])
+        last, failed = load_peers((COMPILED,), plan.model, part.device, ours[0])
         if last:
-            measure_rows(part, plan, [ours[0], *more[:1], *last], absent + without + failed, rows, with_ratios)
+            measure_rows(part, plan, [ours[0], *more[:1], *last], absent + without + failed, rows, add_ratios)
 
 
 PARTS: dict[str, Callable[[Part], None]] = {

@@ -1,14 +1,14 @@
-"""Every check and measurement that needs a GPU, in one go, bounded in time.
+"""Run every check and measurement that needs a GPU, within a given time.
 
     python -m benchmarks.gpu_suite --output results/           # one GPU, 9 minutes
-    python -m benchmarks.gpu_suite --device cpu --preset tiny  # goes through the motions anywhere
+    python -m benchmarks.gpu_suite --device cpu --preset tiny  # a trial run on any machine
 
-Parts, most important first: the machine's own rates, the tests marked `gpu`, the engines, step times, one full image,
-a profile, a folder of images, peers. Each part has its share of the time, and what earlier parts left; it runs in a
-process of its own, so that one that crashes or hangs costs no other part. Results are written as they come:
-DIR/PART.json by each part, DIR/gpu_suite.json after each part. What could not be done is a line with its reason.
+The parts, most important first: rates of the machine, tests marked `gpu`, engines, step times, one full image, a
+profile, a folder of images, peers. Each part has its share of the time, plus the time that earlier parts left. It runs
+in its own process, so a crash or a hang costs no other part. Each part writes DIR/PART.json, and DIR/gpu_suite.json is
+written after each part. If something cannot be done, the file gives the reason.
 
-Needs torch, NumPy and this repository; parts that need more say what is missing.
+Needs torch, NumPy and this repository. A part that needs more names what is missing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_common import Part, Skipped, read
+from benchmarks.gpu_common import Part, Skipped, read_json
 from benchmarks.gpu_parts import PARTS
-from bsdiff_rt.bench.document import aligned, table
+from bsdiff_rt.bench.report import build_table
 from bsdiff_rt.config import PRESETS
 from bsdiff_rt.errors import BsdiffError, SettingsError, one_line
+from bsdiff_rt.tables import print_table
 
 SUMMARY = "gpu_suite.json"
 NO_DEVICE = "no device"
-# Seconds of nine minutes; another --minutes scales them.
+# In seconds, for nine minutes in all; --minutes scales them.
 BUDGETS_S = {
     "machine": 45,
     "tests": 60,
@@ -45,17 +46,17 @@ BUDGETS_S = {
     "folder": 40,
     "peers": 45,
 }
-BATCHES = (1, 8, 4, 16, 2)  # most telling first, should time run out
+BATCHES = (1, 8, 4, 16, 2)  # most important first: time may run out
 
 
 def run_part(part: Part) -> None:
-    """In a process of its own: do a part, and record how it ended."""
-    os.setsid()  # its compilers and tests end with it
+    """Do a part in a process of its own, and record how it ended."""
+    os.setsid()  # so that its compilers and tests end with it
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started = time.monotonic()
     part.save(name=part.name, status="running")
     try:
-        _ = part.device  # asked here: a parent that has asked CUDA anything forbids it to its children
+        _ = part.device  # here: children cannot use CUDA if the parent process has used it
     except SettingsError as error:
         part.save(status=NO_DEVICE, reason=str(error), seconds=0.0)
         return
@@ -65,7 +66,7 @@ def run_part(part: Part) -> None:
     except Skipped as reason:
         ending = {"status": "skipped", "reason": str(reason)}
     except ImportError as error:
-        ending = {"status": "skipped", "reason": f"the package {error.name} is not installed here"}
+        ending = {"status": "skipped", "reason": f"the package {error.name} is not installed"}
     except Exception as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         ending = {"status": "failed", "reason": str(error) if isinstance(error, BsdiffError) else one_line(error)}
@@ -73,11 +74,11 @@ def run_part(part: Part) -> None:
 
 
 def supervise(part: Part) -> dict[str, Any]:
-    """Run a part in a child process until its deadline; what it found, however it ended."""
+    """Run a part in a child process until its deadline, and return its results, however it ended."""
     print(f"{part.name} ({part.left():.0f} s)", flush=True)
     path = part.options.output / f"{part.name}.json"
     if part.left() <= 0:
-        part.save(name=part.name, status="skipped", reason="out of time")
+        part.save(name=part.name, status="skipped", reason="not enough time")
         return part.found
     child = multiprocessing.get_context("fork").Process(target=run_part, args=(part,))
     child.start()
@@ -86,43 +87,47 @@ def supervise(part: Part) -> dict[str, Any]:
     if not ended:
         assert child.pid is not None  # it was started
         try:
-            os.killpg(child.pid, signal.SIGKILL)  # the session run_part opened: the part and what it started
-        except ProcessLookupError:  # it had not come that far
+            os.killpg(child.pid, signal.SIGKILL)  # the session of run_part: the part and what it started
+        except ProcessLookupError:  # it had not opened its session yet
             child.kill()
         child.join()
-    found = read(path) or {"name": part.name}
+    found = read_json(path) or {"name": part.name}
     if found.get("status") in (None, "running"):
-        reason = f"the process died (exit code {child.exitcode})" if ended else "out of time; what it had is kept"
+        reason = f"the process died (exit code {child.exitcode})" if ended else "out of time; its results are kept"
         found |= {"status": "failed" if ended else "out of time", "reason": reason}
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"  {found['status']}: {found.get('reason', '')}".rstrip(": "), flush=True)
     return found
 
 
-def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One document of all parts: conditions, rows of steps and peers, and every part."""
+def summarise(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return one document of all parts: conditions, rows of steps and peers, and every part."""
     rows = [row | {"part": name} for name in ("steps", "peers") for row in found.get(name, {}).get("rows", [])]
     absent = [entry for name in ("steps", "peers") for entry in found.get(name, {}).get("not_measured", [])]
     first = found.get("machine", {}).get("head", {})
     return first | {"rows": rows, "not_measured": absent, "parts": list(found.values())}
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    """The command line; argparse, because a bare GPU machine may have nothing else."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, with argparse because a bare GPU machine may have nothing else."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: cuda)")
-    parser.add_argument("--preset", default="paper", choices=sorted(PRESETS), help="networks, random weights (paper)")
-    parser.add_argument("--bundle", help="a bundle's folder in place of a preset; TensorRT needs its graphs")
-    parser.add_argument("--size", type=int, help="side of the networks' images, px (256; tiny: 64)")
+    parser.add_argument(
+        "--preset", default="paper", choices=sorted(PRESETS), help="networks with random weights (paper)"
+    )
+    parser.add_argument("--bundle", help="a bundle's folder instead of a preset; TensorRT needs its graphs")
+    parser.add_argument("--size", type=int, help="side of the model's images, px (256; tiny: 64)")
     parser.add_argument("--output", type=Path, default=Path("out/gpu_suite"), help="folder for results (%(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts (9)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma separated (all)")
-    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="in this order (%(default)s)")
+    parser.add_argument(
+        "--batches", default=",".join(map(str, BATCHES)), help="batch sizes, in this order (%(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="measured rounds of steps (10)")
     parser.add_argument("--full-steps", type=int, default=1000, help="steps of the full image (1000)")
-    parser.add_argument("--images", type=int, default=200, help="pictures of the folder (200)")
+    parser.add_argument("--images", type=int, default=200, help="pictures in the folder (200)")
     parser.add_argument("--image-px", type=int, default=1024, help="side of each (1024)")
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     options.size = options.size or (64 if options.preset == "tiny" else 256)
     asked = set(options.parts.split(","))
     if unknown := asked - set(PARTS):
@@ -134,9 +139,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(given: list[str] | None = None) -> int:
-    """Run the parts; 0 unless one failed or there is no device."""
-    options = arguments(given)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts, and return the exit code: 0 unless a part failed or there is no device."""
+    options = parse_arguments(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in PARTS:  # of an earlier run
         (options.output / f"{name}.json").unlink(missing_ok=True)
@@ -145,20 +150,19 @@ def main(given: list[str] | None = None) -> int:
     deadline = time.monotonic()
     try:
         for name in options.parts:
-            deadline += BUDGETS_S[name] * options.minutes / 9.0  # and what the parts before left
+            deadline += BUDGETS_S[name] * options.minutes / 9.0  # plus what earlier parts left
             found[name] = supervise(Part(name, options, work, deadline))
-            (options.output / SUMMARY).write_text(json.dumps(summary(found), indent=1) + "\n")
+            (options.output / SUMMARY).write_text(json.dumps(summarise(found), indent=1) + "\n")
             if found[name]["status"] == NO_DEVICE:
-                break  # the other parts need it as well
+                break  # the other parts need it, too
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    document = summary(found)
+    document = summarise(found)
     for name in ("steps", "peers"):
         rows = [row for row in document["rows"] if row["part"] == name]
         if rows and "train_steps" in document:
             print(f"\n{name}:")
-            for line in aligned(table(document | {"rows": rows})):
-                print(line)
+            print_table(*build_table(document | {"rows": rows}))
     print()
     for part in found.values():
         print(

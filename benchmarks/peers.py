@@ -1,16 +1,17 @@
-"""Our runners beside what others offer for the same network, measured in turn so that ratios hold on a noisy machine.
+"""Time this project's runners beside other projects' code for the same network.
 
     python -m export random paper -o /tmp/paper
     python -m benchmarks.peers --bundle /tmp/paper --device cpu --batch 1 --json benchmarks/results/peers-paper-cpu.json
 
-Timing needs no trained weights (`--bundle paper` needs not even a bundle). Peers, each with the model's own weights:
+All candidates are measured in turn, so that ratios hold on a noisy machine. Timing needs no trained weights. The peers
+use the model's own weights:
 
 - `published eager`: the published networks (`DiffusionModelUNet`, `AutoencoderKL` of monai-generative) in eager fp32.
-- `published compiled`: the same under `torch.compile(mode="max-autotune")`, fp16 on CUDA, fp32 on the CPU, where
-  compiling takes minutes and is done only if asked for (`--peer "published compiled"`).
-- `diffusers loop`: whole images by diffusers' scheduler around our eager network, with our noise. (Its dpmpp-2m does
-  not clamp x0, so its pictures may differ from ours.)
-- `openvino`: the bundle's ONNX graphs, on the CPU.
+- `published compiled`: the same under `torch.compile(mode="max-autotune")`, in fp16 on CUDA and fp32 on a CPU. On a CPU
+  compiling takes minutes, so it is measured only on request (`--peer "published compiled"`).
+- `diffusers loop`: whole images by diffusers' scheduler around this project's eager network, with the same noise. Its
+  dpmpp-2m does not clamp x0, so its images may differ.
+- `openvino`: the bundle's ONNX graphs in OpenVINO, on the CPU.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ import typer
 from torch import Tensor, nn
 
 from bsdiff_rt.bench import plot
-from bsdiff_rt.bench.candidates import Candidate, Missing, Model, Wanted, loaded, missing
-from bsdiff_rt.bench.document import BenchSettings, Document, aligned, notes, run, table
+from bsdiff_rt.bench.candidates import Candidate, Missing, Wanted, describe_missing, load_candidate
+from bsdiff_rt.bench.document import BenchSettings, Document, run_benchmark
+from bsdiff_rt.bench.networks import BenchModel
+from bsdiff_rt.bench.report import build_table, write_notes
 from bsdiff_rt.config import Schedule
 from bsdiff_rt.errors import EngineError, run_command
 from bsdiff_rt.networks.published import denoiser_state, enhancer_state
@@ -40,45 +43,46 @@ from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.timing import median_ratio
 from bsdiff_rt.sampling.sampler import Draw, sample
 from bsdiff_rt.sampling.schedule import Table, alpha_bar
+from bsdiff_rt.tables import print_table
 
 PUBLISHED, COMPILED, DIFFUSERS, OPENVINO = "published eager", "published compiled", "diffusers loop", "openvino"
 
 
 class PublishedDenoiser(nn.Module):
-    """The published U-Net behind our denoiser's signature; two channels out, of which the first is the prediction."""
+    """The published U-Net with this project's signature. The first of its two output channels is the prediction."""
 
     def __init__(self, network: nn.Module, residual: bool) -> None:
         super().__init__()
         self.network, self.residual = network, residual
 
     def forward(self, x_t: Tensor, cxr: Tensor, t: Tensor) -> Tensor:
-        """As `networks.unet.Denoiser`; computes in the network's dtype."""
+        """Return the prediction, [B, 1, H, W], in the network's dtype (see `networks.unet.Denoiser`)."""
         dtype = next(self.network.parameters()).dtype
         out = self.network(torch.cat((x_t, cxr), dim=1).to(dtype), timesteps=t)[:, :1]
         return cxr + out if self.residual else out
 
 
 class PublishedEnhancer(nn.Module):
-    """The published autoencoder; decodes the mean, without the published noise."""
+    """The published autoencoder. It decodes the mean, without the published noise."""
 
     def __init__(self, network: Any, residual: bool) -> None:
         super().__init__()
         self.network, self.residual = network, residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `networks.autoencoder.Enhancer`; computes in the network's dtype."""
+        """Return the enhanced image, [B, 1, H, W], in the network's dtype (see `networks.autoencoder.Enhancer`)."""
         out = self.network.reconstruct(x.to(next(self.network.parameters()).dtype))
         return x + out if self.residual else out
 
 
 class PublishedRunner(EagerRunner):
-    """The published networks behind our runners' contract."""
+    """The published networks as a runner."""
 
     name = "monai-generative"
 
 
-def published_networks(model: Model) -> tuple[PublishedDenoiser, PublishedEnhancer]:
-    """Both published networks in the model's shapes, with its weights, fp32, on the CPU.
+def build_published_networks(model: BenchModel) -> tuple[PublishedDenoiser, PublishedEnhancer]:
+    """Return both published networks in the model's shapes with its weights: fp32, on the CPU.
 
     Raises:
         ImportError: monai-generative is not installed.
@@ -108,62 +112,64 @@ def published_networks(model: Model) -> tuple[PublishedDenoiser, PublishedEnhanc
         with_encoder_nonlocal_attn=second.middle_attention,
         with_decoder_nonlocal_attn=second.middle_attention,
     )
-    denoiser, enhancer = model.networks()
+    denoiser, enhancer = model.load_networks()
     with torch.no_grad():
-        # The converted dictionaries share memory with the published networks (but for the final convolution), so
-        # filling them fills the networks.
-        _fill(denoiser_state(unet.state_dict(), shape), denoiser)
-        _fill(enhancer_state(autoencoder.state_dict(), second), enhancer)
+        # The converted dictionaries share memory with the published networks, except for the final convolution. So
+        # copying into them fills the networks.
+        _copy_weights(denoiser_state(unet.state_dict(), shape), denoiser)
+        _copy_weights(enhancer_state(autoencoder.state_dict(), second), enhancer)
         final = unet.out[2].conv
         final.weight[:1], final.bias[:1] = denoiser.conv_out.weight, denoiser.conv_out.bias
     return PublishedDenoiser(unet, shape.residual), PublishedEnhancer(autoencoder, second.residual)
 
 
-def _fill(theirs: Mapping[str, Tensor], ours: nn.Module) -> None:
+def _copy_weights(theirs: Mapping[str, Tensor], ours: nn.Module) -> None:
     for name, tensor in ours.state_dict().items():
         theirs[name].copy_(tensor)
 
 
-def published(model: Model, device: torch.device, _: Candidate) -> Candidate:
-    """The published networks in eager fp32, in the plain loop."""
-    candidate = loaded(PUBLISHED, lambda: PublishedRunner(*published_networks(model), model.size, device), device)
+def load_published(model: BenchModel, device: torch.device, _: Candidate) -> Candidate:
+    """Load the published networks in eager fp32, with the plain loop."""
+    candidate = load_candidate(
+        PUBLISHED, lambda: PublishedRunner(*build_published_networks(model), model.size, device), device
+    )
     return Candidate(PUBLISHED, candidate.runner, candidate.loading, sample)
 
 
-def compiled(model: Model, device: torch.device, _: Candidate) -> Candidate:
-    """The published networks under torch.compile with autotuning, in the plain loop (it captures graphs itself)."""
+def load_compiled(model: BenchModel, device: torch.device, _: Candidate) -> Candidate:
+    """Load the published networks under torch.compile, with the plain loop: torch.compile captures graphs itself."""
 
     def load() -> Runner:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        networks = (network.to(device, dtype).eval() for network in published_networks(model))
+        networks = (network.to(device, dtype).eval() for network in build_published_networks(model))
         denoiser, enhancer = (cast(nn.Module, torch.compile(n, mode="max-autotune")) for n in networks)
         runner = PublishedRunner(denoiser, enhancer, model.size, device)
         runner.precision = "fp16" if device.type == "cuda" else "fp32"
         return runner
 
-    candidate = loaded(COMPILED, load, device)
+    candidate = load_candidate(COMPILED, load, device)
     return Candidate(COMPILED, candidate.runner, candidate.loading, sample)
 
 
-def diffusers_loop(model: Model, _: torch.device, eager: Candidate) -> Candidate:
-    """diffusers' scheduler around our eager network.
+def load_diffusers_loop(model: BenchModel, _: torch.device, eager: Candidate) -> Candidate:
+    """Return diffusers' scheduler around this project's eager network.
 
     Raises:
         ImportError: diffusers is not installed.
-        EngineError: it has no such sampler.
+        EngineError: diffusers does not have the model's sampler.
     """
     import diffusers  # noqa: F401 - here, so that its absence is noticed now
 
     if model.sampler.name not in ("ddpm", "ddim", "dpmpp-2m"):
         raise EngineError(f"diffusers has no sampler {model.sampler.name}")
-    return Candidate(DIFFUSERS, eager.runner, eager.loading, partial(_diffusers_image, model))
+    return Candidate(DIFFUSERS, eager.runner, eager.loading, partial(_run_diffusers, model))
 
 
-def _diffusers_image(model: Model, runner: Runner, cxr: Tensor, table: Table, draw: Draw) -> Tensor:
-    """A whole trajectory as diffusers' pipelines run it, with our noise, so that the pictures can be compared."""
-    fresh = _draws(table, draw, cxr)
+def _run_diffusers(model: BenchModel, runner: Runner, cxr: Tensor, table: Table, draw: Draw) -> Tensor:
+    """Sample an image as diffusers' pipelines do, with this project's noise, so that the images can be compared."""
+    fresh = _list_draws(table, draw, cxr)
     with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", side_effect=lambda *_, **__: next(fresh)):
-        scheduler, options = _scheduler(model)
+        scheduler, options = _make_scheduler(model)
         scheduler.set_timesteps(table.steps, device=cxr.device)
         x_t = draw(0).to(cxr.device, copy=True)
         out = torch.empty_like(x_t)
@@ -173,17 +179,17 @@ def _diffusers_image(model: Model, runner: Runner, cxr: Tensor, table: Table, dr
     return x_t
 
 
-def _draws(table: Table, draw: Draw, like: Tensor) -> Iterator[Tensor]:
-    """Our noise in the order diffusers asks for it; zeros where our table adds none."""
+def _list_draws(table: Table, draw: Draw, like: Tensor) -> Iterator[Tensor]:
+    """Yield the noise in the order in which diffusers asks for it; zeros where the table adds none."""
     for k, scale in enumerate(table.S):
         yield draw(k + 1).to(like.device, copy=True) if scale != 0.0 else torch.zeros_like(like)
 
 
-def _scheduler(model: Model) -> tuple[Any, dict[str, Any]]:
-    """diffusers' scheduler for the model's sampler and schedule, and the options of its step."""
+def _make_scheduler(model: BenchModel) -> tuple[Any, dict[str, Any]]:
+    """Return diffusers' scheduler for the model's sampler and schedule, and the options of its step."""
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-    arguments = _schedule_arguments(model.schedule)
+    arguments = _convert_schedule(model.schedule)
     if model.sampler.name == "ddpm":
         return DDPMScheduler(variance_type="fixed_small", clip_sample=True, **arguments), {}
     if model.sampler.name == "ddim":
@@ -191,7 +197,7 @@ def _scheduler(model: Model) -> tuple[Any, dict[str, Any]]:
     return DPMSolverMultistepScheduler(solver_order=2, final_sigmas_type="zero", **arguments), {}
 
 
-def _schedule_arguments(schedule: Schedule) -> dict[str, Any]:
+def _convert_schedule(schedule: Schedule) -> dict[str, Any]:
     kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[schedule.objective]
     abar = alpha_bar(schedule)
     betas = 1.0 - abar / np.append(1.0, abar[:-1])
@@ -220,12 +226,12 @@ class OpenVinoRunner(Runner):
         )
 
     def denoise(self, x_t: Tensor, cxr: Tensor, t: Tensor, out: Tensor) -> None:
-        """Stage 1; see `Runner.denoise`."""
+        """Run stage 1 (see `Runner.denoise`)."""
         self.check(x_t, cxr, out, t=t)
         self._run(self._denoiser, {"x_t": x_t, "cxr": cxr, "t": t}, out)
 
     def enhance(self, x: Tensor, out: Tensor) -> None:
-        """Stage 2; see `Runner.enhance`."""
+        """Run stage 2 (see `Runner.enhance`)."""
         self.check(x, out)
         self._run(self._enhancer, {"x": x}, out)
 
@@ -236,51 +242,63 @@ class OpenVinoRunner(Runner):
         out.copy_(torch.from_numpy(request.get_output_tensor().data))
 
 
-def openvino(model: Model, device: torch.device, _: Candidate) -> Candidate:
-    """OpenVINO on the bundle's graphs.
+def load_openvino(model: BenchModel, device: torch.device, _: Candidate) -> Candidate:
+    """Load the bundle's graphs into OpenVINO.
 
     Raises:
         ImportError: it is not installed.
-        EngineError: another device, or no bundle.
+        EngineError: the device is no CPU, or the model has no bundle on disk.
     """
     if device.type != "cpu":
-        raise EngineError(f"it is measured on the CPU, not on {device}")
+        raise EngineError(f"it is measured on a CPU, not on {device}")
     if model.bundle is None:
-        raise EngineError("needs a bundle on disk: `python -m export random paper -o DIR`, then --bundle DIR")
+        raise EngineError("it needs a bundle on disk: `python -m export random paper -o DIR` makes one")
     denoiser, enhancer = (model.bundle.file(f"{stage}.onnx") for stage in ("denoiser", "enhancer"))
-    return loaded(OPENVINO, lambda: OpenVinoRunner(denoiser, enhancer, model.size), device)
+    return load_candidate(OPENVINO, lambda: OpenVinoRunner(denoiser, enhancer, model.size), device)
 
 
-PEERS: dict[str, Callable[[Model, torch.device, Candidate], Candidate]] = {
-    PUBLISHED: published,
-    COMPILED: compiled,
-    DIFFUSERS: diffusers_loop,
-    OPENVINO: openvino,
+PEERS: dict[str, Callable[[BenchModel, torch.device, Candidate], Candidate]] = {
+    PUBLISHED: load_published,
+    COMPILED: load_compiled,
+    DIFFUSERS: load_diffusers_loop,
+    OPENVINO: load_openvino,
 }
 
 
-def add_peers(
-    names: tuple[str, ...], model: Model, device: torch.device, eager: Candidate
+def load_peers(
+    names: tuple[str, ...], model: BenchModel, device: torch.device, eager: Candidate
 ) -> tuple[list[Candidate], list[Missing]]:
-    """The peers asked for, or all that this device is for; and those that are not here, with the reason."""
+    """Load the peers asked for, or all for this device.
+
+    Args:
+        names: keys of `PEERS`; empty for all.
+        model: the model.
+        device: where to run.
+        eager: the baseline, whose networks the diffusers loop uses.
+
+    Returns: what was loaded, and what could not be loaded, with the reason.
+    """
     found: list[Candidate] = []
     absent: list[Missing] = []
     for name in names or PEERS:
         asked = bool(names)
         try:
             if name == COMPILED and device.type == "cpu" and not asked:
-                raise EngineError(f'compiling takes minutes on a CPU; ask for it with --peer "{COMPILED}"')
+                raise EngineError(f'compiling takes minutes on a CPU; request it with --peer "{COMPILED}"')
             found.append(PEERS[name](model, device, eager))
         except ImportError as error:
             reason = EngineError(f"the package {error.name} is not installed; `pip install 'bsdiff-rt[peers]'`")
-            absent.append(missing(name, name, "-", None, reason, asked))
-        except Exception as error:  # of somebody else's package; the others are still measured
-            absent.append(missing(name, name, "-", None, error, asked))
+            absent.append(describe_missing(name, name, "-", None, reason, asked))
+        except Exception as error:  # packages raise any type; the others are still measured
+            absent.append(describe_missing(name, name, "-", None, error, asked))
     return found, absent
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with `published_over_this`: the median ratio of step times within one round, None without the published."""
+def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with `published_over_this`: the median ratio of step times within one round.
+
+    It is None if the published network was not measured at that batch size.
+    """
     times = {row["batch"]: row["step_times_ms"] for row in rows if row["name"] == PUBLISHED}
     return [
         row
@@ -294,9 +312,9 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def to_dict(document: Document) -> dict[str, Any]:
-    """What --json writes."""
-    found = document.as_dict()
-    return found | {"rows": with_ratios(found["rows"])}
+    """Return the content of the JSON file."""
+    found = document.to_dict()
+    return found | {"rows": add_ratios(found["rows"])}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -304,27 +322,32 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def compare(
-    bundle: Annotated[str, typer.Option(help="demo, paper (random weights) or a bundle's folder.")] = "demo",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1",
+    bundle: Annotated[
+        str, typer.Option(help="Model: demo, a bundle's folder, or paper (the full-size network, random weights).")
+    ] = "demo",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "cpu",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     steps: Annotated[
         int | None, typer.Option(help="Denoiser steps of a whole image.", show_default="the bundle's, at most 10")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of steps, after one to warm up.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of steps.")] = 5,
     runner: Annotated[
-        list[str] | None, typer.Option(show_default="all that can be used", help="Our runners; repeatable.")
+        list[str] | None,
+        typer.Option(show_default="all that can be used", help="Runner of this project. Repeat it for several."),
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(show_default="all for this device", help=f"{', '.join(PEERS)}; repeatable."),
+        typer.Option(show_default="all for this device", help=f"Peer: {', '.join(PEERS)}. Repeat it for several."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    picture: Annotated[Path | None, typer.Option("--plot", help="Draw them there; needs matplotlib.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the JSON document to a file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a plot: .png, .pdf or .svg. Needs matplotlib.")
+    ] = None,
 ) -> None:
-    """Print and write one row per runner, peer and batch size."""
+    """Print one row for each runner, peer and batch size."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if unknown := set(peer or ()) - set(PEERS):
-        raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(PEERS)}", param_hint="--peer")
+        raise typer.BadParameter(f"{unknown.pop()!r} is not known; choose from {', '.join(PEERS)}", param_hint="--peer")
     if not all(part.isdecimal() and int(part) for part in batch.split(",")):
         raise typer.BadParameter(f"{batch!r} is not a list of whole numbers above 0", param_hint="--batch")
     if picture is not None:
@@ -336,20 +359,19 @@ def compare(
         if output is not None:
             output.write_text(json.dumps(to_dict(document), indent=1, allow_nan=False) + "\n")
 
-    document = run(settings, save, partial(add_peers, tuple(peer or ())))
+    document = run_benchmark(settings, save, partial(load_peers, tuple(peer or ())))
     found = to_dict(document)
-    for line in aligned(table(found)):
-        print(line)
-    for line in notes(found):
+    print_table(*build_table(found))
+    for line in write_notes(found):
         print(line)
     if picture is not None:
-        plot.draw(found, picture)
+        plot.draw_plot(found, picture)
     if document.exit_code:
         raise typer.Exit(document.exit_code)
 
 
 def main() -> None:
-    """Entry point: our errors become one line and their exit code."""
+    """Run the command; an error of this project becomes one line and its exit code."""
     run_command(app)
 
 

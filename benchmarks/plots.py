@@ -1,9 +1,8 @@
-"""Pictures of recorded benchmarks: latency by runner, images per second by batch size, roofline.
+"""Plot a recorded benchmark: time of a step, images per second by batch size, roofline.
 
     python -m benchmarks.plots benchmarks/results/bench-paper.json -o bench.png
 
-Reads what `bsdiff-rt bench --json-file`, `python -m benchmarks.peers --json` and `python -m benchmarks.gpu_suite`
-write.
+It reads the JSON files of `bsdiff-rt bench`, `python -m benchmarks.peers` and `python -m benchmarks.gpu_suite`.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import Annotated, Any
 
 import typer
 
-from bsdiff_rt.bench.plot import draw
+from bsdiff_rt.bench.plot import draw_plot
 from bsdiff_rt.errors import SettingsError, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def picture(
+def plot(
     source: Annotated[Path, typer.Argument(help="JSON file of a benchmark.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .pdf or .svg.")],
-    part: Annotated[str, typer.Option(help="Of a gpu_suite file: steps or peers.")] = "steps",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .pdf or .svg.")],
+    part: Annotated[str, typer.Option(help="Part of a gpu_suite file: steps or peers.")] = "steps",
 ) -> None:
     """Draw the rows of a recorded benchmark."""
-    draw(read(source, part), output)
+    draw_plot(read_document(source, part), output)
 
 
-def read(source: Path, part: str) -> dict[str, Any]:
-    """A benchmark's document; of a gpu_suite's, whose parts measure some runners twice, the rows of one part.
+def read_document(source: Path, part: str) -> dict[str, Any]:
+    """Return a benchmark's document. The parts of gpu_suite measure some runners twice: keep the rows of one part.
 
     Raises:
-        SettingsError: not a benchmark's JSON file.
+        SettingsError: the file is not a benchmark's JSON file.
     """
     try:
         found = json.loads(source.read_text())
@@ -45,7 +44,7 @@ def read(source: Path, part: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point: our errors become one line and their exit code."""
+    """Run the command; an error of this project becomes one line and its exit code."""
     run_command(app)
 
 

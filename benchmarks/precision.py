@@ -1,9 +1,9 @@
 """Measure the effect of fp16 and bf16 on a whole image, without a GPU: `python -m benchmarks.precision IMAGE...`
 
 The denoiser keeps the same layers in fp32 and has the same form of attention as in an engine for a GPU
-(runners/aoti_builder.py). torch computes it on the CPU and rounds the result of every operation. Each precision runs all steps
-of a sampler with the same noise as fp32. The result shows whether a precision suits a model. Only the parity gate, on
-the device itself, can judge what a compiler makes of it.
+(runners/aoti_builder.py). torch computes it on the CPU and rounds the result of every operation. Each precision runs
+all steps of a sampler with the same noise as fp32. The result shows whether a precision suits a model. Only the parity
+gate, on the device itself, can judge what a compiler makes of it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.formats.radiograph import range_of
 from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together, write_png
 from bsdiff_rt.imaging.metrics import mean_quality, quality
-from bsdiff_rt.runners.registry import resolve_device
+from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.tables import print_table
 
 Image = NDArray[np.float32]

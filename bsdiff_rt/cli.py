@@ -341,26 +341,29 @@ def bench(
     bundle: Annotated[
         str,
         typer.Option(
-            "--bundle", "-b", help="Model: demo, paper (full size, random weights), or the folder of a bundle."
+            "--bundle", "-b", help="Model: demo, a bundle's folder, or paper (the full-size network, random weights)."
         ),
     ] = "demo",
     runner: Annotated[
         list[str] | None,
         typer.Option(
+            "--runner",
+            "-r",
+            metavar="NAME or ENGINE_FOLDER",
             show_default="all that can be used",
-            help="eager, onnxruntime, aoti, tensorrt; repeated or separated by commas. Eager in fp32 is always first.",
+            help="Runner to measure: eager, onnxruntime, aoti, tensorrt, or the folder of an engine. Repeat it, or "
+            "separate names by commas. The first row is always eager fp32.",
         ),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(show_default="those of each runner", help="fp32, bf16, fp16; repeated or separated by commas."),
-    ] = None,
-    engine: Annotated[
-        list[Path] | None,
-        typer.Option(show_default="those in the cache", help="Folder of a built engine to measure, too; repeatable."),
+        typer.Option(
+            show_default="those a runner has",
+            help="Precision to measure: fp32, bf16, fp16. Repeat it, or separate names by commas.",
+        ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(show_default="1,4,8; on a CPU 1", help="Batch sizes, separated by commas.")
+        str | None, typer.Option(show_default="1,4,8; 1 on a CPU", help="Batch sizes, separated by commas.")
     ] = None,
     steps: Annotated[
         int | None,
@@ -373,46 +376,67 @@ def bench(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(show_default="20; on a CPU 5", help="Measured rounds of steps. Images get a fifth of them."),
+        typer.Option(
+            show_default="20; 5 on a CPU",
+            help="Measured rounds of steps. Whole images: a fifth of them.",
+        ),
     ] = None,
     device: Device = "auto",
-    json_path: Annotated[
-        Path | None, typer.Option("--json-file", show_default="none", help="Write rows and conditions to this file.")
-    ] = None,
     plot_path: Annotated[
         Path | None,
-        typer.Option("--plot", show_default="none", help="Draw the rows: .png, .pdf or .svg. Needs matplotlib."),
+        typer.Option(
+            "--plot", metavar="PATH", show_default="none", help="Draw a plot: .png, .pdf or .svg. Needs matplotlib."
+        ),
+    ] = None,
+    profile_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="PATH",
+            show_default="none",
+            help="Write a trace of the steps: .json, for ui.perfetto.dev.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json-file", metavar="PATH", show_default="none", help="Write the JSON document to a file."),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    as_json: AsJson = False,
 ) -> None:
-    """Time every runner on this machine in turn, and compare its images with those of eager."""
+    """Time every runner on this machine, and compare its images with those of the eager network."""
     _log(quiet, verbose)
     batches = None if batch is None else tuple(_parse_whole(part, "--batch") for part in batch.split(","))
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_path.parent}", param_hint="--json-file")
-    from bsdiff_rt.bench import document as bench_report
-    from bsdiff_rt.bench import plot
-    from bsdiff_rt.bench.candidates import Wanted
+    from bsdiff_rt.bench import plot, profile, report
+    from bsdiff_rt.bench.candidates import parse_wanted
+    from bsdiff_rt.bench.document import BenchSettings, Document, run_benchmark
+    from bsdiff_rt.tables import print_table
 
     if plot_path is not None:
         plot.check_plot(plot_path)
-    wanted = Wanted(_split_names(runner), _split_names(precision), tuple(engine or ()))
-    settings = bench_report.BenchSettings(bundle, wanted, device, batches, steps, repeats)
+    if profile_path is not None:
+        profile.check_profile(profile_path)
+    wanted = parse_wanted(_split_names(runner), _split_names(precision))
 
-    def save(document: bench_report.Document) -> None:
+    def save(document: Document) -> None:
         if json_path is not None:
             write_atomically(json_path, document.to_json().encode())
 
-    document = bench_report.run(settings, save)
-    found = document.as_dict()
+    settings = BenchSettings(bundle, wanted, device, batches, steps, repeats)
+    document = run_benchmark(settings, save, profile=profile_path)
+    found = document.to_dict()
     if as_json:
         _print(document.to_json().rstrip())
     else:
-        _print("\n".join([*bench_report.aligned(bench_report.table(found)), *bench_report.notes(found)]))
+        with _writing():
+            print_table(*report.build_table(found))
+        for line in report.write_notes(found):
+            _print(line)
     if plot_path is not None:
-        plot.draw(found, plot_path)
+        plot.draw_plot(found, plot_path)
     if document.exit_code:
         raise typer.Exit(document.exit_code)
 

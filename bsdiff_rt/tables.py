@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 _GAP = 2  # characters between two columns of a plain table
 _PADDING = 3  # characters that rich adds to a cell: a space on both sides and a divider
@@ -20,7 +21,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         header: names of the columns.
         rows: one cell for each column. The first column is aligned left, the others right.
     """
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or find_spec("rich") is None:  # a bare GPU machine may lack rich
         sys.stdout.write("".join(f"{line}\n" for line in format_table(header, rows)))
         return
     terminal = shutil.get_terminal_size().columns

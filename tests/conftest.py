@@ -177,7 +177,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         call()
         return seconds.pop(0) if seconds else 1.0
 
-    for module in ("bench.measure", "runners.timing"):
+    for module in ("bench.trial", "runners.timing"):
         monkeypatch.setattr(f"bsdiff_rt.{module}.time_call", fake)
     return seconds
 

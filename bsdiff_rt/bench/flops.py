@@ -1,4 +1,4 @@
-"""How much work a network is, and how fast this device can work: what a benchmark's figures are held against."""
+"""Arithmetic of a network, and the rates of this device that measured times are compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.timing import time_call
 
-# A matrix product of n x n; each device is swept upwards until one product takes longer than its share of the time.
+# Sides of square matrices, in rising order; a device stops where the time for a precision is used up.
 MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 COPY_BYTES = {"cpu": 2**26, "cuda": 2**29}  # far larger than any cache
 PRECISIONS: dict[str, torch.dtype] = {
@@ -28,13 +28,15 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a network for one image; a batch of B is B times the arithmetic and the values, but not the weights.
+    """Arithmetic and memory traffic of one call of a network for one image.
+
+    A batch of B images takes B times the arithmetic and the values, but reads the weights once.
 
     Attributes:
-        flop: multiplications and additions, counted apart, of convolutions, linear layers and attention.
+        flop: multiplications and additions, each counted, of convolutions, linear layers and attention.
         weights: number of parameters, each read once per call.
-        values: numbers that convolutions, linear layers and norms read and write, each once. What lies between them
-            (activations, sums, attention) is not counted: a good kernel keeps it on the chip.
+        values: numbers that convolutions, linear layers and norms read and write. Activations, sums and attention in
+            between are not counted, because a good kernel keeps them on the chip.
     """
 
     flop: float
@@ -42,30 +44,35 @@ class Work:
     values: int
 
     def intensity(self, batch: int, value_bytes: int) -> float:
-        """Arithmetic per byte of memory traffic, in FLOP/byte, at a batch size and a size of one number."""
+        """Return the arithmetic per byte of memory traffic, in FLOP/byte.
+
+        Args:
+            batch: number of images.
+            value_bytes: size of one number.
+        """
         return self.flop * batch / ((self.weights + self.values * batch) * value_bytes)
 
 
-def denoiser_work(config: DenoiserConfig, size: int) -> Work:
-    """One denoiser call on one image of `size` px a side."""
+def count_denoiser_work(config: DenoiserConfig, size: int) -> Work:
+    """Return the work of one denoiser call on one image of `size` x `size` px."""
     with torch.device("meta"):
         image = torch.empty(1, 1, size, size)
-        return _work(Denoiser(config), image, image, torch.empty(1))
+        return _count_work(Denoiser(config), image, image, torch.empty(1))
 
 
-def enhancer_work(config: EnhancerConfig, size: int) -> Work:
-    """One enhancer call on one image of `size` px a side."""
+def count_enhancer_work(config: EnhancerConfig, size: int) -> Work:
+    """Return the work of one enhancer call on one image of `size` x `size` px."""
     with torch.device("meta"):
-        return _work(Enhancer(config), torch.empty(1, 1, size, size))
+        return _count_work(Enhancer(config), torch.empty(1, 1, size, size))
 
 
-def _work(network: nn.Module, *inputs: Tensor) -> Work:
-    """Count on the meta device: shapes without memory, so that the largest network takes a second."""
+def _count_work(network: nn.Module, *inputs: Tensor) -> Work:
+    """Count on the meta device: it has shapes but no memory, so the largest network takes a second."""
     values = 0
 
-    def count(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+    def count(_: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal values
-        values += sum(tensor.numel() for tensor in (*given, made))
+        values += sum(tensor.numel() for tensor in (*arguments, result))
 
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
@@ -75,32 +82,36 @@ def _work(network: nn.Module, *inputs: Tensor) -> Work:
     return Work(float(counter.get_total_flops()), sum(p.numel() for p in network.parameters()), values)
 
 
-def matmul_ceilings(device: torch.device, budget_s: float = 0.4) -> dict[str, float]:
-    """The best rate at which this device was seen to multiply matrices, in FLOP/s, by precision.
+def measure_matmul_rates(
+    device: torch.device, names: tuple[str, ...] = tuple(PRECISIONS), budget_s: float = 0.4
+) -> dict[str, float]:
+    """Return the best rate at which this device multiplies matrices, in FLOP/s by precision.
 
-    Random square matrices of rising size, each a few times; the fastest single product counts. `tf32` (float32 in
-    memory, rounded to 10 bits of mantissa by the units) exists on CUDA alone. A precision without a kernel is left out.
+    Random square matrices of rising size are multiplied a few times each; the fastest single product counts. `tf32`
+    exists on CUDA alone: float32 in memory, rounded to 10 bits of mantissa by the units. `fp16` is left out on a CPU,
+    where no runner computes in it. A precision without a kernel is left out, too.
 
     Args:
-        device: where.
-        budget_s: time for each precision, about.
+        device: where to measure.
+        names: keys of `PRECISIONS`.
+        budget_s: approximate time for each precision, in seconds.
     """
     rates = {}
     before = torch.get_float32_matmul_precision()
-    for name, dtype in PRECISIONS.items():
-        if name == "tf32" and device.type != "cuda":
+    for name in names:
+        if name in ("tf32", "fp16") and device.type != "cuda":
             continue
         try:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            rates[name] = _matmul_rate(device, dtype, budget_s)
-        except RuntimeError:  # no kernel for this type here, or no memory for it
+            rates[name] = _measure_matmul_rate(device, PRECISIONS[name], budget_s)
+        except RuntimeError:  # no kernel for this type here, or not enough memory
             continue
         finally:
             torch.set_float32_matmul_precision(before)
     return rates
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
+def _measure_matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
     generator = torch.Generator(device).manual_seed(0)
     deadline = time.perf_counter() + budget_s
     best = 0.0
@@ -115,8 +126,8 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> f
     return best
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """The best rate at which this device was seen to copy within its memory, in bytes/s, read plus written."""
+def measure_copy_rate(device: torch.device) -> float:
+    """Return the best rate at which this device copies within its memory: bytes/s, reads and writes both counted."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [time_call(lambda: target.copy_(source), device) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""The picture of a benchmark's document: latency by runner, images per second by batch size, roofline."""
+"""Plot of a benchmark: time of a step, images per second by batch size, roofline."""
 
 from __future__ import annotations
 
@@ -10,76 +10,95 @@ from bsdiff_rt.bench.flops import Work
 from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
 
-# Okabe and Ito's colours, told apart with any colour vision; one stays with its runner through all panels.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
-SAME_LINE = 0.1  # ceilings closer than this share one label
+# Okabe and Ito's colours, which people with any colour vision can tell apart. The first part of a row's name that is
+# listed here decides, so a runner has the same colour in every plot; markers tell its precisions apart.
+COLOURS = {
+    "onnxruntime": "#0072B2",
+    "aoti": "#D55E00",
+    "tensorrt-rtx": "#F0E442",
+    "tensorrt": "#009E73",
+    "openvino": "#CC79A7",
+    "published": "#56B4E9",
+    "diffusers": "#E69F00",
+    "eager": "#000000",
+}
+OTHER_COLOUR = "#999999"
+MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D"}
+SAME_LINE = 0.1  # rates closer than this share one label
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def check_plot(path: Path) -> None:
-    """Refuse at once what could only fail after the measurement.
+    """Check a path for a plot before anything is measured.
 
     Raises:
-        SettingsError: matplotlib is not installed, the folder does not exist, or the name ends in no picture format.
+        SettingsError: matplotlib is not installed, the folder does not exist, or the name has no picture format.
     """
     if find_spec("matplotlib") is None:
-        raise SettingsError(f"picture {path}: needs matplotlib, which is not installed; `pip install matplotlib`")
+        raise SettingsError(f"plot {path}: needs matplotlib, which is not installed; `pip install matplotlib`")
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise SettingsError(f"picture {path}: name a .png, .pdf or .svg file")
-    if not path.parent.is_dir():
-        raise SettingsError(f"picture {path}: there is no folder {path.parent}")
+        raise SettingsError(f"plot {path}: name a .png, .pdf or .svg file")
+    if not path.absolute().parent.is_dir():
+        raise SettingsError(f"plot {path}: there is no folder {path.parent}")
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the picture.
+def draw_plot(document: dict[str, Any], path: Path) -> None:
+    """Write the plot.
 
     Args:
-        found: `bench_report.Document.as_dict()`, or what was read from a JSON file of it.
+        document: `Document.to_dict()`, or the content of its JSON file.
         path: a .png, .pdf or .svg file.
 
     Raises:
-        SettingsError: see `check_plot`; or no row was measured.
+        SettingsError: as `check_plot`, or no row was measured.
     """
     check_plot(path)
-    if not found["rows"]:
-        raise SettingsError(f"picture {path}: nothing was measured, so there is nothing to draw")
+    if not document["rows"]:
+        raise SettingsError(f"plot {path}: nothing was measured, so there is nothing to draw")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     latency, throughput, roofline = figure.subplots(1, 3)
-    names = list(dict.fromkeys(row["name"] for row in found["rows"]))
-    _latency(latency, found, names)
-    _throughput(throughput, found, names)
-    _roofline(roofline, found, names)
+    names = list(dict.fromkeys(row["name"] for row in document["rows"]))
+    _draw_latency(latency, document, names)
+    _draw_throughput(throughput, document, names)
+    _draw_roofline(roofline, document)
     for axes in (latency, throughput, roofline):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3, which="major")
         axes.set_axisbelow(True)
     handles, labels = throughput.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
-    stage_2 = "stage 2 included" if found["enhance"] else "without stage 2"
+    stage_2 = "with stage 2" if document["enhance"] else "without stage 2"
     figure.suptitle(
-        f"{found['device']} · {found['bundle']['name']}, {found['size_px']} px · image: {found['sampler']}, "
-        f"{step_count(found['steps'])}, {stage_2} · {found['conditions']['started'][:10]}",
+        f"{document['device']} · {document['bundle']['name']}, {document['size_px']} px · image: "
+        f"{document['sampler']}, {step_count(document['steps'])}, {stage_2} · {document['conditions']['started'][:10]}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
 
 
-def _style(names: list[str], name: str) -> dict[str, Any]:
-    number = names.index(name)
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+def choose_style(row: dict[str, Any]) -> dict[str, Any]:
+    """Return matplotlib's colour and marker for a row: the colour by runner or peer, the marker by precision."""
+    colour = next((colour for name, colour in COLOURS.items() if row["name"].startswith(name)), None)
+    return {"color": colour or COLOURS.get(row.get("runner", ""), OTHER_COLOUR), "marker": MARKERS[row["precision"]]}
 
 
-def _latency(axes: Any, found: dict[str, Any], names: list[str]) -> None:
-    """Bars: median time of one denoiser call per image, by runner and batch size; the thin line ends at the p95."""
-    batches = sorted({row["batch"] for row in found["rows"]})
+def choose_ceilings(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the matrix product rates to draw, in TFLOP/s by rising rate. A CPU has no fp16 line."""
+    on_cpu = document["conditions"].get("device", "").startswith("cpu")
+    rates = [(name, float(rate)) for name, rate in document["matmul_tflops"].items() if not (on_cpu and name == "fp16")]
+    return sorted(rates, key=lambda item: item[1])
+
+
+def _draw_latency(axes: Any, document: dict[str, Any], names: list[str]) -> None:
+    """Draw bars of the median time of one denoiser call per image; the thin line ends at the p95."""
+    batches = sorted({row["batch"] for row in document["rows"]})
     height = 0.8 / len(batches)
-    for row in found["rows"]:
+    for row in document["rows"]:
         y = names.index(row["name"]) + height * (batches.index(row["batch"]) - (len(batches) - 1) / 2)
         step, p95 = row["step_ms"] / row["batch"], row["step_ms_p95"] / row["batch"]
-        colour = _style(names, row["name"])["color"]
+        colour = choose_style(row)["color"]
         axes.barh(y, step, height * 0.9, color=colour, alpha=0.85, xerr=[[0], [p95 - step]], ecolor="#333333")
         axes.annotate(
             f"{step:.3g}  (batch {row['batch']})",
@@ -96,32 +115,32 @@ def _latency(axes: Any, found: dict[str, Any], names: list[str]) -> None:
     axes.set_title("Denoiser step")
 
 
-def _throughput(axes: Any, found: dict[str, Any], names: list[str]) -> None:
-    """Lines: whole images per second against batch size."""
+def _draw_throughput(axes: Any, document: dict[str, Any], names: list[str]) -> None:
+    """Draw whole images per second against batch size."""
     for name in names:
-        rows = sorted((row for row in found["rows"] if row["name"] == name), key=lambda row: int(row["batch"]))
+        rows = sorted((row for row in document["rows"] if row["name"] == name), key=lambda row: int(row["batch"]))
         x, y = [row["batch"] for row in rows], [row["images_per_second"] for row in rows]
-        axes.plot(x, y, label=name, **_style(names, name))
-    batches = sorted({row["batch"] for row in found["rows"]})
+        axes.plot(x, y, label=name, **choose_style(rows[0]))
+    batches = sorted({row["batch"] for row in document["rows"]})
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch size")
     axes.set_ylabel("images per second")
-    axes.set_title(f"Whole images, {step_count(found['steps'])}")
+    axes.set_title(f"Whole images, {step_count(document['steps'])}")
 
 
-def _roofline(axes: Any, found: dict[str, Any], names: list[str]) -> None:
-    """Points: arithmetic rate of each row's step against its arithmetic per byte; lines: what the device reaches."""
-    work = Work(**found["work_per_image"]["denoiser"])
+def _draw_roofline(axes: Any, document: dict[str, Any]) -> None:
+    """Draw the arithmetic rate of each row against its arithmetic per byte, and the measured rates of the device."""
+    work = Work(**document["work_per_image"]["denoiser"])
     points = []
-    for row in found["rows"]:
+    for row in document["rows"]:
         intensity = work.intensity(row["batch"], VALUE_BYTES[row["precision"]])
         points.append(intensity)
-        axes.plot(intensity, row["tflops"], **_style(names, row["name"]), markersize=8, markeredgecolor="white")
-    bandwidth = found["copy_gb_s"] / 1e3  # TB/s: TFLOP/s per FLOP/byte
-    rates = sorted(found["matmul_tflops"].items(), key=lambda item: float(item[1]))
+        axes.plot(intensity, row["tflops"], **choose_style(row), markersize=8, markeredgecolor="white")
+    bandwidth = document["copy_gb_s"] / 1e3  # TB/s: TFLOP/s per FLOP/byte
+    rates = choose_ceilings(document)
     ridges = [rate / bandwidth for _, rate in rates]
     left, right = min(*points, ridges[0]) / 2, max(*points, ridges[-1]) * 2
     for (name, rate), ridge in zip(rates, ridges, strict=True):

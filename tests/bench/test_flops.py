@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from bsdiff_rt.bench import flops
-from bsdiff_rt.bench.flops import Work, copy_bandwidth, denoiser_work, enhancer_work, matmul_ceilings
+from bsdiff_rt.bench.flops import (
+    Work,
+    count_denoiser_work,
+    count_enhancer_work,
+    measure_copy_rate,
+    measure_matmul_rates,
+)
 from bsdiff_rt.config import PRESETS
 
 CPU = torch.device("cpu")
@@ -18,7 +24,7 @@ def test_the_papers_step_is_the_published_figure():
     with its second output channel, and with the attentions' output projections, which it holds and never applies.
     """
     config = PRESETS["paper"].denoiser
-    work = denoiser_work(config, 256)
+    work = count_denoiser_work(config, 256)
     second_channel = 2 * 256**2 * 9 * config.channels[0]
     projections = 0
     for level, (channels, blocks, attention) in enumerate(
@@ -42,7 +48,7 @@ def test_a_count_by_hand():
             return self.linear(self.conv(x))
 
     with torch.device("meta"):
-        work = flops._work(Tiny(), torch.empty(1, 2, 4, 8))
+        work = flops._count_work(Tiny(), torch.empty(1, 2, 4, 8))
     assert work.flop == 2 * 4 * 8 * 9 * 2 * 3 + 2 * (3 * 4) * 8 * 5
     assert work.weights == 3 * 2 * 9 + 3 + 8 * 5 + 5
     assert work.values == (2 + 3) * 4 * 8 + 3 * 4 * 8 + 3 * 4 * 5
@@ -50,10 +56,10 @@ def test_a_count_by_hand():
 
 def test_the_enhancer_is_counted_too():
     """Published: 1,957 GFLOP, with output projections (never applied) and a log-sigma branch (never decoded)."""
-    assert 0.99 < enhancer_work(PRESETS["paper"].enhancer, 256).flop / 1957e9 < 1.0
+    assert 0.99 < count_enhancer_work(PRESETS["paper"].enhancer, 256).flop / 1957e9 < 1.0
     tiny = PRESETS["tiny"].enhancer
     # Not exactly 4: the stride-2 convolutions read one padded row and column more.
-    assert enhancer_work(tiny, 64).values == pytest.approx(4 * enhancer_work(tiny, 32).values, rel=1e-3)
+    assert count_enhancer_work(tiny, 64).values == pytest.approx(4 * count_enhancer_work(tiny, 32).values, rel=1e-3)
 
 
 def test_a_batch_shares_the_weights():
@@ -62,26 +68,28 @@ def test_a_batch_shares_the_weights():
     assert work.intensity(8, 2) == pytest.approx(8000 / 360)
 
 
-def test_matmul_ceilings(monkeypatch):
+def test_measure_matmul_rates(monkeypatch):
     monkeypatch.setattr(flops, "MATRIX_SIZES", (16, 32))
     seconds = iter([1.0, 0.5, 2.0, 2.0, 2.0, 2.0, 1.0, 0.25, 4.0, 4.0, 4.0, 4.0])  # the first of each size warms up
     monkeypatch.setattr(flops, "time_call", lambda call, device: next(seconds))
     monkeypatch.setattr(flops, "PRECISIONS", {"fp32": torch.float32, "tf32": torch.float32})
-    assert matmul_ceilings(CPU, budget_s=60.0) == {"fp32": 2 * 32**3 / 0.25}  # the best; tf32 is CUDA's alone
+    assert measure_matmul_rates(CPU, ("fp32", "tf32"), budget_s=60.0) == {
+        "fp32": 2 * 32**3 / 0.25
+    }  # the best; tf32 is CUDA's alone
 
 
 def test_a_precision_without_a_kernel_is_left_out(monkeypatch):
     monkeypatch.setattr(flops, "MATRIX_SIZES", (16,))
-    monkeypatch.setattr(flops, "PRECISIONS", {"fp32": torch.float32, "bool": torch.bool})
+    monkeypatch.setattr(flops, "PRECISIONS", {"fp32": torch.float32, "bool": torch.bool, "fp16": torch.float16})
     before = torch.get_float32_matmul_precision()
-    rates = matmul_ceilings(CPU, budget_s=0.01)
+    rates = measure_matmul_rates(CPU, ("fp32", "bool", "fp16"), budget_s=0.01)
     assert list(rates) == ["fp32"]
     assert rates["fp32"] > 0
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_copy_bandwidth_counts_both_ways(monkeypatch):
+def test_measure_copy_rate_counts_both_ways(monkeypatch):
     monkeypatch.setattr(flops, "COPY_BYTES", {"cpu": 1000})
     seconds = iter([0.001, 4.0, 2.0, 5.0, 4.0, 4.0])  # the first warms up
     monkeypatch.setattr(flops, "time_call", lambda call, device: next(seconds))
-    assert copy_bandwidth(CPU) == 1000.0
+    assert measure_copy_rate(CPU) == 1000.0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_common, gpu_parts, gpu_suite
-from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, plan_of
+from benchmarks.gpu_common import ENGINES, Part, Skipped, make_model, make_rated_plan
 from bsdiff_rt.bench.candidates import Missing
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.errors import SettingsError
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def part(tmp_path):
     """A part on the CPU with the tiny networks at 16 px, and more time than it can need beside other work."""
     given = ["--device", "cpu", "--preset", "tiny", "--size", "16", "--output", str(tmp_path), "--batches", "1,2"]
-    options = gpu_suite.arguments([*given, "--repeats", "1", "--full-steps", "2"])
+    options = gpu_suite.parse_arguments([*given, "--repeats", "1", "--full-steps", "2"])
     (tmp_path / "work").mkdir()
     return Part("steps", options, tmp_path / "work", time.monotonic() + 600.0)
 
@@ -77,7 +77,7 @@ def test_a_part_that_hangs_is_ended_and_what_it_had_is_kept(part, monkeypatch, t
         time.sleep(600)
 
     found = supervised(part, monkeypatch, hangs, seconds=2.0)
-    assert (found["status"], found["reason"]) == ("out of time", "out of time; what it had is kept")
+    assert (found["status"], found["reason"]) == ("out of time", "out of time; its results are kept")
     assert found["rows"] == [{"name": "kept"}]
     assert json.loads((tmp_path / "steps.json").read_text()) == found
     for _ in range(50):  # what it started ended with it; until somebody has waited for it, it is a zombie
@@ -98,7 +98,7 @@ def test_a_part_that_crashes_costs_no_other(part, monkeypatch):
     ("error", "status", "reason"),
     [
         (Skipped("no GPU"), "skipped", "no GPU"),
-        (ModuleNotFoundError("x", name="pydicom"), "skipped", "the package pydicom is not installed here"),
+        (ModuleNotFoundError("x", name="pydicom"), "skipped", "the package pydicom is not installed"),
         (SettingsError("--device x: no"), "failed", "--device x: no"),
         (ZeroDivisionError("zero"), "failed", "ZeroDivisionError: zero"),
     ],
@@ -114,7 +114,7 @@ def test_how_a_part_may_end(part, monkeypatch, error, status, reason):
 
 def test_a_part_without_time_is_said_to_be_skipped(part, monkeypatch, tmp_path):
     found = supervised(part, monkeypatch, lambda _: pytest.fail("began"), seconds=-1.0)
-    assert (found["status"], found["reason"]) == ("skipped", "out of time")
+    assert (found["status"], found["reason"]) == ("skipped", "not enough time")
     assert json.loads((tmp_path / "steps.json").read_text()) == found
 
 
@@ -154,7 +154,7 @@ def test_the_budget_is_nine_minutes():
 )
 def test_arguments_that_are_refused(given, message, capsys):
     with pytest.raises(SystemExit) as end:
-        gpu_suite.arguments(given)
+        gpu_suite.parse_arguments(given)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -167,25 +167,25 @@ def test_the_weights_are_written_once_and_are_the_models(part):
     again = make_model(part)
     assert model.bundle is not None
     assert model.bundle.sha256 == again.bundle.sha256
-    for ours, theirs in zip(load_networks(model.bundle), model.networks(), strict=True):
+    for ours, theirs in zip(load_networks(model.bundle), model.load_networks(), strict=True):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name])
     assert [path.name for path in part.work.iterdir()] == ["model"]
 
 
 def test_batches_for_which_no_time_is_left_are_said(part, monkeypatch):
-    monkeypatch.setattr(gpu_parts, "measure", lambda *_: time.sleep(0.05) or iter([([], [])]))
+    monkeypatch.setattr(gpu_parts, "measure_batches", lambda *_: time.sleep(0.05) or iter([([], [])]))
     part.deadline = time.monotonic() + 0.1
     absent = [Missing("x", "x", "fp16", None, "why", 0)]
     gpu_parts.measure_rows(part, None, [], absent)
     assert part.found["notes"][0] == "batch 1: step: "
-    assert part.found["notes"][1].startswith("batch 2: skipped: out of time (0 s left, about 0 s needed)")
+    assert part.found["notes"][1].startswith("batch 2: skipped, not enough time (0 s left, about 0 s needed)")
     assert part.found["not_measured"][0]["reason"] == "why"
 
 
 def test_rows_measured_before_are_kept_and_not_repeated(part):
-    plan = plan_of(part)
-    found, _ = gpu_common.candidates(part, plan.model)
+    plan = make_rated_plan(part)
+    found, _ = gpu_common.load_all(part, plan.model)
     before = [{"name": "eager", "batch": 1, "step_ms": 1.0}]
     twin = [*found, gpu_common.Candidate("twin", found[0].runner)]
     rows = gpu_parts.measure_rows(part, plan, twin, [], before, lambda rows: [row | {"seen": True} for row in rows])
@@ -207,14 +207,14 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
         (folder / "denoiser.pt2").write_bytes(b"")
 
     monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
-    real = gpu_parts.backend
+    real, entry = gpu_parts.find_backend, SimpleNamespace(build=build)
     monkeypatch.setattr(
-        gpu_parts, "backend", lambda runner, bundle: (build, None) if runner == "aoti" else real(runner, bundle)
+        gpu_parts, "find_backend", lambda runner, bundle: entry if runner == "aoti" else real(runner, bundle)
     )
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: None)
     monkeypatch.setattr(gpu_parts, "DEMO_ENGINE_S", 1e9)
     gpu_parts.engines(part)
-    assert part.found["notes"][1].startswith("the demo model's engine: skipped: out of time")  # after the first engine
+    assert part.found["notes"][1].startswith("the demo model's engine: skipped, not enough time")
     assert list(part.found["built"]) == ["aoti fp16, batch 1", "aoti fp16"]
     assert batches == [(1, 1), (1, 2), (1, 2)]
     assert part.found["not_built"] == {
@@ -235,7 +235,7 @@ def test_no_engine_is_begun_that_will_not_be_done(part, monkeypatch):
         now[0] += 40.0
 
     monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
-    monkeypatch.setattr(gpu_parts, "backend", lambda *_: (build, None))
+    monkeypatch.setattr(gpu_parts, "find_backend", lambda *_: SimpleNamespace(build=build))
     monkeypatch.setattr(gpu_parts, "_demo_engine", lambda _: made.append("demo"))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     part.deadline = 110.0
@@ -245,14 +245,15 @@ def test_no_engine_is_begun_that_will_not_be_done(part, monkeypatch):
 
 
 def test_tests_that_take_too_long_tell_what_failed_so_far(part, monkeypatch, tmp_path):
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "sampling").mkdir(parents=True)
     (tmp_path / "tests" / "test_slow.py").write_text(
         "import pytest, time\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert 1 == 2, 'the picture differs'\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    time.sleep(60)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    for name in ("test_captured_sampler.py", "test_batching.py"):
-        (tmp_path / "tests" / name).write_text("")
+    for path in gpu_parts.FIRST_TESTS:
+        assert (gpu_parts.ROOT / path).is_file()
+        (tmp_path / path).write_text("")
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
     monkeypatch.setattr(gpu_parts, "TELLING_S", 20.0)
@@ -269,7 +270,7 @@ def test_an_engine_takes_the_batches_that_its_runner_can(part):
     bundle = make_model(part).bundle
     manifest = replace(bundle.manifest, preprocessing=Preprocessing(256), denoiser=PRESETS["paper"].denoiser)
     paper = replace(bundle, manifest=manifest)
-    assert {name: kind.options(part, paper).batch for name, kind in ENGINES.items()} == {
+    assert {name: kind.choose_options(part, paper).batch for name, kind in ENGINES.items()} == {
         "aoti fp16, batch 1": (1, 1),
         "tensorrt fp16, batch 1": (1, 1),
         "aoti fp16": (1, 16),
@@ -310,7 +311,7 @@ def test_full_images_are_made_in_the_order_of_what_they_tell(part, monkeypatch):
     part.name = "full"
     names = ["eager", "eager tf32", "slow", "fast"]
     runners = [SimpleNamespace(name=name) for name in names]
-    monkeypatch.setattr(gpu_parts, "candidates", lambda *_: (runners, []))
+    monkeypatch.setattr(gpu_parts, "load_all", lambda *_: (runners, []))
     monkeypatch.setattr(gpu_parts, "Trial", Quick)
     monkeypatch.setattr(gpu_parts, "time_call", lambda call, _: call() or (20.0 if made[-1:] == ["eager"] else 1.0))
     (part.options.output / "steps.json").write_text(
@@ -329,7 +330,7 @@ def test_full_images_are_made_in_the_order_of_what_they_tell(part, monkeypatch):
 def test_an_engine_is_measured_at_the_batches_it_takes(part, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        gpu_parts, "measure", lambda _, found, batches: asked.append((batches, found)) or iter([([], [])])
+        gpu_parts, "measure_batches", lambda _, found, batches: asked.append((batches, found)) or iter([([], [])])
     )
     one, some = (SimpleNamespace(runner=SimpleNamespace(batch_range=(1, most))) for most in (1, None))
     gpu_parts.measure_rows(part, None, [one, some], [])
@@ -339,7 +340,7 @@ def test_an_engine_is_measured_at_the_batches_it_takes(part, monkeypatch):
 def test_the_tests_need_their_packages(part, monkeypatch):
     monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
     monkeypatch.setattr(gpu_parts, "find_spec", lambda name: None if name in ("pytest", "pydicom") else "found")
-    with pytest.raises(Skipped, match="the tests need pytest, pydicom, not installed here"):
+    with pytest.raises(Skipped, match="the tests need pytest, pydicom; not installed"):
         gpu_parts.tests(part)
 
 

@@ -10,10 +10,21 @@ from helpers import ToyRunner
 from typer.testing import CliRunner
 
 from benchmarks import peers
-from benchmarks.peers import COMPILED, DIFFUSERS, OPENVINO, PUBLISHED, add_peers, app, published_networks, with_ratios
-from bsdiff_rt.bench import document as bench_report
-from bsdiff_rt.bench.candidates import Candidate, random_model
-from bsdiff_rt.bench.measure import Plan, measure
+from benchmarks.peers import (
+    COMPILED,
+    DIFFUSERS,
+    OPENVINO,
+    PUBLISHED,
+    add_ratios,
+    app,
+    build_published_networks,
+    load_peers,
+)
+from bsdiff_rt.bench import document as bench_document
+from bsdiff_rt.bench.candidates import Candidate
+from bsdiff_rt.bench.measure import measure_batches
+from bsdiff_rt.bench.networks import make_random_model
+from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.config import SAMPLERS, SamplerSettings, Schedule
 from bsdiff_rt.errors import EngineError
 
@@ -23,14 +34,14 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def rates(monkeypatch):
     """Takes the place of the device's own rates, which cost seconds."""
-    monkeypatch.setattr(bench_report, "matmul_ceilings", lambda _: {"fp32": 1e12})
-    monkeypatch.setattr(bench_report, "copy_bandwidth", lambda _: 1e10)
+    monkeypatch.setattr(bench_document, "measure_matmul_rates", lambda *_: {"fp32": 1e12})
+    monkeypatch.setattr(bench_document, "measure_copy_rate", lambda _: 1e10)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Every call is done, and takes 1 s."""
-    for module in ("bench.measure", "runners.timing"):
+    for module in ("bench.trial", "runners.timing"):
         monkeypatch.setattr(f"bsdiff_rt.{module}.time_call", lambda call, device: (call(), 1.0)[1])
 
 
@@ -56,13 +67,13 @@ def test_rows_follow_the_contract(tiny_bundle, tmp_path, rates):
 @pytest.mark.parametrize("preset", ["tiny", "demo"])
 def test_the_published_networks_are_ours(preset):
     """With our weights, in the presets' shapes; the demo's adds the X-ray to its output."""
-    model = random_model(preset, 32)
+    model = make_random_model(preset, 32)
     generator = torch.Generator().manual_seed(0)
     x_t, cxr = (torch.randn(2, 1, 32, 32, generator=generator) for _ in range(2))
     t = torch.tensor([3.0, 900.0])
     with torch.no_grad():
         for ours, theirs, inputs in zip(
-            model.networks(), published_networks(model), ((x_t, cxr, t), (cxr,)), strict=True
+            model.load_networks(), build_published_networks(model), ((x_t, cxr, t), (cxr,)), strict=True
         ):
             expected = ours(*inputs)
             torch.testing.assert_close(theirs.eval()(*inputs), expected, rtol=1e-4, atol=1e-4)  # fp32, other order
@@ -76,29 +87,29 @@ def test_the_published_networks_are_ours(preset):
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and NumPy 2
 def test_diffusers_loop_makes_our_picture(name, objective, quick):
-    tiny = random_model("tiny", 16)
+    tiny = make_random_model("tiny", 16)
     sampler = SamplerSettings(name, 5)
     model = replace(tiny, schedule=Schedule(objective=objective), sampler=sampler, enhance=False)
     eager = Candidate("eager", ToyRunner(16))
-    (loop,), absent = add_peers((DIFFUSERS,), model, CPU, eager)
+    (loop,), absent = load_peers((DIFFUSERS,), model, CPU, eager)
     assert absent == []
-    ((rows, failed),) = measure(Plan(model, CPU, 5, 1, 1), [eager, loop], [2])
+    ((rows, failed),) = measure_batches(Plan(model, CPU, 5, 1, 1), [eager, loop], [2])
     assert failed == []
     assert rows[1].equals_eager or rows[1].psnr_vs_eager > 60  # float32 on both sides, 1/alpha of the noisiest step
 
 
 def test_every_other_sampler_is_named(quick):
     (other,) = set(SAMPLERS) - {"ddpm", "ddim", "dpmpp-2m"}
-    model = replace(random_model("tiny", 16), sampler=SamplerSettings(other, 5))
-    _, (absent,) = add_peers((DIFFUSERS,), model, CPU, Candidate("eager", ToyRunner(16)))
+    model = replace(make_random_model("tiny", 16), sampler=SamplerSettings(other, 5))
+    _, (absent,) = load_peers((DIFFUSERS,), model, CPU, Candidate("eager", ToyRunner(16)))
     assert (absent.reason, absent.exit_code) == ("diffusers has no sampler release", 4)
 
 
 def test_what_is_not_asked_for_and_not_here_has_its_reason(monkeypatch):
     for package in ("generative.networks.nets", "diffusers", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
-    model = random_model("tiny", 16)
-    found, absent = add_peers((), model, CPU, Candidate("eager", ToyRunner(16)))
+    model = make_random_model("tiny", 16)
+    found, absent = load_peers((), model, CPU, Candidate("eager", ToyRunner(16)))
     assert found == []
     reasons = {entry.name: entry.reason for entry in absent}
     assert {entry.exit_code for entry in absent} == {0}
@@ -106,27 +117,27 @@ def test_what_is_not_asked_for_and_not_here_has_its_reason(monkeypatch):
         "the package generative.networks.nets is not installed; `pip install 'bsdiff-rt[peers]'`"
     )
     assert reasons[DIFFUSERS] == "the package diffusers is not installed; `pip install 'bsdiff-rt[peers]'`"
-    assert reasons[COMPILED].startswith("compiling takes minutes on a CPU; ask for it with --peer")
-    assert reasons[OPENVINO].startswith("needs a bundle on disk")
+    assert reasons[COMPILED].startswith("compiling takes minutes on a CPU; request it with --peer")
+    assert reasons[OPENVINO].startswith("it needs a bundle on disk")
 
 
 def test_openvino(tiny_bundle, monkeypatch):
-    model = bench_report.open_model(str(tiny_bundle))
+    model = bench_document.open_bench_model(str(tiny_bundle))
     eager = Candidate("eager", ToyRunner(64))
-    with pytest.raises(EngineError, match="it is measured on the CPU, not on cuda"):
-        peers.openvino(model, torch.device("cuda", 0), eager)
+    with pytest.raises(EngineError, match="it is measured on a CPU, not on cuda"):
+        peers.load_openvino(model, torch.device("cuda", 0), eager)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    _, (absent,) = add_peers((OPENVINO,), model, CPU, eager)
+    _, (absent,) = load_peers((OPENVINO,), model, CPU, eager)
     assert absent.reason == "the package openvino is not installed; `pip install 'bsdiff-rt[peers]'`"
     assert absent.exit_code == 4
 
 
 def test_openvino_makes_eagers_picture(tiny_bundle, quick):
     pytest.importorskip("openvino")
-    model = bench_report.open_model(str(tiny_bundle))
-    eager = bench_report.load_candidates(model, bench_report.Wanted(("eager",)), CPU)[0][0]
-    (candidate,), _ = add_peers((OPENVINO,), model, CPU, eager)
-    ((rows, failed),) = measure(Plan(model, CPU, 2, 1, 1), [eager, candidate], [2])
+    model = bench_document.open_bench_model(str(tiny_bundle))
+    eager = bench_document.load_candidates(model, bench_document.Wanted(("eager",)), CPU)[0][0]
+    (candidate,), _ = load_peers((OPENVINO,), model, CPU, eager)
+    ((rows, failed),) = measure_batches(Plan(model, CPU, 2, 1, 1), [eager, candidate], [2])
     assert failed == []
     assert rows[1].psnr_vs_eager > 90
 
@@ -136,7 +147,9 @@ def test_a_peer_that_breaks_is_no_reason_to_stop(monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setitem(peers.PEERS, PUBLISHED, broken)
-    found, absent = add_peers((PUBLISHED, DIFFUSERS), random_model("tiny", 16), CPU, Candidate("eager", ToyRunner(16)))
+    found, absent = load_peers(
+        (PUBLISHED, DIFFUSERS), make_random_model("tiny", 16), CPU, Candidate("eager", ToyRunner(16))
+    )
     assert [candidate.name for candidate in found] == [DIFFUSERS]
     assert [(entry.name, entry.reason, entry.exit_code) for entry in absent] == [(PUBLISHED, "RuntimeError: no", 1)]
 
@@ -145,7 +158,7 @@ def test_compiled_is_the_published_network_under_the_compiler(monkeypatch):
     """The compiler itself takes minutes; that it is given the networks, in this precision and mode, is what counts."""
     given = []
     monkeypatch.setattr(torch, "compile", lambda network, mode: given.append((network, mode)) or network)
-    candidate = peers.compiled(random_model("tiny", 16), CPU, Candidate("eager", ToyRunner(16)))
+    candidate = peers.load_compiled(make_random_model("tiny", 16), CPU, Candidate("eager", ToyRunner(16)))
     assert [type(network).__name__ for network, _ in given] == ["PublishedDenoiser", "PublishedEnhancer"]
     assert {mode for _, mode in given} == {"max-autotune"}
     assert (candidate.name, candidate.runner.precision) == (COMPILED, "fp32")
@@ -157,13 +170,13 @@ def test_ratios_are_to_the_published_row_of_the_same_batch():
         {"name": PUBLISHED, "batch": 1, "step_times_ms": [3.0, 6.0, 4.0]},
         {"name": "a", "batch": 2, "step_times_ms": [1.0]},
     ]
-    assert [row["published_over_this"] for row in with_ratios(rows)] == [3.0, 1.0, None]
+    assert [row["published_over_this"] for row in add_ratios(rows)] == [3.0, 1.0, None]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peer", "nobody"], "'nobody' is none of"),
+        (["--peer", "nobody"], "'nobody' is not known"),
         (["--batch", "0"], "'0' is not a list of whole numbers above 0"),
         (["--batch", "1,"], "'1,' is not a list"),
     ],
@@ -179,4 +192,4 @@ def test_errors_are_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         peers.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == "picture x.txt: name a .png, .pdf or .svg file\n"
+    assert capsys.readouterr().err == "plot x.txt: name a .png, .pdf or .svg file\n"

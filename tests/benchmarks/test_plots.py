@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plots
+from bsdiff_rt.bench.plot import OTHER_COLOUR, choose_ceilings, choose_style
 
 ROW = {"name": "eager", "precision": "fp32", "batch": 1, "step_ms": 60.0, "step_ms_p95": 66.0}
 ROW |= {"images_per_second": 1.5, "tflops": 25.0}
@@ -50,15 +51,35 @@ def test_a_picture(recorded, tmp_path, monkeypatch):
     assert draw(monkeypatch, recorded, "-o", path) == 0
     picture = cv2.imread(str(path))
     assert min(picture.shape[:2]) > 500
-    blue, orange = ((0xB2, 0x72, 0x00), (0x00, 0x5E, 0xD5))  # BGR of the first two runners: lines and markers
-    for colour in (blue, orange):
+    black, orange, sky = ((0, 0, 0), (0x00, 0x5E, 0xD5), (0xE9, 0xB4, 0x56))  # BGR of eager, aoti, published
+    for colour in (black, orange):
         assert np.count_nonzero((picture == colour).all(axis=2)) > 50
-    green = (0x73, 0x9E, 0x00)  # would be the third: a row of another part
-    assert np.count_nonzero((picture == green).all(axis=2)) == 0
+    assert np.count_nonzero((picture == sky).all(axis=2)) == 0  # a row of another part
+
+
+def test_a_runner_has_the_same_colour_in_every_plot():
+    names = ["eager", "published eager", "aoti fp16, batch 1", "tensorrt fp16", "tensorrt-rtx fp16", "onnxruntime"]
+    colours = [choose_style({"name": name, "precision": "fp32"})["color"] for name in names]
+    assert len(set(colours)) == len(names)
+    assert choose_style({"name": "aoti bf16", "precision": "bf16"})["color"] == colours[2]
+    engine = {"name": "engine mine", "runner": "aoti", "precision": "fp16"}
+    assert choose_style(engine) == {"color": colours[2], "marker": "D"}
+    assert choose_style({"name": "new", "precision": "fp32"})["color"] == OTHER_COLOUR
+
+
+def test_a_cpu_has_no_line_for_fp16():
+    names = [name for name, _ in choose_ceilings(DOCUMENT)]
+    assert names == ["fp32", "fp16", "bf16"]
+    on_cpu = DOCUMENT | {"conditions": {"device": "cpu"}}
+    assert [name for name, _ in choose_ceilings(on_cpu)] == ["fp32", "bf16"]
 
 
 def test_one_part_of_a_gpu_suite(recorded):
-    assert [row["name"] for row in plots.read(recorded, "peers")["rows"]] == ["eager", "eager", "published eager"]
+    assert [row["name"] for row in plots.read_document(recorded, "peers")["rows"]] == [
+        "eager",
+        "eager",
+        "published eager",
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [1]}', '{"rows": []}'])
