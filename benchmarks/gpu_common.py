@@ -60,8 +60,8 @@ class Part:
         return resolve_device(self.options.device)
 
     def left(self) -> float:
-        """Return the seconds until the deadline."""
-        return self.deadline - time.monotonic()
+        """Return the seconds until the deadline, at least 0."""
+        return max(self.deadline - time.monotonic(), 0.0)
 
     def save(self, **more: Any) -> None:
         """Add to the results, and write them."""

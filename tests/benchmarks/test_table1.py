@@ -183,9 +183,11 @@ def test_methods_that_cannot_be_judged(dataset, tiny_bundle, tmp_path, value, me
 def test_two_methods_of_one_name_and_a_result_of_another_shape(dataset, tiny_bundle, tmp_path):
     with pytest.raises(SettingsError, match="a: two methods have this name"):
         parse_methods(["a=x", "a=y"])
+    wide = tmp_path / "wide"
+    wide.mkdir()
     for name in "abcd":
-        cv2.imwrite(str(tmp_path / f"{name}.png"), np.linspace(0, 255, 64 * 80).reshape(64, 80).astype(np.uint8))
-    arguments = [dataset, "--bundle", tiny_bundle, "--device", "cpu", "--method", f"wide={tmp_path}"]
+        cv2.imwrite(str(wide / f"{name}.png"), np.linspace(0, 255, 64 * 80).reshape(64, 80).astype(np.uint8))
+    arguments = [dataset, "--bundle", tiny_bundle, "--device", "cpu", "--method", f"wide={wide}"]
     with pytest.raises(SettingsError, match=r"a\.png: 64 x 80 px has another aspect ratio"):
         CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
