@@ -101,8 +101,8 @@ def test_the_folder_of_an_engine_among_the_runners(tmp_path):
 def fake_engines(monkeypatch):
     """aoti in fp16 and bf16 is built, nothing else."""
 
-    def load(bundle, runner, device, precision="auto", folder=None):
-        if runner == "onnxruntime" or (runner == "aoti" and precision in ("fp16", "bf16")) or folder is not None:
+    def load(bundle, runner, device, precision="auto"):
+        if runner in ("onnxruntime", "x/mine") or (runner == "aoti" and precision in ("fp16", "bf16")):
             return ToyRunner(64)
         raise EngineError(f"no {runner} in {precision}")
 
@@ -138,7 +138,7 @@ def test_an_engines_folder(fake_engines, tiny_bundle):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"runners": ("pycuda",)}, "pycuda is not known; choose from eager, onnxruntime, "),
+        ({"runners": ("pycuda",)}, "pycuda is not known; choose from tensorrt, aoti, "),
         ({"precisions": ("int8",)}, "int8 is not known; choose from fp32, bf16, fp16"),
     ],
 )

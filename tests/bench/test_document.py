@@ -45,7 +45,7 @@ def test_run_closes_its_runners_and_tells_after_each_batch(rates, clock, monkeyp
         ({"repeats": 0}, "0: give 1 or more"),
         ({"steps": 0}, "0 sampling steps asked for"),
         ({"steps": 1001}, "1001 sampling steps asked for"),
-        ({"device": "gpu"}, "--device gpu"),
+        ({"device": "gpu"}, "gpu"),
     ],
 )
 def test_settings_are_refused_before_anything_is_measured(changes, message, monkeypatch):
@@ -120,8 +120,8 @@ def test_what_was_asked_for_and_is_missing_ends_with_its_exit_code(cli, tiny_bun
     arguments = ("--bundle", tiny_bundle, "--device", "cpu", "--batch", 1, "--steps", 1, "--repeats", 1)
     done = cli("bench", *arguments, "--runner", "tensorrt,eager", "--json-file", written)
     assert done.code == 4
-    assert re.search(r"^not measured: tensorrt: --runner tensorrt cannot be used on cpu", done.out, re.MULTILINE)
-    early, late = "tensorrt cannot be measured: --runner tensorrt cannot", "warming up"
+    assert re.search(r"^not measured: tensorrt: runner tensorrt cannot be used on cpu", done.out, re.MULTILINE)
+    early, late = "tensorrt cannot be measured: runner tensorrt cannot", "warming up"
     assert done.err.index(early) < done.err.index(late)
     found = json.loads(written.read_text())
     assert [row["name"] for row in found["rows"]] == ["eager"]
