@@ -413,7 +413,6 @@ def bench(
     from bsdiff_rt.bench import plot, profile, report
     from bsdiff_rt.bench.candidates import parse_wanted
     from bsdiff_rt.bench.document import BenchSettings, Document, run_benchmark
-    from bsdiff_rt.tables import print_table
 
     if plot_path is not None:
         plot.check_plot(plot_path)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bsdiff_rt.bench.candidates import randomise
+from bsdiff_rt.bench.networks import fill_randomly
 from bsdiff_rt.bundle import Manifest
 from bsdiff_rt.config import (
     PRESETS,
@@ -70,7 +70,7 @@ def export_random(
     options = BundleOptions(f"{preset}-random", settings, Preprocessing(size=size), enhance=enhance)
     denoiser, enhancer = Denoiser(shape.denoiser), Enhancer(shape.enhancer)
     for network in (denoiser, enhancer):  # a new network's last layers are zero; zeros would always agree
-        randomise(network, generator)
+        fill_randomly(network, generator)
     schedule = Schedule(objective=objective)
     describe_bundle(output, write_bundle(output, shape, schedule, denoiser, enhancer, options, overwrite=overwrite))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from synthetic import chest, dataset, save, stored
 from torch import nn
 
-from bsdiff_rt.bench.candidates import randomise as fill_randomly
+from bsdiff_rt.bench.networks import fill_randomly
 from bsdiff_rt.runners.base import Runner
 
 SHAPE = (160, 144)  # larger than the tiny networks' 64 px, not square, and no icon (search.ICON_PX)

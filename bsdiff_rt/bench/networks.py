@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bsdiff_rt import __version__
-from bsdiff_rt.bundle import MANIFEST, Bundle, open_bundle, list_bundles
+from bsdiff_rt.bundle import MANIFEST, Bundle, list_bundles, open_bundle
 from bsdiff_rt.config import PRESETS, DenoiserConfig, EnhancerConfig, SamplerSettings, Schedule
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
