@@ -26,11 +26,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.quality import write
+from benchmarks.cases import Case as TableCase
+from benchmarks.documents import write_json
 from benchmarks.retention_cases import PLAN, Case, Image, Wanted, Xray, place_inserts
 from benchmarks.retention_report import Kept, print_rows, summarise, write_picture
-from benchmarks.table1 import Case as TableCase
-from benchmarks.table1 import comparator
+from benchmarks.table1 import load_comparator
 from bsdiff_rt import __version__, formats
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, Preprocessing
@@ -96,7 +96,7 @@ def main(
     head |= {"field_mm": field_mm, "repeats": repeats, "seed": seed}
     head |= {"images": {name: sum(one.group == name for one in subjects) for name in {s.group for s in subjects}}}
     if output:
-        write(output, head | {"rows": []})
+        write_json(output, head | {"rows": []})
     with tempfile.TemporaryDirectory() as temporary:
         inputs = write_inputs or Path(temporary) / "inputs"
         write_pictures(subjects, inputs)
@@ -110,7 +110,7 @@ def main(
         if picture:
             write_picture(picture, found)
     if output:
-        write(output, head | {"rows": rows})
+        write_json(output, head | {"rows": rows})
 
 
 def split_name(entry: str) -> tuple[str, Path]:
@@ -194,14 +194,14 @@ def results(
 
 def _run_comparator(path: Path, inputs: Path, output: Path) -> None:
     """Write what a comparator makes of every picture."""
-    predict = comparator(path, resolve_device("auto"))
+    predict = load_comparator(path, resolve_device("auto"))
     for source in sorted(inputs.rglob("*.png")):
         cxr = read_raster(source, BITS).cxr
-        case = TableCase(source.stem, prepare(cxr, Preprocessing()), cxr, b"", "")
-        ((image, _),) = predict(case).values()
+        case = TableCase(source.stem, source.stem, prepare(cxr, Preprocessing()), cxr, BITS, b"", "")
+        (prediction,) = predict(case).values()
         target = output / source.relative_to(inputs)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_png(target, image, BITS)
+        write_png(target, prediction.soft_tissue, BITS)
 
 
 def judge(method: str, folder: Path, subjects: list[Subject]) -> list[Kept]:

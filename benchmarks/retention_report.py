@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from benchmarks.retention_cases import Image, Wanted
-from benchmarks.table1 import interval
+from benchmarks.table1 import bootstrap_interval
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.tables import print_table
 
@@ -69,8 +69,8 @@ def summarise(found: list[Kept], seed: int) -> list[dict[str, Any]]:
         kept, images = [one.kept for one in some], [one.image for one in some]
         lost = [float(one.kept < LOST) for one in some]
         row = {"method": method, "set": group, "by": by, "part": name, "inserts": len(some)}
-        row |= {"kept": float(np.mean(kept)), "kept_interval": interval(kept, images, seed)}
-        row |= {"lost_half": float(np.mean(lost)), "lost_half_interval": interval(lost, images, seed)}
+        row |= {"kept": float(np.mean(kept)), "kept_interval": bootstrap_interval(kept, images, seed)}
+        row |= {"lost_half": float(np.mean(lost)), "lost_half_interval": bootstrap_interval(lost, images, seed)}
         row |= {"fifth_percentile": float(np.percentile(kept, 5))}
         gains = np.log([max(one.gain, 1e-3) for one in some])
         row |= {"contrast_to_noise_gain": float(np.exp(gains.mean()))}
