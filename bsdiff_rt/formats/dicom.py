@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import cast, get_args
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
 from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
-from bsdiff_rt.formats.dicom_out import write_derived
+from bsdiff_rt.formats.dicom_out import DicomKind, write_derived
 from bsdiff_rt.formats.radiograph import Radiograph
 
 
@@ -19,8 +19,7 @@ def _read(path: Path, options: ReadOptions) -> Radiograph:
 def _write(path: Path, result: ResultToWrite) -> None:
     if result.derivation is None:
         raise SettingsError("a DICOM result needs a Derivation: how the picture was made")
-    sop: Literal["same", "sc"] = "sc" if result.kind == "dicom-sc" else "same"
-    write_derived(path, result.like, result.picture, result.derivation, sop)
+    write_derived(path, result.like, result.picture, result.derivation, cast(DicomKind, result.kind))
 
 
 DICOM = Format(
@@ -29,7 +28,7 @@ DICOM = Format(
     suffixes=frozenset({".dcm", ".dicom", ".ima"}),
     recognise=is_dicom,
     read=_read,
-    kinds=("dicom", "dicom-sc"),
+    kinds=get_args(DicomKind),
     result_suffix=".dcm",
     needs_source=True,
     write=_write,

@@ -11,6 +11,7 @@ from pydicom.datadict import dictionary_description
 from bsdiff_rt.errors import InputFailed
 
 BONE_SUPPRESSED = "BONE_SUPPRESSED"  # value 4 of Image Type in results of this program
+FULL_RANGE = "FULL RANGE"  # explanation of a result's window over all its values
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 _BINARY_VRS = ("US", "SS", "UL", "SL", "UV", "SV", "FL", "FD")
 

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from bsdiff_rt.errors import InputFailed
-from bsdiff_rt.formats.dicom_elements import read_number, read_term
+from bsdiff_rt.formats.dicom_elements import (
+    BONE_SUPPRESSED,
+    FULL_RANGE,
+    read_number,
+    read_numbers,
+    read_term,
+    read_terms,
+)
 from bsdiff_rt.formats.radiograph import depth_of, range_of
 
 NOISE_BELOW_ZERO = 1 / 16  # of the highest value
@@ -202,16 +209,21 @@ def _measure_clipped(values: NDArray[np.float32], clipped: NDArray[np.bool_]) ->
 def _read_window(dataset: Dataset) -> _Window | None:
     """Return the first window; None if there is none. A width of 0 is written where there is none.
 
+    Of a result of this program it is the window over the full range, so that results can be compared.
+
     Raises:
         InputFailed: its numbers or its function cannot be read.
     """
-    center, width = read_number(dataset, "WindowCenter"), read_number(dataset, "WindowWidth")
-    if center is None or width is None or width <= 0:
+    centers, widths = read_numbers(dataset, "WindowCenter"), read_numbers(dataset, "WindowWidth")
+    names = read_terms(dataset, "WindowCenterWidthExplanation")
+    ours = BONE_SUPPRESSED in read_terms(dataset, "ImageType") and FULL_RANGE in names
+    index = names.index(FULL_RANGE) if ours else 0
+    if min(len(centers), len(widths)) <= index or widths[index] <= 0:
         return None
     function = read_term(dataset, "VOILUTFunction") or "LINEAR"
     if function not in _WINDOW_FUNCTIONS:
         raise InputFailed(f"the VOI LUT Function is none of {', '.join(_WINDOW_FUNCTIONS)}")
-    return _Window(center, width, function)
+    return _Window(centers[index], widths[index], function)
 
 
 def _apply_window(values: NDArray[np.float32], window: _Window) -> NDArray[np.float32]:

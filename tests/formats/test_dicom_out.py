@@ -6,9 +6,11 @@ import datetime
 import logging
 import warnings
 
+import imagecodecs
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.encaps import get_frame
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     JPEG2000,
@@ -22,7 +24,7 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     SecondaryCaptureImageStorage,
 )
-from synthetic import PATIENT, SECRETS, chest, dataset, dx_dataset, lookup_table, save, stored
+from synthetic import PATIENT, SECRETS, chest, code, dataset, dx_dataset, lookup_table, save, stored
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.formats.dicom_in import read_dicom
@@ -41,9 +43,11 @@ DERIVATION = Derivation(
 )
 
 
-def derive(tmp_path, header, soft=SOFT, derivation=DERIVATION, sop="same", syntax=ExplicitVRLittleEndian, name="o.dcm"):
+def derive(
+    tmp_path, header, soft=SOFT, derivation=DERIVATION, kind="dicom", syntax=ExplicitVRLittleEndian, name="o.dcm"
+):
     radiograph = read_dicom(save(tmp_path / "SECRET.dcm", header, syntax))
-    write_derived(tmp_path / name, radiograph, soft, derivation, sop)
+    write_derived(tmp_path / name, radiograph, soft, derivation, kind)
     return dcmread(tmp_path / name)
 
 
@@ -60,13 +64,99 @@ def test_pixels_and_what_viewers_need(tmp_path, bits, syntax):
     assert derived.BitsAllocated == (8 if bits == 8 else 16)
     assert derived.PhotometricInterpretation == "MONOCHROME2"
     assert derived.PresentationLUTShape == "IDENTITY"
-    assert (derived.WindowCenter, derived.WindowWidth) == (2 ** (bits - 1), 2**bits)
+    assert (derived.WindowCenter[0], derived.WindowWidth[0]) == (2 ** (bits - 1), 2**bits)
+    assert list(derived.WindowCenterWidthExplanation) == ["FULL RANGE", "LUNGS"]
+
+
+def linear(values, center, width):
+    """PS3.3 C.11.2.1.2.1."""
+    return np.clip((values - (center - 0.5)) / (width - 1) + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_window_is_fitted_to_the_lungs(tmp_path, bits):
+    soft = chest(300, 256) * np.float32(0.9)
+    derived = derive(tmp_path, dataset(stored(chest(300, 256), bits), bits), soft=soft)
+    lungs = np.concatenate([derived.pixel_array[60:195, 46:102], derived.pixel_array[60:195, 154:210]])
+    shown = linear(lungs, derived.WindowCenter[1], derived.WindowWidth[1])
+    assert 0.02 < np.quantile(shown, 0.03) < 0.15
+    assert 0.85 < np.quantile(shown, 0.97) < 0.98
+    assert np.mean((shown > 0) & (shown < 1)) > 0.95
+    assert np.ptp(np.quantile(linear(lungs, derived.WindowCenter[0], derived.WindowWidth[0]), (0.03, 0.97))) < 0.5
+
+
+def test_a_faint_result_opens_with_the_window_of_the_lungs(tmp_path):
+    """Viewers begin with the first window; this program compares results by the full range."""
+    faint = (0.5 + 0.1 * chest(300, 256)).astype(np.float32)
+    derived = derive(tmp_path, dataset(stored(faint, 12)), soft=faint)
+    assert list(derived.WindowCenterWidthExplanation) == ["LUNGS", "FULL RANGE"]
+    assert derived.WindowWidth[1] == 4096
+    shown = linear(derived.pixel_array, derived.WindowCenter[0], derived.WindowWidth[0])
+    assert np.ptp(np.quantile(shown, (0.05, 0.95))) > 0.7
+    again = read_dicom(tmp_path / "o.dcm", derived=True)
+    np.testing.assert_allclose(again.cxr, faint, atol=0.5 / 4095 + 1e-6)
+    assert again.warnings == ()
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 15, 16])
+@pytest.mark.parametrize("make", [dataset, dx_dataset])
+def test_jpeg_2000_keeps_every_pixel(tmp_path, bits, make):
+    soft = chest(150, 130) * np.float32(0.9)
+    source = make(stored(chest(150, 130), bits), bits)
+    plain = derive(tmp_path, source, soft=soft, name="plain.dcm")
+    derived = derive(tmp_path, source, soft=soft, kind="dicom-j2k")
+    assert derived.file_meta.TransferSyntaxUID == JPEG2000Lossless
+    codestream = get_frame(derived.PixelData, 0, number_of_frames=1)
+    np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(codestream), plain.pixel_array)
+    assert len(derived.PixelData) < 0.9 * len(plain.PixelData)
+    assert (
+        read_dicom(tmp_path / "o.dcm", derived=True).pixel_digest
+        == read_dicom(tmp_path / "plain.dcm", derived=True).pixel_digest
+    )
+    # The same object in another encoding: all but the pixels is equal, and lossless stays lossless.
+    del derived.PixelData, plain.PixelData
+    assert derived == plain
+    assert derived.get("LossyImageCompression") is None
+
+
+def test_series_numbers_follow_the_sources(tmp_path):
+    def number(source, **changes):
+        header = dataset(stored(PICTURE, 12), SeriesNumber=source)
+        return derive(tmp_path, header, derivation=Derivation(**{**vars(DERIVATION), **changes})).SeriesNumber
+
+    assert 101 <= number(1) <= 199
+    assert 1201 <= number(12) <= 1299
+    assert 20_000_000_01 <= number(20_000_000) <= 20_000_000_99
+    for unusual in (None, 0, -3, 20_000_001):
+        assert 9000 <= number(unusual) <= 9999
+    others = {number(1, settings_digest=str(run)) for run in range(10)}  # results of other settings
+    assert len(others) > 5
+    assert len({number(1) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "region"), [("CHEST", "816094009"), ("chest", "816094009"), ("PORT CHEST", None), (None, None)]
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_a_chest_fills_an_empty_anatomic_region(tmp_path, part, region):
+    source = dx_dataset(stored(PICTURE, 12), BodyPartExamined=part)
+    for given in (None, Sequence([])):
+        if given is not None:
+            source.AnatomicRegionSequence = given
+        codes = derive(tmp_path, source).AnatomicRegionSequence
+        assert [(item.CodeValue, item.CodingSchemeDesignator) for item in codes] == (
+            [(region, "SCT")] if region else []
+        )
+    mine = code("51185008", "SCT", "Thorax")
+    source.AnatomicRegionSequence = [mine]
+    assert [item.CodeValue for item in derive(tmp_path, source).AnatomicRegionSequence] == ["51185008"]
+    assert "AnatomicRegionSequence" not in derive(tmp_path, dataset(stored(PICTURE, 12)))  # CR: not asked for
 
 
 @pytest.mark.parametrize("make", [dataset, dx_dataset])
-@pytest.mark.parametrize("sop", ["same", "sc"])
-def test_our_own_reader_sees_what_was_written(tmp_path, make, sop):
-    derive(tmp_path, make(stored(PICTURE, 12)), sop=sop)
+@pytest.mark.parametrize("kind", ["dicom", "dicom-sc"])
+def test_our_own_reader_sees_what_was_written(tmp_path, make, kind):
+    derive(tmp_path, make(stored(PICTURE, 12)), kind=kind)
     again = read_dicom(tmp_path / "o.dcm", derived=True)
     np.testing.assert_allclose(again.cxr, SOFT, atol=0.5 / 4095 + 1e-6)
 
@@ -77,12 +167,12 @@ def test_a_derived_image_is_not_processed_again(tmp_path):
         read_dicom(tmp_path / "o.dcm")
 
 
-@pytest.mark.parametrize("sop", ["same", "sc"])
+@pytest.mark.parametrize("kind", ["dicom", "dicom-sc"])
 @pytest.mark.parametrize("make", [dataset, dx_dataset])
-def test_identity_and_provenance(tmp_path, make, sop):
+def test_identity_and_provenance(tmp_path, make, kind):
     source = make(stored(PICTURE, 12))
-    derived = derive(tmp_path, source, sop=sop)
-    expected = source.SOPClassUID if sop == "same" else SecondaryCaptureImageStorage
+    derived = derive(tmp_path, source, kind=kind)
+    expected = source.SOPClassUID if kind == "dicom" else SecondaryCaptureImageStorage
     assert derived.SOPClassUID == derived.file_meta.MediaStorageSOPClassUID == expected
     assert derived.SOPInstanceUID == derived.file_meta.MediaStorageSOPInstanceUID != source.SOPInstanceUID
     assert derived.SeriesInstanceUID not in (source.SeriesInstanceUID, derived.SOPInstanceUID)
@@ -94,7 +184,7 @@ def test_identity_and_provenance(tmp_path, make, sop):
     assert derived.Modality == source.Modality
     assert list(derived.ImageType) == ["DERIVED", "SECONDARY", "", "BONE_SUPPRESSED"]
     assert derived.SeriesDescription == f"Thorax pa, {SERIES_SUFFIX}"
-    assert derived.SeriesNumber >= 9000
+    assert 101 <= derived.SeriesNumber <= 199  # behind the source, 1
     assert derived.InstanceNumber == 1
     assert derived.SyntheticData == "YES"
     assert derived.DerivationDescription == DERIVATION.description
@@ -130,14 +220,14 @@ def test_digital_x_ray_specifics(tmp_path):
 
 def test_secondary_capture_takes_no_detector_attributes(tmp_path):
     source = dx_dataset(stored(PICTURE, 12), DetectorID="D1", KVP="120", PatientAge="070Y")
-    derived = derive(tmp_path, source, sop="sc")
+    derived = derive(tmp_path, source, kind="dicom-sc")
     for keyword in ("DetectorID", "KVP", "PresentationIntentType", "RescaleSlope", "PixelIntensityRelationship"):
         assert keyword not in derived, keyword
     assert derived.ConversionType == "SYN"
     assert derived.SecondaryCaptureDeviceManufacturer == "bsdiff-rt"
     assert derived.PatientAge == "070Y"
     assert derived.ImagerPixelSpacing == [0.2, 0.2]
-    assert derive(tmp_path, source, sop="same").KVP == 120
+    assert derive(tmp_path, source, kind="dicom").KVP == 120
 
 
 def test_a_secondary_capture_source_stays_one(tmp_path):
@@ -178,17 +268,18 @@ def _with_everything():
     return source
 
 
-@pytest.mark.parametrize("sop", ["same", "sc"])
-def test_what_described_other_pixels_is_left_out(tmp_path, sop):
-    derived = derive(tmp_path, _with_everything(), sop=sop)
+@pytest.mark.parametrize("kind", ["dicom", "dicom-sc"])
+def test_what_described_other_pixels_is_left_out(tmp_path, kind):
+    derived = derive(tmp_path, _with_everything(), kind=kind)
     for keyword in (
-        *("VOILUTSequence", "VOILUTFunction", "RescaleSlope", "RescaleType", "WindowCenterWidthExplanation"),
+        *("VOILUTSequence", "VOILUTFunction", "RescaleSlope", "RescaleType"),
         *("SmallestImagePixelValue", "LargestImagePixelValue", "PixelPaddingValue", "IconImageSequence"),
         *("RealWorldValueMappingSequence", "PixelIntensityRelationshipLUTSequence"),
         *("SmallestImagePixelValueInPlane", "LargestImagePixelValueInPlane"),
         "DigitalSignaturesSequence",
     ):
         assert keyword not in derived, keyword
+    assert "NORMAL" not in derived.WindowCenterWidthExplanation
     assert not [element for element in derived.iterall() if element.tag.is_private]
     assert not [element for element in derived if element.tag.group in (0x5000, 0x6000, 0x6002)]
     assert len(derived.SourceImageSequence) == 1
@@ -224,7 +315,7 @@ DX_TYPE_2 = ("AnatomicRegionSequence", "DetectorType", "PositionerType", "Acquis
 
 
 def test_what_dx_requires_is_there_empty_where_the_source_lacks_it_and_kept_where_it_has_it(tmp_path):
-    bare = dx_dataset(stored(PICTURE, 12))
+    bare = dx_dataset(stored(PICTURE, 12), BodyPartExamined=None)
     for keyword in DX_TYPE_2:
         if keyword in bare:
             delattr(bare, keyword)
@@ -295,9 +386,9 @@ def test_jpeg_2000_is_lossy_where_it_says_so(tmp_path, flag):
 
 
 def test_uids_depend_on_source_bundle_and_settings_only(tmp_path):
-    def uids(header=None, sop="same", **changes):
+    def uids(header=None, kind="dicom", **changes):
         derivation = Derivation(**{**vars(DERIVATION), **changes})
-        derived = derive(tmp_path, header or dataset(stored(PICTURE, 12)), derivation=derivation, sop=sop)
+        derived = derive(tmp_path, header or dataset(stored(PICTURE, 12)), derivation=derivation, kind=kind)
         return derived.SOPInstanceUID, derived.SeriesInstanceUID
 
     instance, series = uids()
@@ -306,7 +397,7 @@ def test_uids_depend_on_source_bundle_and_settings_only(tmp_path):
         uids(bundle_sha256="ef" * 32),
         uids(settings_digest="0"),
         uids(software_version="0.2.0"),
-        uids(sop="sc"),
+        uids(kind="dicom-sc"),
     ):
         assert other[0] != instance
         assert other[1] != series
@@ -401,7 +492,7 @@ def test_what_the_standard_requires_is_there_and_empty(tmp_path):
     derived = derive(tmp_path, header)
     for keyword in ("Manufacturer", "BodyPartExamined", "ViewPosition", "StudyDate"):
         assert derived[keyword].is_empty
-    assert "BodyPartExamined" not in derive(tmp_path, header, sop="sc")
+    assert "BodyPartExamined" not in derive(tmp_path, header, kind="dicom-sc")
 
 
 def test_a_time_zone_that_there_is_not_is_no_time_zone(tmp_path):

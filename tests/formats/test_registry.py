@@ -59,6 +59,7 @@ def test_options_reach_the_readers(tmp_path):
         ("auto", ".dcm", ComputedRadiographyImageStorage),
         ("dicom", ".dcm", ComputedRadiographyImageStorage),
         ("dicom-sc", ".dcm", SecondaryCaptureImageStorage),
+        ("dicom-j2k", ".dcm", ComputedRadiographyImageStorage),
         ("png", ".png", None),
     ],
 )
