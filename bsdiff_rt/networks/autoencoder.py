@@ -1,8 +1,8 @@
 """Stage 2, the enhancer: the published autoencoder (Chen et al., ISBI 2024), which sharpens the denoiser's result.
 
-The computation is that of `AutoencoderKL` of monai-generative 0.2, decoding the mean mu. The published forward adds
-sigma * noise to mu although no KL term was trained; without it the output is deterministic, and the sigma branch has
-no parameters here. `published.py` converts the weights and tests/networks/ compares the two outputs.
+It computes what `AutoencoderKL` of monai-generative 0.2 computes when it decodes the mean mu. The published forward
+pass adds sigma * noise to mu, although no KL term was trained. Without the noise the output is deterministic, so the
+sigma branch does not exist here. `published.py` converts the weights, and tests/networks/ compares the outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bsdiff_rt.networks.blocks import ResBlock, SelfAttention, Upsample, group_n
 
 
 class PaddedDownsample(nn.Module):
-    """Stride-2 3x3 convolution, padded by one pixel on the right and the bottom only, as published.
+    """Stride-2 3x3 convolution, padded by one pixel at the right and at the bottom, as published.
 
     [B, channels, H, W] -> [B, channels, H/2, W/2], H and W even.
     """
@@ -31,7 +31,7 @@ class PaddedDownsample(nn.Module):
 
 
 def _level(in_channels: int, out_channels: int, res_blocks: int, attention: bool, groups: int) -> list[nn.Module]:
-    """Residual blocks of one level, each followed by attention where the level has it."""
+    """Return the residual blocks of one level, each followed by attention if the level has it."""
     layers: list[nn.Module] = []
     for i in range(res_blocks):
         layers.append(ResBlock(in_channels if i == 0 else out_channels, out_channels, groups))
@@ -41,7 +41,7 @@ def _level(in_channels: int, out_channels: int, res_blocks: int, attention: bool
 
 
 def _middle(config: EnhancerConfig) -> list[nn.Module]:
-    """The blocks at the lowest resolution; without `middle_attention` the published network drops all three."""
+    """Return the blocks at the lowest resolution. Without `middle_attention` there are none, as published."""
     if not config.middle_attention:
         return []
     channels, groups = config.channels[-1], config.norm_groups
@@ -53,7 +53,7 @@ def _middle(config: EnhancerConfig) -> list[nn.Module]:
 
 
 def _encoder(config: EnhancerConfig) -> nn.Sequential:
-    """[B, 1, H, W] -> [B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)]."""
+    """Return the encoder: [B, 1, H, W] -> [B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)]."""
     channels, groups = config.channels, config.norm_groups
     layers: list[nn.Module] = [nn.Conv2d(1, channels[0], 3, padding=1)]
     above = channels[0]
@@ -62,13 +62,13 @@ def _encoder(config: EnhancerConfig) -> nn.Sequential:
         if i < len(channels) - 1:
             layers.append(PaddedDownsample(width))
         above = width
-    # No activation between the last norm and convolution, here and in the decoder: as published.
+    # As published, there is no activation between the last norm and convolution, here and in the decoder.
     layers += [*_middle(config), group_norm(groups, above), nn.Conv2d(above, config.latent_channels, 3, padding=1)]
     return nn.Sequential(*layers)
 
 
 def _decoder(config: EnhancerConfig) -> nn.Sequential:
-    """[B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)] -> [B, 1, H, W]."""
+    """Return the decoder: [B, latent_channels, H / 2**(levels - 1), W / 2**(levels - 1)] -> [B, 1, H, W]."""
     channels, groups = config.channels, config.norm_groups
     below = channels[-1]
     layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, below, 3, padding=1), *_middle(config)]
@@ -82,7 +82,7 @@ def _decoder(config: EnhancerConfig) -> nn.Sequential:
 
 
 class Enhancer(nn.Module):
-    """The stage 2 network: a sharp soft-tissue image from the denoiser's smooth one.
+    """The stage 2 network. It makes a sharp soft-tissue image from the denoiser's smooth one.
 
     Args:
         config: the shape of the network.
@@ -105,7 +105,7 @@ class Enhancer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encode, and decode the mean of the latent.
+        """Encode the image, and decode the mean of the latent.
 
         Args:
             x: [B, 1, H, W], the parameters' dtype (or any under autocast), in [-1, 1]; H and W multiples of

@@ -1,6 +1,6 @@
-"""The blocks that both networks are made of: residual block, self-attention, nearest x2 upsampling.
+"""The blocks of both networks: residual block, self-attention, nearest x2 upsampling.
 
-Everything here is exportable (torch.export, ONNX opset 18) with a dynamic batch axis: no branch depends on a tensor.
+Everything here can be exported (torch.export, ONNX opset 18) with a dynamic batch axis: no branch depends on a tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NORM_EPS = 1e-6  # the published networks' value; torch's default is 1e-5
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """GroupNorm as both published networks use it.
+    """Return a GroupNorm with the epsilon of the published networks.
 
     Raises:
         ValueError: `channels` is not a multiple of `groups`.
@@ -25,12 +25,12 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection; optionally told the time in between.
+    """Twice GroupNorm, SiLU and 3x3 convolution around a skip connection. The time embedding may be added in between.
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of the output; the skip connection is a 1x1 convolution where the two differ.
-        groups: groups of both norms; divides both channel counts.
+        out_channels: channels of the output. If both differ, the skip connection is a 1x1 convolution.
+        groups: groups of both norms. It divides both channel counts.
         time_features: size of the time embedding, 0 for a block without one.
     """
 
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
 
         Args:
             x: [B, in_channels, H, W], floating.
-            time_embedding: [B, time_features]; used by blocks built with `time_features`, ignored by the others.
+            time_embedding: [B, time_features]. Blocks without `time_features` ignore it.
 
         Returns:
             [B, out_channels, H, W], same dtype.
@@ -64,8 +64,8 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Single-head self-attention over all pixels, with a skip connection. The head is as wide as the channels.
 
-    There is no output projection: the published networks hold one (`proj_attn`) and never apply it. Nothing is lost:
-    with one head it could be multiplied into `to_v`.
+    There is no output projection. The published networks hold one (`proj_attn`) but never apply it. With one head it
+    could be multiplied into `to_v` anyway.
 
     Args:
         channels: channels of input and output.
@@ -78,13 +78,13 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        # A compiler may know a faster form (runners/aoti_builder.py).
+        # aoti_builder.py replaces this by a faster form.
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block: [B, channels, H, W] -> the same shape and dtype."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, channels]
-        # The head axis of length 1 is what lets torch choose a fused kernel; the default scale is 1/sqrt(channels).
+        # With a head axis of length 1 torch can choose a fused kernel. The default scale is 1/sqrt(channels).
         query, key, value = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         attended = self.attend(query, key, value).squeeze(1)  # [B, H*W, channels]
         # x comes first: the sum takes its memory format, so channels_last stays channels_last and NCHW stays NCHW.
@@ -105,7 +105,7 @@ class Upsample(nn.Module):
 
 
 def sinusoidal_embedding(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of the time step, cosines first, in float32 whatever the network's precision.
+    """Return sinusoids of the timestep, cosines first, always in float32.
 
     Args:
         t: [B], int or float, 0 .. training steps - 1.
@@ -116,7 +116,7 @@ def sinusoidal_embedding(t: Tensor, size: int, max_period: float = 10000.0) -> T
         [B, size], float32, in [-1, 1].
     """
     half = size // 2
-    # Multiplied, then divided, then exp, all in float32: at t = 999 another order moves the published last digits.
+    # This order of operations, all in float32, gives the published digits. Another order changes the last ones.
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.to(torch.float32)[:, None] * torch.exp(exponents / half)
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)

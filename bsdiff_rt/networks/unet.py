@@ -14,13 +14,13 @@ from bsdiff_rt.config import DenoiserConfig
 from bsdiff_rt.networks.blocks import ResBlock, SelfAttention, Upsample, group_norm, sinusoidal_embedding
 
 
-def _attentions(count: int, channels: int, groups: int, present: bool) -> nn.ModuleList:
-    """One module per residual block: self-attention where the level has it, else the identity (no parameters)."""
+def _make_attentions(count: int, channels: int, groups: int, present: bool) -> nn.ModuleList:
+    """Return one module per residual block: self-attention if `present`, else the identity."""
     return nn.ModuleList(SelfAttention(channels, groups) if present else nn.Identity() for _ in range(count))
 
 
 class DownBlock(nn.Module):
-    """One level of the way down: residual blocks, each followed by attention where `attention`, then a stride-2 conv.
+    """One level of the encoder: residual blocks, each followed by attention if `attention`, then a stride-2 conv.
 
     Args:
         in_channels: channels from the level above.
@@ -29,7 +29,7 @@ class DownBlock(nn.Module):
         attention: whether this level has attention.
         groups: groups of every norm.
         time_features: size of the time embedding.
-        downsample: whether a stride-2 convolution follows; the lowest level has none.
+        downsample: whether a stride-2 convolution follows. The lowest level has none.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DownBlock(nn.Module):
             ResBlock(in_channels if i == 0 else out_channels, out_channels, groups, time_features)
             for i in range(res_blocks)
         )
-        self.attentions = _attentions(res_blocks, out_channels, groups, attention)
+        self.attentions = _make_attentions(res_blocks, out_channels, groups, attention)
         self.downsampler = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1) if downsample else None
 
     def forward(self, h: Tensor, time_embedding: Tensor) -> list[Tensor]:
@@ -58,7 +58,7 @@ class DownBlock(nn.Module):
             time_embedding: [B, time_features].
 
         Returns:
-            Every intermediate result in order, for the way up; the last one is the level's output.
+            Every intermediate result in order, for the decoder. The last one is the level's output.
         """
         outputs: list[Tensor] = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -70,7 +70,7 @@ class DownBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution; always with attention, as published."""
+    """Residual block, attention, residual block at the lowest resolution, as published."""
 
     def __init__(self, channels: int, groups: int, time_features: int) -> None:
         super().__init__()
@@ -85,16 +85,16 @@ class MiddleBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the way up: residual blocks that each take one result of the way down as well, then upsampling.
+    """One level of the decoder: residual blocks that each also take one result of the encoder, then upsampling.
 
     Args:
         in_channels: channels from the level below.
-        skip_channels: channels of each skip, in the order they are consumed; one residual block for each.
+        skip_channels: channels of each skip, in the order of their use. Each has one residual block.
         out_channels: channels of this level.
         attention: whether this level has attention.
         groups: groups of every norm.
         time_features: size of the time embedding.
-        upsample: whether nearest x2 and a convolution follow; the top level has none.
+        upsample: whether nearest x2 and a convolution follow. The top level has none.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class UpBlock(nn.Module):
             ResBlock((in_channels if i == 0 else out_channels) + skip, out_channels, groups, time_features)
             for i, skip in enumerate(skip_channels)
         )
-        self.attentions = _attentions(len(skip_channels), out_channels, groups, attention)
+        self.attentions = _make_attentions(len(skip_channels), out_channels, groups, attention)
         self.upsampler = Upsample(out_channels) if upsample else None
 
     def forward(self, h: Tensor, skips: list[Tensor], time_embedding: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class UpBlock(nn.Module):
 
         Args:
             h: [B, in_channels, H, W].
-            skips: results of the way down, newest last; this level's share is taken off its end.
+            skips: results of the encoder, newest last. This level removes its own from the end.
             time_embedding: [B, time_features].
 
         Returns:
@@ -132,7 +132,7 @@ class UpBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The stage 1 network: what the diffusion predicts (`Schedule.objective`), from x_t, the radiograph and the time.
+    """The stage 1 network. It predicts eps, v or x0 (`Schedule.objective`) from x_t, the X-ray and the timestep.
 
     Args:
         config: the shape of the network.
@@ -155,7 +155,7 @@ class Denoiser(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        skip_channels = [channels[0]]  # of every result of the way down, in order; the way up consumes it from the end
+        skip_channels = [channels[0]]  # of every result of the encoder, in order; the decoder takes them from the end
         previous = channels[0]
         levels = list(zip(channels, config.res_blocks, config.attention, strict=True))
         for i, (width, res_blocks, attention) in enumerate(levels):
@@ -178,25 +178,25 @@ class Denoiser(nn.Module):
         self._zero_init()
 
     def _zero_init(self) -> None:
-        """Zero the last convolution of each residual block and the output's: the published network's start."""
+        """Zero the last convolution of each residual block and of the output, as the published network does."""
         last = [module.conv2 for module in self.modules() if isinstance(module, ResBlock)]
         for convolution in (*last, self.conv_out):
             for parameter in convolution.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, cxr: Tensor, t: Tensor) -> Tensor:
-        """Predict from the noisy image, the radiograph and the time step.
+        """Predict from the noisy image, the X-ray and the timestep.
 
         Args:
             x_t: [B, 1, H, W], the parameters' dtype (or any under autocast); H and W multiples of 2**(levels - 1).
             cxr: [B, 1, H, W], same dtype, in [-1, 1].
-            t: [B], int or float, 0 .. training steps - 1; each image has its own.
+            t: [B], int or float, 0 .. training steps - 1, one for each image.
 
         Returns:
             [B, out_channels, H, W], same dtype (autocast's under autocast).
         """
         sinusoids = sinusoidal_embedding(t, self.config.channels[0])
-        # Only the sinusoids need float32: the angles reach 999 rad. They are in [-1, 1], so they can be cast after.
+        # Only the sinusoids need float32, because the angles reach 999 rad. They are in [-1, 1] and can be cast then.
         time_embedding = self.time_embed(sinusoids.to(self.conv_in.weight.dtype))
 
         h = self.conv_in(torch.cat((x_t, cxr), dim=1))

@@ -1,9 +1,11 @@
-"""Attention of an exported graph in the form that a backend knows.
+"""Rewrite the attention of an exported graph in the form that a backend knows.
 
-The bundle's graphs spell attention out (MatMul, Softmax, MatMul), as TensorRT's fusions want it; but their keys are
-turned in three steps, where TensorRT looks for one (`transpose_keys`). ONNX Runtime's CPU kernels take the graph
-literally: at 16,384 tokens the scores are 1 GiB, written and read three times. Its operator
-`com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache (`fuse_attention`).
+The bundle's graphs contain attention as MatMul, Softmax, MatMul, as TensorRT's fusions expect it. But they transpose
+the keys in three steps, where TensorRT looks for one (`transpose_keys`).
+
+ONNX Runtime's CPU kernels run the graph literally: at 16,384 tokens the scores take 1 GiB, which is written and read
+three times. Its operator `com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache
+(`fuse_attention`).
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ DOMAIN = "com.microsoft"
 
 
 def fuse_attention(graph: Path) -> ModelProto:
-    """The graph with every single-head attention fused; external data stays outside, where it was.
+    """Return a graph with every single-head attention fused. External data stays outside.
 
-    What is replaced: Squeeze(Softmax((s Q) (s K)^T) V), with Q, K and V unsqueezed to one head. An attention of any
-    other form stays as it is.
+    Squeeze(Softmax((s Q) (s K)^T) V) is replaced, with Q, K and V unsqueezed to one head. Attention of any other form
+    stays as it is.
 
     Args:
         graph: path of a graph of `python -m export`.
 
     Returns:
-        The changed model; its weights are still found relative to the folder of `graph`.
+        The changed model. Its weights are relative to the folder of `graph`.
     """
     model = onnx.load(graph, load_external_data=False)
     nodes = model.graph.node
@@ -36,7 +38,7 @@ def fuse_attention(graph: Path) -> ModelProto:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     replaced: dict[str, NodeProto] = {}
     for squeeze in nodes:
-        found = _attention(squeeze, made_by)
+        found = _find_attention(squeeze, made_by)
         if found is None:
             continue
         query, key, value, scale = found
@@ -51,29 +53,31 @@ def fuse_attention(graph: Path) -> ModelProto:
 
 
 def transpose_keys(model: ModelProto) -> None:
-    """Have every attention turn its keys with one Transpose, in place; the numbers stay.
+    """Let every attention transpose its keys with one Transpose, in place. The result stays the same.
 
-    The exporter writes Reshape, Transpose, Reshape, to shapes that are computed while the graph runs: a compiler that
-    looks for attention has to see through those first, and may not.
+    The exporter writes Reshape, Transpose, Reshape to shapes that are computed while the graph runs. A compiler that
+    looks for attention may not see through them.
     """
     made_by = {name: node for node in model.graph.node for name in node.output}
     replaced: dict[str, NodeProto] = {}
     for softmax in model.graph.node:
-        scores = _source(made_by, softmax.input[0], "MatMul") if softmax.op_type == "Softmax" else None
-        scaled = _source(made_by, scores.input[1], "Mul") if scores is not None else None
+        scores = _find_source(made_by, softmax.input[0], "MatMul") if softmax.op_type == "Softmax" else None
+        scaled = _find_source(made_by, scores.input[1], "Mul") if scores is not None else None
         if scaled is None:
             continue
         turned = scaled.input[0]
-        key = _source(made_by, turned, "Reshape", "Transpose", "Reshape", "Unsqueeze")
+        key = _find_source(made_by, turned, "Reshape", "Transpose", "Reshape", "Unsqueeze")
         if key is not None:
             replaced[turned] = helper.make_node("Transpose", list(key.output), [turned], perm=[0, 1, 3, 2])
     _replace(model, replaced)
 
 
-def _attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, str, str, str] | None:
-    """Names of Q, K, V (each [B, S, C]) and of the scale s of the attention that ends here; None if none does."""
+def _find_attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, str, str, str] | None:
+    """Return the names of Q, K, V (each [B, S, C]) and of the scale s of the attention that ends at a node.
 
-    source = partial(_source, made_by)
+    None if no attention ends there.
+    """
+    source = partial(_find_source, made_by)
     weighted = source(squeeze.input[0], "MatMul") if squeeze.op_type == "Squeeze" else None
     softmax = source(weighted.input[0], "Softmax") if weighted is not None else None
     scores = source(softmax.input[0], "MatMul") if softmax is not None else None
@@ -92,8 +96,8 @@ def _attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, 
     return query.input[0], key.input[0], value.input[0], scaled_query.input[1]
 
 
-def _source(made_by: dict[str, NodeProto], name: str, *kinds: str) -> NodeProto | None:
-    """The node `kinds` steps up the first inputs from the tensor `name`, if every step is of the kind named."""
+def _find_source(made_by: dict[str, NodeProto], name: str, *kinds: str) -> NodeProto | None:
+    """Follow first inputs up from the tensor `name`, and return the last node if all nodes are of the given kinds."""
     node: NodeProto | None = None
     for kind in kinds:
         node = made_by.get(name)
@@ -104,10 +108,10 @@ def _source(made_by: dict[str, NodeProto], name: str, *kinds: str) -> NodeProto 
 
 
 def _replace(model: ModelProto, replaced: dict[str, NodeProto]) -> None:
-    """Put nodes in the place of those with the same first output, and drop what nothing depends on any more."""
+    """Replace the nodes with the same first output, and drop nodes that nothing depends on any more."""
     graph = model.graph
     nodes = [replaced.get(node.output[0], node) for node in graph.node]
-    kept = _needed(nodes, {out.name for out in graph.output})
+    kept = _list_needed(nodes, {out.name for out in graph.output})
     used = {name for node in kept for name in node.input}
     weights = [tensor for tensor in graph.initializer if tensor.name in used]
     for field, still in ((graph.node, kept), (graph.initializer, weights)):
@@ -115,8 +119,8 @@ def _replace(model: ModelProto, replaced: dict[str, NodeProto]) -> None:
         field.extend(still)
 
 
-def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
-    """The nodes something still depends on, in order."""
+def _list_needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+    """Return the nodes that something depends on, in order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted.intersection(node.output):

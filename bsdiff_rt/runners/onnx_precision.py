@@ -1,17 +1,17 @@
-"""A bundle's fp32 ONNX graph in fp16 or bf16, with the precision written into the types of the graph.
+"""Convert a bundle's fp32 ONNX graph to fp16 or bf16. The precision is written into the types of the graph.
 
-Backends that take precision from the graph (TensorRT in strongly typed networks, ONNX Runtime) convert nothing by
-themselves: wherever two types meet there is a Cast. Inputs and outputs stay float32. What else stays float32, and why:
+TensorRT (in strongly typed networks) and ONNX Runtime take the precision from the graph and convert nothing themselves.
+So there is a Cast wherever two types meet. Inputs and outputs stay float32. These parts stay float32, too:
 
-- InstanceNormalization, the statistics of each group norm: sums over up to a million activations.
-- The time embedding up to and with its first Linear: the angles reach 999 rad, where fp16 is spaced 0.5.
-- The sum that makes the output of a network with a residual: it is the picture itself, on a scale of [-1, 1].
-- Attention from the scaled query and key to its result, if asked for: TensorRT 11.3 reads Casts around attention as a
-  fused fp16 kernel with fp32 sums; before 11.3, the same Casts keep it from fusing attention at all.
-- Resize in bf16: TensorRT has no bf16 kernel for it. Nearest neighbour only copies, so nothing is lost.
+- InstanceNormalization, the statistics of each group norm: it sums up to a million activations.
+- The time embedding up to its first Linear: the angles reach 999 rad, where neighbouring fp16 numbers differ by 0.5.
+- The sum that forms the output of a network with a residual: it is the picture itself, in [-1, 1].
+- Attention from the scaled query and key to its result, if requested. TensorRT 11.3 reads Casts around attention as a
+  fused fp16 kernel with fp32 sums. Before 11.3 the same Casts prevent fused attention.
+- Resize in bf16: TensorRT has no bf16 kernel for it. Nearest neighbour only copies values, so nothing is lost.
 
-The operator set stays 18. Its Conv names no bf16, which ONNX admits from operator set 22 on; TensorRT takes the type
-from the tensors. ONNX Runtime has no bf16 convolution in either.
+The operator set stays 18. Its Conv does not list bf16, which ONNX allows from operator set 22 on, but TensorRT takes
+the type from the tensors. ONNX Runtime has no bf16 convolution in either operator set.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from bsdiff_rt.runners.onnx_attention import transpose_keys
 
 ReducedPrecision = Literal["fp16", "bf16"]
 
-CONVERSION = 2  # raised with every change of what is converted; recorded with every engine
+CONVERSION = 2  # increased with every change of the conversion; recorded with every engine
 TIME_INPUT = "t"
 _TYPES = {"fp16": (TensorProto.FLOAT16, torch.float16), "bf16": (TensorProto.BFLOAT16, torch.bfloat16)}
 _SUFFIX: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-# Every operator of both networks; each computes its result in the type of its inputs, or moves data. Another one would
-# need a thought about its precision.
+# Every operator of both networks. Each computes its result in the type of its inputs, or moves data. The precision of a
+# further operator must be considered before it is added.
 _OPERATORS = (
     *("Add", "Concat", "Conv", "Cos", "Gemm", "InstanceNormalization", "MatMul", "Mul", "Reshape", "Resize", "Shape"),
     *("Sigmoid", "Sin", "Slice", "Softmax", "Squeeze", "Transpose", "Unsqueeze"),
 )
-_FP32_INPUTS = {"Resize": (1, 2)}  # region and scales: float32 whatever the image's type
+_FP32_INPUTS = {"Resize": (1, 2)}  # region and scales are float32 for every type of image
 
 
 def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision, *, attention_fp32: bool) -> None:
-    """Write the graph at `graph` in another precision to `destination`, in one file with its weights.
+    """Convert a graph to another precision, and write it in one file with its weights.
 
     Args:
-        graph: an fp32 graph of a bundle, its weights beside it.
-        destination: the file to write, below 2 GiB; larger networks need external data.
+        graph: an fp32 graph of a bundle, with its weights beside it.
+        destination: the file to write, below 2 GiB. Larger networks need external data.
         precision: of weights and activations.
         attention_fp32: whether attention's products and softmax are computed in float32.
 
     Raises:
-        EngineError: the graph cannot be read, has an operator or a type this conversion does not know, or a weight
-            that the precision cannot hold.
+        EngineError: the graph cannot be read, it has an operator that this conversion does not know, or a weight is
+            beyond the range of the precision.
     """
     try:
         model = onnx.load(graph)
@@ -65,13 +65,13 @@ def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision
         ) from error
     for node in model.graph.node:
         if node.op_type not in _OPERATORS or node.domain not in ("", "ai.onnx"):
-            raise EngineError(f"{graph}: operator {node.op_type} has no rule for {precision}; use --precision fp32")
+            raise EngineError(f"{graph}: operator {node.op_type} has no rule for {precision}. Use precision fp32.")
     _Conversion(model, precision, attention_fp32).run()
     onnx.save(model, destination)
 
 
 class _Conversion:
-    """One graph on its way from fp32 to `precision`; `run` rewrites `model` in place."""
+    """Conversion of one graph. `run` rewrites `model` in place."""
 
     def __init__(self, model: ModelProto, precision: ReducedPrecision, attention_fp32: bool) -> None:
         self._graph: GraphProto = model.graph
@@ -79,7 +79,7 @@ class _Conversion:
         self._type, self._torch_type = _TYPES[precision]
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._floats = {name for name, kind in _element_types(model.graph) if kind == TensorProto.FLOAT}
-        # Type of each float tensor, as far as the walk has come.
+        # Type of each float tensor, as far as nodes have been converted.
         self._now: dict[str, int] = dict.fromkeys(self._floats, TensorProto.FLOAT)
         self._fp32_nodes = set(self._choose(attention_fp32))
         self._nodes: list[NodeProto] = []
@@ -101,7 +101,7 @@ class _Conversion:
         self._graph.initializer.extend(kept)
 
     def _choose(self, attention_fp32: bool) -> Iterator[int]:
-        """Positions of the nodes that compute in float32."""
+        """Yield the positions of the nodes that compute in float32."""
         nodes = list(self._graph.node)
         made_by = {name: position for position, node in enumerate(nodes) for name in node.output}
         outputs = {output.name for output in self._graph.output}
@@ -124,34 +124,34 @@ class _Conversion:
                 yield from (other for other, reader in enumerate(nodes) if node.output[0] in reader.input)
 
     def _convert(self, node: NodeProto, kind: int) -> None:
-        """Append `node`, its float inputs brought to type `kind` first."""
+        """Append `node` after its float inputs have been converted to type `kind`."""
         for index, name in enumerate(node.input):
             if name in self._floats and node.op_type != "Shape":
                 needed = TensorProto.FLOAT if index in _FP32_INPUTS.get(node.op_type, ()) else kind
-                node.input[index] = self._as(name, needed)
+                node.input[index] = self._convert_tensor(name, needed)
         self._now |= dict.fromkeys(self._floats & set(node.output), kind)
         self._nodes.append(node)
 
-    def _as(self, name: str, kind: int) -> str:
-        """The tensor `name` in type `kind`: itself, a converted weight or the result of a Cast, made once."""
+    def _convert_tensor(self, name: str, kind: int) -> str:
+        """Return the tensor `name` in type `kind`: itself, a converted weight or the result of a Cast."""
         if self._now[name] == kind:
             return name
         result = f"{name}.{_SUFFIX[kind]}"
         if result not in self._converted:
             if name in self._weights:
-                self._converted[result] = self._weight(self._weights[name], result)
+                self._converted[result] = self._round_weight(self._weights[name], result)
             else:
                 self._converted[result] = None
                 self._nodes.append(helper.make_node("Cast", [name], [result], to=kind, name=f"{result}.cast"))
         return result
 
-    def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
-        """`tensor` rounded to the new type, to the nearest and to even in between."""
+    def _round_weight(self, tensor: TensorProto, name: str) -> TensorProto:
+        """Return `tensor` rounded to the new type, to nearest even."""
         values = torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(self._torch_type)
         if not values.isfinite().all():
             raise EngineError(
                 f"weight {tensor.name} holds a value beyond {self._precision}, whose largest is "
-                f"{torch.finfo(self._torch_type).max:.4g}; use another --precision"
+                f"{torch.finfo(self._torch_type).max:.4g}. Use another precision."
             )
         return helper.make_tensor(name, self._type, tensor.dims, values.view(torch.int16).numpy().tobytes(), raw=True)
 
@@ -168,7 +168,7 @@ class _Conversion:
 
 
 def _element_types(graph: GraphProto) -> Iterator[tuple[str, int]]:
-    """Name and element type of every tensor of a graph after shape inference."""
+    """Yield name and element type of every tensor of a graph after shape inference."""
     for value in (*graph.input, *graph.value_info, *graph.output):
         yield value.name, value.type.tensor_type.elem_type
     for tensor in graph.initializer:

@@ -1,15 +1,15 @@
 """Noise that belongs to the image: the same pixels and seed give the same noise anywhere. Torch-free.
 
-Each image has a stream of numbered draws, each a field of standard normals. Draw 0 is x_T, draw k + 1 is the z of step
-k. A draw depends on the user's seed, the image's pixel digest, its number and its size, and on nothing else: not on the
-device, the runner, the batch, its neighbours, the order of images or which draws came before it.
+Each image has a stream of numbered draws. A draw is a field of standard normal values: draw 0 is x_T, draw k + 1 is the
+noise z of step k. A draw depends only on the user's seed, the image's pixel digest, the draw's number and its size. It
+does not depend on device, runner, batch or the order of images and draws.
 
 Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") is counter-based: its numbers are a function
-of a key and a 256-bit counter, nothing is carried from one draw to the next. The key is the image's, the counter's
-top 64 bits are the draw's number, and the 192 bits below are far more than a draw can use, so draws never overlap.
+of a key and a 256-bit counter. The key is the image's. The counter's top 64 bits are the number of the draw. The 192
+bits below are far more than a draw can use, so draws never overlap.
 
-NumPy guarantees Philox's bits across versions but not the method that turns them into normals (NEP 19);
-tests/test_noise.py pins values, so a NumPy that changes it is noticed.
+NumPy guarantees Philox's bits across versions, but not the method that turns them into normal values (NEP 19). A test
+pins values to notice a change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SEED_LIMIT = 2**64
 
 
 class ImageNoise:
-    """The noise stream of one image; holds a 128-bit key and no state, so any thread may draw from it in any order.
+    """The noise stream of one image. It holds a key and no state, so any thread may draw in any order.
 
     Args:
         seed: the user's seed, 0 to 2^64 - 1.
@@ -43,12 +43,12 @@ class ImageNoise:
         self._key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 
     def draw(self, number: int, size: tuple[int, int], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """One field of standard normals; about 0.5 ms per 256 x 256 px on one core.
+        """Return one field of standard normal values.
 
         Args:
-            number: which draw, from 0; draws may be skipped, repeated or taken in any order.
-            size: (height, width), in px. Another size is another field, not a crop of this one.
-            out: filled and returned if given: `size`, float32, C-contiguous (a slice of a pinned batch, say).
+            number: number of the draw, from 0. Draws may be skipped, repeated or taken in any order.
+            size: (height, width), in px. Another size gives another field, not a crop of this one.
+            out: an array to fill and return: `size`, float32, C-contiguous.
 
         Returns:
             [H, W] float32, mean 0, variance 1.
@@ -61,13 +61,13 @@ class ImageNoise:
 def batch_noise(
     streams: Sequence[ImageNoise], number: int, size: tuple[int, int], out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """The same draw of several images, as the sampler takes it.
+    """Return one draw of several images.
 
     Args:
-        streams: one per image, in batch order; B of them.
-        number: which draw: 0 for x_T, k + 1 for step k.
+        streams: one per image, B of them.
+        number: number of the draw: 0 for x_T, k + 1 for step k.
         size: (height, width), in px.
-        out: filled and returned if given: [B, 1, H, W] float32, C-contiguous (the NumPy view of a pinned tensor, say).
+        out: an array to fill and return: [B, 1, H, W] float32, C-contiguous.
 
     Returns:
         [B, 1, H, W] float32.

@@ -1,6 +1,6 @@
-"""Noise schedules, and every sampler as a table of coefficients. Torch-free, float64: a table is made once per run.
+"""Noise schedules, and every sampler as a table of coefficients. Torch-free, float64.
 
-Notation (`s` is the step's timestep, `r < s` the next chosen one; after the last step `r` is clean data, abar_r = 1):
+Notation. `s` is the timestep of a step, and `r < s` the next one. After the last step `r` is clean data, abar_r = 1.
 
 | here             | in the papers                                        | meaning                                  |
 |------------------|------------------------------------------------------|------------------------------------------|
@@ -11,7 +11,7 @@ Notation (`s` is the step's timestep, `r < s` the next chosen one; after the las
     x_t = alpha x0 + sigma eps                      Ho 2020, equation 4
     v   = alpha eps - sigma x0                      Salimans and Ho 2022, section 4
 
-Every sampler here is linear in what a step knows, so one row of numbers is one step, and the loop knows no sampler:
+Every sampler here is linear in what a step knows. So one row of numbers describes a step, and one loop runs them all:
 
     x0     = clamp(P x_s + Q out, -1, 1)            `out` is what the denoiser predicts: eps, v or x0
     x_r    = A x_s + B x0 + C x0_previous + S z     z is standard normal
@@ -38,10 +38,10 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
 class Table:
-    """One row per denoiser call, first call first; the equations are in the module's docstring.
+    """One row per denoiser call, first call first. The equations are in the module's docstring.
 
     Attributes:
-        t: [N] int64, timesteps the denoiser is asked at, strictly falling from T - 1.
+        t: [N] int64, timesteps of the denoiser calls, strictly falling from T - 1.
         P: [N] float64, weight of x_t in x0.
         Q: [N] float64, weight of the denoiser's output in x0.
         A: [N] float64, weight of x_t in the next x_t.
@@ -49,7 +49,7 @@ class Table:
         C: [N] float64, weight of the previous step's x0 in the next x_t; 0 in the first row.
         S: [N] float64, standard deviation of the fresh noise in the next x_t.
 
-    The last row has A = C = S = 0 and B = 1, exactly: what a sampler returns is its last, clamped x0.
+    The last row has A = C = S = 0 and B = 1 exactly, so a sampler returns its last, clamped x0.
     """
 
     t: NDArray[np.int64]
@@ -62,12 +62,12 @@ class Table:
 
     @property
     def steps(self) -> int:
-        """Number of rows, which is the number of denoiser calls."""
+        """Number of rows and of denoiser calls."""
         return len(self.t)
 
 
 class _Ladder(NamedTuple):
-    """Signal and noise scales at both ends of each step: `_s` where it starts, `_r` where it arrives. [N] float64."""
+    """Signal and noise scales of each step, at its start (`_s`) and at its end (`_r`). [N] float64."""
 
     alpha_s: Float64
     sigma_s: Float64
@@ -76,7 +76,7 @@ class _Ladder(NamedTuple):
 
 
 def alpha_bar(schedule: Schedule) -> Float64:
-    """Cumulative product of 1 - beta: the share of x0's variance left in x_t (Ho 2020, below equation 4).
+    """Return the cumulative product of 1 - beta: the share of x0's variance in x_t (Ho 2020, below equation 4).
 
     Args:
         schedule: name, number of training steps T >= 2, and the two betas where the name uses them.
@@ -91,27 +91,27 @@ def alpha_bar(schedule: Schedule) -> Float64:
 
 
 def sampler_table(schedule: Schedule, name: str, steps: int) -> Table:
-    """The coefficients of `steps` steps of a named sampler, for what the denoiser of `schedule` predicts.
+    """Return the coefficients of `steps` steps of a named sampler.
 
-    With fewer than T steps the timesteps are spaced `trailing` (see `timesteps`) and a step goes from one chosen
-    timestep straight to the next: its alphas are ratios of the alpha_bar of the two, as in Nichol and Dhariwal 2021,
-    section 4.
+    With fewer than T steps the timesteps are spaced as in `timesteps`. A step then goes from one chosen timestep
+    straight to the next: its alphas are ratios of their alpha_bar (Nichol and Dhariwal 2021, section 4).
 
     Args:
-        schedule: the diffusion the denoiser was trained for; `objective` sets P and Q.
-        name: `ddpm` (ancestral, posterior variance of Ho 2020 equation 7), `ddim` (eta 0), `dpmpp-2m` (DPM-Solver++ 2M,
-            data prediction, midpoint; first and last step of first order) or `release` (the published BS-Diff code: x0
-            itself becomes the next x_t).
+        schedule: the diffusion that the denoiser was trained for. Its `objective` determines P and Q.
+        name: ddpm: ancestral, with the posterior variance of Ho 2020, equation 7.
+            ddim: with eta 0.
+            dpmpp-2m: DPM-Solver++ 2M, data prediction, midpoint; first and last step of first order.
+            release: the published BS-Diff code, in which x0 becomes the next x_t.
         steps: number of denoiser calls, 1 to T.
 
     Returns:
         The table, `steps` rows.
 
     Raises:
-        SettingsError: unknown sampler, objective or schedule; steps outside 1 to T.
+        SettingsError: the sampler, objective or schedule is unknown, or steps are outside 1 to T.
     """
     if name not in SAMPLERS:
-        raise SettingsError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+        raise SettingsError(f"unknown sampler {name!r}. Use one of {', '.join(SAMPLERS)}")
     abar = alpha_bar(schedule)
     t = timesteps(schedule.train_steps, steps)
     abar_s = abar[t]
@@ -119,16 +119,16 @@ def sampler_table(schedule: Schedule, name: str, steps: int) -> Table:
     ladder = _Ladder(np.sqrt(abar_s), np.sqrt(1.0 - abar_s), np.sqrt(abar_r), np.sqrt(1.0 - abar_r))
     p, q = _x0_from_output(schedule.objective, ladder)
     a, b, c, s = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp-2m": _dpmpp_2m, "release": _release}[name](ladder)
-    a[-1], b[-1], c[-1], s[-1] = 0.0, 1.0, 0.0, 0.0  # true of every formula above; here freed of rounding
+    a[-1], b[-1], c[-1], s[-1] = 0.0, 1.0, 0.0, 0.0  # true of every formula; this removes the rounding
     return Table(t, p, q, a, b, c, s)
 
 
 def timesteps(train_steps: int, steps: int) -> NDArray[np.int64]:
-    """Which timesteps a sampler of `steps` steps visits: the `trailing` spacing of Lin et al. 2024, table 2.
+    """Return the timesteps that a sampler of `steps` steps visits: the `trailing` spacing of Lin et al. 2024, table 2.
 
-    Trailing, because sampling starts from pure noise and only at T - 1 was the denoiser trained on (almost) pure noise.
-    The other two spacings either start where it expects to see some signal (`leading`), or spend a call on t = 0, where
-    next to nothing is left to remove (`linspace`). With steps = T all three are every timestep.
+    Sampling starts from pure noise, and the denoiser was trained on (almost) pure noise only at T - 1. Of the other two
+    spacings, `leading` starts where the denoiser expects some signal, and `linspace` spends a call on t = 0, where
+    almost nothing is left to remove. With steps = T all three give every timestep.
 
     Args:
         train_steps: T, in steps.
@@ -142,17 +142,18 @@ def timesteps(train_steps: int, steps: int) -> NDArray[np.int64]:
     """
     if not 1 <= steps <= train_steps:
         raise SettingsError(
-            f"{steps} sampling steps asked for, but this model was trained with {train_steps}; give 1 to {train_steps}"
+            f"{steps} sampling steps requested, but the model was trained with {train_steps}. Use 1 to {train_steps}.",
+            setting="steps",
         )
-    # T (N - i) is a whole number and divided only once, so no step count gains or loses a row by rounding.
+    # T (N - i) is a whole number and is divided only once, so rounding adds or removes no row.
     return np.rint(train_steps * np.arange(steps, 0, -1) / steps).astype(np.int64) - 1
 
 
 def _betas(schedule: Schedule) -> Float64:
-    """Variance added at each training step. [T] float64, each in (0, 1)."""
+    """Return the variance added at each training step: [T] float64, each in (0, 1)."""
     total = schedule.train_steps
     if total < 2:
-        raise SettingsError(f"a schedule of {total} training steps is no diffusion; give 2 or more")
+        raise SettingsError(f"a schedule of {total} training steps is not a diffusion. Use 2 or more.")
     if schedule.name == "cosine":
         start, end = schedule.beta_start, schedule.beta_end
         if not 0.0 < start <= end < 1.0:
@@ -164,11 +165,11 @@ def _betas(schedule: Schedule) -> Float64:
         # Nichol and Dhariwal 2021, equation 17 with offset 0.008, and betas capped at 0.999 (their section 3.2).
         remaining: Float64 = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2.0) ** 2
         return np.minimum(1.0 - remaining[1:] / remaining[:-1], 0.999)
-    raise SettingsError(f"unknown schedule {schedule.name!r}; choose one of cosine, squaredcos_cap_v2")
+    raise SettingsError(f"unknown schedule {schedule.name!r}. Use one of cosine, squaredcos_cap_v2")
 
 
 def _x0_from_output(objective: str, ladder: _Ladder) -> tuple[Float64, Float64]:
-    """P and Q: the equations for x_t and v in the module's docstring, solved for x0."""
+    """Return P and Q: the equations for x_t and v in the module's docstring, solved for x0."""
     alpha, sigma = ladder.alpha_s, ladder.sigma_s
     if objective == "eps":
         return 1.0 / alpha, -sigma / alpha
@@ -176,11 +177,11 @@ def _x0_from_output(objective: str, ladder: _Ladder) -> tuple[Float64, Float64]:
         return alpha.copy(), -sigma
     if objective == "x0":
         return np.zeros_like(alpha), np.ones_like(alpha)
-    raise SettingsError(f"unknown objective {objective!r}; choose one of eps, v, x0")
+    raise SettingsError(f"unknown objective {objective!r}. Use one of eps, v, x0")
 
 
 def _ddpm(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
-    """Mean and standard deviation of q(x_r | x_s, x0): Ho 2020, equation 7, with beta-tilde as the variance."""
+    """Return A, B, C, S of q(x_r | x_s, x0): Ho 2020, equation 7, with beta-tilde as the variance."""
     alpha_s, sigma_s, alpha_r, sigma_r = ladder
     ratio = alpha_s / alpha_r  # square root of the product of 1 - beta over the timesteps in (r, s]
     beta = 1.0 - ratio**2
@@ -190,14 +191,14 @@ def _ddpm(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
 
 
 def _ddim(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
-    """Song 2021, equation 12 with sigma = 0, its eps written as (x_s - alpha_s x0) / sigma_s of the clamped x0."""
+    """Return A, B, C, S of Song 2021, equation 12 with sigma = 0 and eps = (x_s - alpha_s x0) / sigma_s."""
     alpha_s, sigma_s, alpha_r, sigma_r = ladder
     a = sigma_r / sigma_s
     return a, alpha_r - a * alpha_s, np.zeros_like(a), np.zeros_like(a)
 
 
 def _dpmpp_2m(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
-    """Lu 2022, algorithm 2, with first-order steps (equal to DDIM's) at both ends.
+    """Return A, B, C, S of Lu 2022, algorithm 2, with first-order steps (equal to DDIM's) at both ends.
 
     x_r = (sigma_r / sigma_s) x_s - alpha_r (exp(-h) - 1) D with D = (1 + 1 / 2k) x0 - (1 / 2k) x0_previous, where h is
     this step's rise in lambda and k the previous step's rise over h.
@@ -213,6 +214,6 @@ def _dpmpp_2m(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
 
 
 def _release(ladder: _Ladder) -> tuple[Float64, Float64, Float64, Float64]:
-    """The published code's loop: x_t is replaced by the predicted x0, so only the first noise reaches the output."""
+    """Return A, B, C, S of the published code: x_t is replaced by x0, so only the first noise reaches the output."""
     zero = np.zeros_like(ladder.alpha_s)
     return zero, np.ones_like(zero), zero.copy(), zero.copy()

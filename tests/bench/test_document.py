@@ -43,8 +43,8 @@ def test_run_closes_its_runners_and_tells_after_each_batch(rates, clock, monkeyp
         ({"batches": (4, 0)}, "4,0: give whole numbers above 0"),
         ({"batches": ()}, ": give"),
         ({"repeats": 0}, "0: give 1 or more"),
-        ({"steps": 0}, "0 sampling steps asked for"),
-        ({"steps": 1001}, "1001 sampling steps asked for"),
+        ({"steps": 0}, "0 sampling steps requested"),
+        ({"steps": 1001}, "1001 sampling steps requested"),
         ({"device": "gpu"}, "gpu"),
     ],
 )

@@ -87,7 +87,7 @@ def test_pairs_share_one_grey_scale(tmp_path):
     ("steps", "json_file", "message"),
     [
         ("1,zwei", "q.json", "1,zwei: give whole numbers, separated by commas"),
-        ("1,2000", "q.json", "2000 sampling steps asked for"),
+        ("1,2000", "q.json", "2000 sampling steps requested"),
         ("1", "absent/q.json", r"q\.json cannot be written \(No such file"),
     ],
 )

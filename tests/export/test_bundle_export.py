@@ -168,7 +168,7 @@ def test_what_is_no_bundle_is_not_touched(write, tmp_path, kind):
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_default_that_could_not_be_run(write, tmp_path, steps):
     options = dataclasses.replace(OPTIONS, sampler=SamplerSettings("ddim", steps))
-    with pytest.raises(SettingsError, match=f"{steps} sampling steps asked for"):
+    with pytest.raises(SettingsError, match=f"{steps} sampling steps requested"):
         write(options=options)
     assert not list(tmp_path.iterdir())
 

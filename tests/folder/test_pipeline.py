@@ -293,8 +293,8 @@ def test_force_takes_what_the_header_speaks_against(run, toy, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"steps": 0}, SettingsError, "0 sampling steps asked for.* give 1 to 1000"),
-        ({"steps": 1001}, SettingsError, "1001 sampling steps asked for"),
+        ({"steps": 0}, SettingsError, "0 sampling steps requested.* Use 1 to 1000"),
+        ({"steps": 1001}, SettingsError, "1001 sampling steps requested"),
         ({"steps": -5}, SettingsError, "-5 sampling steps"),
         ({"sampler": "euler", "steps": 3}, SettingsError, "unknown sampler 'euler'"),
         ({"seed": -1}, SettingsError, "seed -1 is out of range"),

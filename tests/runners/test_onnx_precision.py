@@ -236,7 +236,7 @@ def test_a_weight_that_the_precision_cannot_hold(bundle_copy, tmp_path, value, p
     save_file(weights, path)
     largest = {"fp16": "6.55e+04", "bf16": "3.39e+38"}[precision]
     message = (
-        rf"weight middle_block\.resnet_1\.conv1\.weight holds a value beyond {precision}, .* {re.escape(largest)};"
+        rf"weight middle_block\.resnet_1\.conv1\.weight holds a value beyond {precision}, .* {re.escape(largest)}\."
     )
     with pytest.raises(EngineError, match=message):
         reduce_precision(bundle_copy / "denoiser.onnx", tmp_path / "out.onnx", precision, attention_fp32=False)
@@ -278,7 +278,7 @@ def save(path: Path, nodes, outputs) -> Path:
 
 def test_an_operator_without_a_rule(tmp_path):
     path = save(tmp_path / "g.onnx", [helper.make_node("Erf", ["x"], ["out"])], ["out"])
-    with pytest.raises(EngineError, match=r"g\.onnx: operator Erf has no rule for bf16; use --precision fp32"):
+    with pytest.raises(EngineError, match=r"g\.onnx: operator Erf has no rule for bf16\. Use precision fp32"):
         reduce_precision(path, tmp_path / "out.onnx", "bf16", attention_fp32=False)
 
 

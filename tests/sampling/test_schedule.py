@@ -108,7 +108,7 @@ def test_p_and_q_recover_x0(objective: str) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps: int) -> None:
-    with pytest.raises(SettingsError, match=rf"^{steps} sampling steps asked for.*trained with 1000; give 1 to 1000$"):
+    with pytest.raises(SettingsError, match=rf"^{steps} sampling steps requested.*trained with 1000\. Use 1 to 1000"):
         sampler_table(COSINE, "ddpm", steps)
 
 
