@@ -147,7 +147,7 @@ def measure_cage(build: Build, y: Array) -> Array:
 
 
 def draw_ribs(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
-    """Draw twelve pairs of ribs as tilted loops in space, so that their sides, seen end-on, are bright by themselves."""
+    """Draw twelve pairs of ribs as tilted loops in space, so that their sides, seen end-on, are bright."""
     count = int(rng.choice([11, 12, 12, 12]))
     thick, gauge = rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.15)
     k = np.tile(np.arange(12), 2)
@@ -236,7 +236,7 @@ def make_rings(x: ArrayLike, y: ArrayLike, rx: ArrayLike, ry: ArrayLike, tilt: f
 
 
 def draw_spine(canvas: Canvas, build: Build, rng: np.random.Generator) -> None:
-    """Draw vertebral bodies, end plates, pedicles, spinous and transverse processes, from the neck to the lumbar spine."""
+    """Draw vertebral bodies, end plates, pedicles and processes, from the neck to the lumbar spine."""
     k = np.arange(-7, 17)
     pitch = build.pitch * np.interp(k, [-7, -1, 0, 8, 14], [0.70, 0.78, 0.95, 1.0, 1.2])
     y = np.cumsum(pitch) - pitch

@@ -1,13 +1,13 @@
 """Training pairs: real dual-energy pairs and phantoms, and the augmentation that makes a small set go a long way.
 
-Everything here is numpy and cv2 on [H, W] float32 images in [0, 1]; a batch for step `k` depends only on the seed and
-`k`, so an interrupted training resumes on exactly the batches it would have seen.
+Everything here is numpy and cv2 on [H, W] float32 images in [0, 1]. The batch of a step depends only on the seed and
+the step, so a continued training sees exactly the batches it would have seen.
 
-Two kinds of target, told apart by how the X-ray looks:
+There are two kinds of target, depending on how the X-ray looks:
 
 - *scanner*: the dual-energy soft-tissue image as its scanner displays it, which is darker than the X-ray overall;
-- *tone-matched*: the X-ray minus its local bone layer. Used whenever the intensities were changed strongly, because an
-  image from somewhere else must keep its own tone ("tone is not bone").
+- *tone-matched*: the X-ray minus its local bone layer. It is used whenever the intensities were changed strongly,
+because an image of another scanner must keep its own tone.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ DATASET_BITS = 16
 
 @dataclass(frozen=True)
 class Pair:
-    """One patient: X-ray, truth, and the truth in the X-ray's own tone. All [S, S] float32 in [0, 1].
+    """One patient: X-ray, truth, and the truth in the X-ray's own tone. All are [S, S] float32 in [0, 1].
 
-    `digest` is `xray_digest` of the X-ray as it was read; "" for a phantom.
+    `digest` is the `xray_digest` of the X-ray as it was read; "" for a phantom.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, kinds: str) -> Augmentation:
-        """Only the kinds named, comma separated, each as strong as by default; or one of AUGMENTATION_SETS.
+        """Return only the named kinds, comma separated, each as strong as by default; or one of AUGMENTATION_SETS.
 
         Raises:
             SettingsError: an unknown kind.
@@ -119,10 +119,10 @@ AUGMENTATION_SETS: dict[str, frozenset[str]] = {
 
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
-    """Read one pair and bring it to `size` x `size` as inference does: no uniform borders, aspect kept, padded.
+    """Read one pair and resize it to `size` x `size` as inference does: borders cut off, aspect kept, padded.
 
     Raises:
-        SettingsError: the two are not of one shape.
+        SettingsError: the two differ in shape.
     """
     images = [picture.cxr for picture in read_together([cxr_path, soft_tissue_path])]
     (rows, columns), (soft_rows, soft_columns) = (image.shape for image in images)
@@ -153,12 +153,15 @@ def load_projected(folder: Path, size: int) -> NDArray[np.uint8]:
 
 
 def xray_digest(cxr: Image) -> str:
-    """Names an X-ray, [H, W] in [0, 1], by its pixels: 16 hexadecimal digits. benchmarks/table1.py does the same."""
+    """Return a name for an X-ray, [H, W] in [0, 1], made of its pixels: 16 hexadecimal digits.
+
+    benchmarks/table1.py uses the same.
+    """
     return grey_digest(cxr).hex()[:16]
 
 
 def read_dataset_settings(folder: Path) -> tuple[int, float]:
-    """Side in px and CLAHE clip limit (0: none) of what `python -m train prepare` wrote.
+    """Return side in px and CLAHE clip limit (0: none) of a data set written by `python -m train prepare`.
 
     Raises:
         SettingsError: there is no such data set.
@@ -168,7 +171,12 @@ def read_dataset_settings(folder: Path) -> tuple[int, float]:
 
 
 def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]:
-    """One part (train, val, test) of what `python -m train prepare` wrote, at its own size or `size`; may be empty.
+    """Read one part of a data set. It may be empty.
+
+    Args:
+        folder: written by `python -m train prepare`.
+        part: train, val or test.
+        size: side to resize to, px; None keeps the stored one.
 
     Raises:
         SettingsError: there is no such data set.
@@ -188,7 +196,7 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
 
 
 def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, float]]:
-    """Name, part and X-ray's digest of each pair of a data set, and its size and CLAHE."""
+    """Return name, part and digest of each pair of a data set, and its size and CLAHE clip limit."""
     path = folder / DATASET_FILE
     try:
         record = json.loads(path.read_text())
@@ -201,9 +209,14 @@ def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, 
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
-    """The truth in the X-ray's tone: what `--detail source` would make of it with a window for any bone. Both [S, S].
+    """Return the truth in the X-ray's tone: the X-ray minus its local bone layer.
 
-    Returns: [S, S] float32 in [0, 1].
+    Args:
+        cxr: [S, S] in [0, 1].
+        soft_tissue: as `cxr`.
+
+    Returns:
+        [S, S] float32 in [0, 1].
     """
     matched: Image = np.clip(soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX), 0.0, 1.0)
     return matched
@@ -261,9 +274,9 @@ class Batches:
         self.seed = seed
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything a sample depends on but its step.
+        """Return the SHA-256 of everything that a sample depends on except its step.
 
-        Of the pairs what was read, at 16 bits: the last bits of what is computed from it depend on the processor.
+        Pairs count as they were read, at 16 bits. The last bits of computed values depend on the processor.
         """
         rest = (self.seed, self.real_share, asdict(self.augmentation), self.phantoms.shape, len(self.real))
         digest = hashlib.sha256(repr(rest).encode())
@@ -275,9 +288,9 @@ class Batches:
         return digest.hexdigest()
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of the samples, plain values; `trained_on` holds the X-rays' digests.
+        """Return what a checkpoint records of the samples. `trained_on` holds the X-rays' digests.
 
-        What tells most comes first: of two runs that differ, the first difference is said.
+        The most telling values come first, because the first difference between two runs is reported.
         """
         return {
             "clahe": self.clahe,
@@ -443,7 +456,7 @@ def _as_it_is(image: Image) -> Image:
 
 
 def tone_curve(rng: np.random.Generator) -> Curve:
-    """A random monotone curve on [0, 1]: gamma, a smooth piecewise-linear bend, and a range inside [0, 1]."""
+    """Return a random monotone curve on [0, 1]: gamma, a smooth piecewise-linear bend, and a range inside [0, 1]."""
     knots = np.cumsum(np.concatenate([[0.0], rng.uniform(0.45, 1.55, 7)]))
     gamma = np.exp(rng.uniform(-0.5, 0.5))
     grid = np.linspace(0.0, 1.0, 257)

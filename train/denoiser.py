@@ -1,7 +1,8 @@
-"""Stage 1: train the denoiser. One loop, readable from top to bottom.
+"""Train stage 1, the denoiser. The training loop reads from top to bottom.
 
-Training follows the paper: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, conditioned on the clean X-ray,
-squared error of what the network predicts (`Schedule.objective`): eps as in the paper, v, or x0 relative to its bone.
+Training follows the paper: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, conditioned on the clean X-ray. The
+loss is the squared error of what the model predicts (`Schedule.objective`): eps as in the paper, v, or x0 relative to
+its bone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from train.validation import Validation
 def denoiser_losses(
     trainee: Trainee, x_t: Tensor, cxr: Tensor, t: Tensor, wanted: Tensor, weights: Tensor
 ) -> Iterator[Tensor]:
-    """Mean over the batch of each sample's weighted mean squared error, as a sum over the batch's pieces.
+    """Yield the batch's mean of each sample's weighted mean squared error, as terms of a sum over the batch's parts.
 
     `weights` are those of `bone_weights`, [B, 2].
     """
@@ -131,10 +132,10 @@ def _begin(
 
 
 def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:
-    """What a network learned from is no measure of it.
+    """Check that no held-out pair is among the X-rays trained on.
 
     Raises:
-        SettingsError: one of the pairs held out is among those whose digests are given.
+        SettingsError: one is.
     """
     known = set(trained_on)
     if seen := [pair.name for pairs in validation.groups.values() for pair in pairs if pair.digest in known]:

@@ -71,10 +71,15 @@ class Recipe:
     validation: SamplerSettings
 
     def options(self, stage: TrainOptions, pairs: int, processes: int) -> TrainOptions:
-        """`stage` with the number of steps that the epochs over `pairs` training pairs take on `processes` processes.
+        """Return the options of a stage with its number of steps, if the recipe counts epochs.
+
+        Args:
+            stage: options of the stage.
+            pairs: number of training pairs.
+            processes: number of processes that share an epoch.
 
         Raises:
-            SettingsError: epochs of no pairs.
+            SettingsError: the recipe counts epochs, and there are no pairs.
         """
         if not self.epochs:
             return stage
