@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from bsdiff_rt.config import SamplerSettings, Schedule
 from bsdiff_rt.errors import SettingsError
-from train.data import Augmentation
+from train.augment import Augmentation
 from train.loop import TrainOptions
 from train.losses import LossWeights
 from train.validation import FEW_STEPS

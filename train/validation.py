@@ -20,7 +20,8 @@ from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
 from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table
-from train.data import Pair, tone_curve
+from train.augment import tone_curve
+from train.data import Pair
 
 Image = NDArray[np.float32]
 Predict = Callable[[Image], Image]

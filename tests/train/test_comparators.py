@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bsdiff_rt.errors import SettingsError
+from train.augment import Augmentation
 from train.checkpoint import load_checkpoint
 from train.commands.comparator import comparator
 from train.comparator import choose_crop, dry_run_comparator, train_comparator
@@ -15,7 +16,7 @@ from train.comparators import COMPARATORS
 from train.comparators.gusarev import Gusarev
 from train.comparators.mca_net import McaNet, add_gradients, count_levels
 from train.comparators.resnet_bs import Block, ResNetBS
-from train.data import Augmentation, Batches
+from train.data import Batches
 from train.loop import TrainOptions
 
 SIZE = 32

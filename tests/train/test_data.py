@@ -10,21 +10,17 @@ import pytest
 
 from bsdiff_rt.errors import InputFailed, SettingsError
 from bsdiff_rt.formats.raster import find_pairs
+from train.augment import AUGMENTATION_SETS, Augmentation, degrade, tone_curve, warp
 from train.data import (
-    AUGMENTATION_SETS,
     BLACK_OUTSIDE,
     FOREIGN_BONE,
-    Augmentation,
     Batches,
     Pair,
-    degrade,
     load_dataset,
     load_pair,
     load_projected,
     match_tone,
     read_dataset_settings,
-    tone_curve,
-    warp,
     xray_digest,
 )
 from train.phantoms import draw_phantom, write_pairs

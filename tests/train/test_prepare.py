@@ -17,8 +17,9 @@ from bsdiff_rt.formats.dicom_in import read_dicom
 from bsdiff_rt.formats.raster import read_raster
 from bsdiff_rt.imaging.network_input import to_network
 from train.__main__ import app
+from train.augment import Augmentation
 from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
-from train.data import Augmentation, load_dataset, xray_digest
+from train.data import load_dataset, xray_digest
 from train.pairing import Match, Source
 from train.phantoms import draw_phantom
 from train.prepare import PrepareOptions, identify_patient, parse_split, prepare, read_exclusions, split_patients

@@ -6,9 +6,9 @@ import pytest
 
 from bsdiff_rt.config import PRESETS, Schedule
 from bsdiff_rt.errors import SettingsError
+from train.augment import Augmentation
 from train.commands.options import SharedOptions
 from train.commands.setup import resolve_options
-from train.data import Augmentation
 from train.loop import TrainOptions
 from train.losses import LossWeights
 from train.recipe import RECIPES

@@ -10,8 +10,9 @@ import torch
 
 from bsdiff_rt.config import PRESETS, SamplerSettings, Schedule
 from bsdiff_rt.errors import SettingsError
+from train.augment import Augmentation
 from train.checkpoint import load_checkpoint
-from train.data import Augmentation, Batches, Pair
+from train.data import Batches, Pair
 from train.denoiser import train_denoiser
 from train.enhancer import StageOne, make_stage_one_outputs, train_enhancer
 from train.loop import TrainOptions

@@ -16,8 +16,9 @@ from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.registry import load_runner
+from train.augment import Augmentation
 from train.checkpoint import load_checkpoint
-from train.data import Augmentation, Batches, Pair
+from train.data import Batches, Pair
 from train.denoiser import train_denoiser
 from train.loop import TrainOptions
 from train.start import start_from

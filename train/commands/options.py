@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from train.data import AUGMENTATION_SETS
+from train.augment import AUGMENTATION_SETS
 from train.recipe import RECIPES
 
 FROM_RECIPE = "from the recipe"

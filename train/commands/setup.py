@@ -11,11 +11,11 @@ from typing import Any
 from bsdiff_rt.config import PRESETS, Preset
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.formats.raster import find_pairs
+from train.augment import Augmentation
 from train.commands.options import SharedOptions
 from train.data import (
     NO_PAIRS,
     STORED_PX,
-    Augmentation,
     Batches,
     Pair,
     load_dataset,
