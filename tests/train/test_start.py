@@ -63,7 +63,7 @@ def test_added_blocks_learn(tiny_bundle):
     [
         (replace(TINY, channels=(8, 24)), SCHEDULE, r"its denoiser is .*channels=\(8, 16\).*not .*\(8, 24\)"),
         (TINY, Schedule(objective="eps"), "trained for .*objective='x0'.*not .*objective='eps'"),
-        (replace(TINY, res_blocks=(1, 2)), SCHEDULE, "1 residual blocks at level 2, 2 in this preset.*without attention"),
+        (replace(TINY, res_blocks=(1, 2)), SCHEDULE, "1 residual blocks at level 2, 2 in .*without attention"),
     ],
 )
 def test_what_cannot_be_started_from(tiny_bundle, config, schedule, message):
