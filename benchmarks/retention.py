@@ -29,7 +29,7 @@ import typer
 from benchmarks.cases import Case as TableCase
 from benchmarks.documents import write_json
 from benchmarks.retention_cases import PLAN, Case, Image, Wanted, Xray, place_inserts
-from benchmarks.retention_report import Kept, print_rows, summarise, write_picture
+from benchmarks.retention_report import UNTOUCHED, Kept, print_rows, summarise, write_picture
 from benchmarks.table1 import load_comparator
 from bsdiff_rt import __version__, formats
 from bsdiff_rt.bundle import open_bundle
@@ -44,7 +44,6 @@ from bsdiff_rt.runners.devices import resolve_device
 BITS = 16
 CXR, TRUTH = "_cxr", "_soft_tissue"
 RING = 8.0  # mm around an insert where noise is measured
-UNTOUCHED = "X-ray"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

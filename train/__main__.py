@@ -8,6 +8,7 @@ import cv2
 import typer
 
 from bsdiff_rt.errors import run_command
+from train.commands.average import average_command
 from train.commands.comparator import comparator_command
 from train.commands.demo import demo_command
 from train.commands.denoiser import denoiser_command
@@ -29,6 +30,7 @@ app.command("phantoms")(phantoms_command)
 app.command("drr")(drr_command)
 app.command("denoiser")(denoiser_command)
 app.command("enhancer")(enhancer_command)
+app.command("average")(average_command)
 app.command("demo")(demo_command)
 app.command("comparator")(comparator_command)
 
