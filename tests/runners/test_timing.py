@@ -11,7 +11,7 @@ from bsdiff_rt.runners.timing import median_ratio, time_call, time_in_turn
 CPU = torch.device("cpu")
 
 
-def test_seconds_of():
+def test_time_call():
     done = []
     assert 0 < time_call(lambda: done.append(1), CPU) < 1
     assert done == [1]
