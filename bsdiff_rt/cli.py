@@ -275,7 +275,10 @@ def infer(
 @app.command()
 def build_engine(
     bundle: Annotated[str, typer.Argument(help="Model: demo, or the folder of a bundle.")] = "demo",
-    runner: Annotated[Literal["aoti", "tensorrt"], typer.Option(help="Runner that the engine is for.")] = "aoti",
+    runner: Annotated[
+        Literal["auto", "aoti", "tensorrt"],
+        typer.Option(help="Runner that the engine is for. auto: the fastest whose builder is installed."),
+    ] = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="Precision of weights and activations. auto: fp16 on a GPU, fp32 on a CPU."),
@@ -301,17 +304,15 @@ def build_engine(
     _log(quiet, verbose)
     asked = None if batch == "auto" else _parse_batch_range(batch)
     from bsdiff_rt.bundle import open_bundle
-    from bsdiff_rt.config import EngineOptions
     from bsdiff_rt.engines import build as engine
     from bsdiff_rt.engines.manifest import read_engine
     from bsdiff_rt.runners.devices import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
-    low, high = asked or engine.find_default_batch(model, runner, where)
-    if precision == "auto":
-        precision = "fp32" if where.type == "cpu" else "fp16"
+    options = engine.resolve_options(model, where, runner, precision, asked)
+    low, high = options.batch
     with BuildProgress(quiet) as phases:
-        folder = engine.build_engine(model, EngineOptions(runner, precision, (low, high)), where, output, phases.show)
+        folder = engine.build_engine(model, options, where, output, phases.show)
     manifest = read_engine(folder).manifest
     parity, speed = manifest.parity, manifest.speed
     if as_json:
@@ -323,7 +324,7 @@ def build_engine(
             print_line(str(check))
     if not quiet:
         _print(
-            f"{folder}\n{runner} {precision}, batch {f'{low}:{high}' if low < high else low}, "
+            f"{folder}\n{options.runner} {options.precision}, batch {f'{low}:{high}' if low < high else low}, "
             f"built in {manifest.build_seconds:.0f} s.\n"
             f"Compared with {parity.reference}: single calls differ by at most {parity.worst_call:.1e} of the largest "
             f"output. Images after {step_count(parity.steps)} of {parity.sampler} have {parity.psnr_db:.1f} dB or more."
