@@ -59,9 +59,9 @@ def test_the_readme_has_at_most_600_words():
     assert len(words) <= 600, f"README.md has {len(words)} words"
 
 
-def test_no_table_row_of_the_readme_is_wider_than_120_characters():
-    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    assert rows
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_no_table_row_is_wider_than_120_characters(page):
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert [row for row in rows if len(row) > 120] == []
 
 
