@@ -10,9 +10,8 @@ import pytest
 
 from bsdiff_rt.errors import InputFailed, SettingsError
 from bsdiff_rt.formats.raster import find_pairs
-from train.augment import AUGMENTATION_SETS, Augmentation, degrade, tone_curve, warp
+from train.augment import AUGMENTATION_SETS, BLACK_OUTSIDE, Augmentation, degrade, tone_curve, warp
 from train.data import (
-    BLACK_OUTSIDE,
     FOREIGN_BONE,
     Batches,
     Pair,
