@@ -297,7 +297,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
     [
         ("--sampler euler", "Invalid value for '--sampler'"),
         ("--steps 0", "0 sampling steps requested"),
-        ("--steps 1001", "give 1 to 1000"),
+        ("--steps 1001", "--steps: 1001 sampling steps"),
         ("--steps many", "Invalid value for '--steps'"),
         ("--seed -1", "seed -1 is out of range"),
         ("--seed 1.5", "Invalid value for '--seed'"),
