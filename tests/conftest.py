@@ -31,9 +31,9 @@ from bsdiff_rt.networks.unet import Denoiser
 SIZE_PX, STEPS = 64, 3
 
 
-# What `--quick` leaves out: tests that export a bundle or compile an engine, and those of the workshop.
+# What `--quick` leaves out: tests that export a bundle or compile an engine, and the folders that take longest.
 SLOW_FIXTURES = {"tiny_bundle", "tiny_engine"}
-SLOW_FOLDERS = ("train", "export", "benchmarks")
+SLOW_FOLDERS = ("train", "export", "benchmarks", "engines", "examples")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
