@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.methods import read_picture
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.network_input import resize
 from bsdiff_rt.imaging.one_image import Prepared, prepare
@@ -94,7 +94,7 @@ def _read_record(record: Path, part: str) -> list[dict[str, Any]]:
 def _make_case(name: str, patient: str, pair: list[Any], prep: Preprocessing, digest: str | None) -> Case:
     cxr, truth = pair
     soft_tissue = resize(truth.cxr, cxr.cxr.shape)
-    digest = digest or grey_digest(cxr.cxr).hex()[:16]  # as train/data.py does
+    digest = digest or hash_grey(cxr.cxr).hex()[:16]  # as train/data.py does
     return Case(name, patient, prepare(cxr.cxr, prep), soft_tissue, cxr.bits_stored, cxr.pixel_digest, digest)
 
 

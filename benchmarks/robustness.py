@@ -26,7 +26,7 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.formats.radiograph import range_of
+from bsdiff_rt.formats.radiograph import find_range
 from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together, write_png
 from bsdiff_rt.imaging.metrics import mean_quality, quality
 from bsdiff_rt.runners.devices import resolve_device
@@ -114,7 +114,7 @@ def check_range(name: str, cxr: Image) -> None:
     Raises:
         SettingsError: it is so dark that a reader would take it for an image of fewer bits.
     """
-    if range_of(np.rint(cxr * 65535).astype(np.int64))[1] < 32768:
+    if find_range(np.rint(cxr * 65535).astype(np.int64))[1] < 32768:
         raise SettingsError(f"{name}: the X-ray uses less than half of the grey scale; choose brighter X-rays")
 
 

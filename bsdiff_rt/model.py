@@ -26,7 +26,7 @@ from bsdiff_rt.engines.select import Choice, RunnerRequest, load_first
 from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.files import digest_json
 from bsdiff_rt.formats.base import Derivation
-from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels, grey_digest
+from bsdiff_rt.formats.radiograph import Radiograph, check_picture, from_pixels, hash_grey
 from bsdiff_rt.imaging.one_image import Finished, Prepared, count_passes, finish, list_passes, prepare
 from bsdiff_rt.imaging.probe import Retention
 from bsdiff_rt.imaging.view import make_whole_view
@@ -272,7 +272,7 @@ def from_array(pixels: Pixels) -> Radiograph:
     if not (low >= 0 and high <= 1):  # also NaN
         raise InputRefused(f"grey levels of a float X-ray lie in [0, 1]; these lie in [{low:g}, {high:g}]. Scale them")
     check_picture(cxr)
-    return Radiograph(cxr, 16, grey_digest(cxr))
+    return Radiograph(cxr, 16, hash_grey(cxr))
 
 
 def make_result(radiograph: Radiograph, prepared: Prepared, finished: Finished) -> Result:

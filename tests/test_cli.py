@@ -24,7 +24,7 @@ from synthetic import SECRETS, chest
 from bsdiff_rt import __version__, bundle
 from bsdiff_rt import cli as command_line
 from bsdiff_rt.folder import progress as module
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.formats.raster import read_raster
 from bsdiff_rt.runners import devices
 
@@ -755,7 +755,7 @@ def test_evaluate_names_the_file_that_is_bad(cli, pairs):
 
 def test_evaluate_names_what_the_model_was_trained_on(cli, pairs, bundle_copy):
     content = json.loads((bundle_copy / bundle.MANIFEST).read_text())
-    content["training"]["trained_on"] = [grey_digest(read_raster(pairs[3] / "p1.png").cxr).hex()[:16]]
+    content["training"]["trained_on"] = [hash_grey(read_raster(pairs[3] / "p1.png").cxr).hex()[:16]]
     (bundle_copy / bundle.MANIFEST).write_text(bundle.to_signed_json(content))
     done = cli("evaluate", *pairs, "--bundle", bundle_copy)
     assert done.code == 0

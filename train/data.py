@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.evaluate import read_result
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.network_input import resize, to_network
 from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
@@ -96,7 +96,7 @@ def xray_digest(cxr: Image) -> str:
 
     benchmarks/table1.py uses the same.
     """
-    return grey_digest(cxr).hex()[:16]
+    return hash_grey(cxr).hex()[:16]
 
 
 def read_dataset_settings(folder: Path) -> tuple[int, float]:

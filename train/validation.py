@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bsdiff_rt.config import SamplerSettings, Schedule
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.imaging.metrics import bsr_tone_matched, mean_quality, quality
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.sampling.noise import ImageNoise, batch_noise
@@ -105,7 +105,7 @@ def run_network(network: nn.Module, image: Image) -> Image:
 def run_stage_one(network: nn.Module, schedule: Schedule, cxr: Image, sampler: SamplerSettings) -> Image:
     """Run an X-ray through stage 1, on its device: [S, S] float32 in [0, 1] to the same."""
     runner = EagerRunner(network, nn.Identity(), cxr.shape[0], find_device(network))
-    noise = [ImageNoise(0, grey_digest(cxr))]
+    noise = [ImageNoise(0, hash_grey(cxr))]
 
     def draw(number: int) -> Tensor:
         return torch.from_numpy(batch_noise(noise, number, cxr.shape))

@@ -18,7 +18,7 @@ from bsdiff_rt.errors import BsdiffError, BundleError, SettingsError
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.report import FILE_NAME, UNCERTAINTY
 from bsdiff_rt.folder.search import is_input, strip_suffix
-from bsdiff_rt.formats.radiograph import Radiograph, grey_digest
+from bsdiff_rt.formats.radiograph import Radiograph, hash_grey
 from bsdiff_rt.imaging.metrics import Quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
 
@@ -99,7 +99,7 @@ def evaluate(matches: list[Match], size: int = SIZE_PX, known: Collection[str] =
         try:
             images = _read_images(one)
             # The digest belongs to the X-ray at its own matrix, as training read it.
-            trained_on = bool(known) and grey_digest(images[0]).hex()[:DIGEST_DIGITS] in known
+            trained_on = bool(known) and hash_grey(images[0]).hex()[:DIGEST_DIGITS] in known
             yield Outcome(one.name, _compare(one.name, images, size), trained_on=trained_on)
         except BsdiffError as error:
             yield Outcome(one.name, error=error)

@@ -27,7 +27,7 @@ from bsdiff_rt.formats.dicom_elements import (
     read_term,
     read_terms,
 )
-from bsdiff_rt.formats.radiograph import depth_of, range_of
+from bsdiff_rt.formats.radiograph import find_depth, find_range
 
 NOISE_BELOW_ZERO = 1 / 16  # of the highest value
 CLIPPED_SHARE = (
@@ -103,9 +103,9 @@ def _find_full_range(stored: NDArray[np.int32], bits_stored: int) -> tuple[float
     """
     if not stored.size:
         return 0.0, 1.0
-    low, high = range_of(stored)
+    low, high = find_range(stored)
     if low >= 0 or -low < high * NOISE_BELOW_ZERO:
-        return 0.0, float(2 ** min(depth_of(high), bits_stored) - 1)
+        return 0.0, float(2 ** min(find_depth(high), bits_stored) - 1)
     bits = min(max((-low - 1).bit_length(), high.bit_length(), 7), bits_stored - 1)
     return float(-(2**bits)), float(2**bits - 1)
 
@@ -179,7 +179,7 @@ def _judge_clipping(
     low, high = (_measure_clipped(inside_values, clipped) for clipped in
                  (inside_displayed <= end, inside_displayed >= 1 - end))  # fmt: skip
     if max(low, high) > MISSED_SHARE or float(inside_displayed.min()) == float(inside_displayed.max()):
-        first, last = (float(value) for value in range_of(np.rint(inside_values).astype(np.int64)))
+        first, last = (float(value) for value in find_range(np.rint(inside_values).astype(np.int64)))
         if last <= first:
             return displayed, []
         return _ramp(values, first, last - first), [
@@ -286,6 +286,6 @@ def _read_lookup_table(item: Dataset, dataset: Dataset, *, signed: bool) -> tupl
     # Some writers declare fewer bits than the entries have. Others declare 16 bits over entries of 12, which would be
     # black. One bit less may be meant.
     used = int(table.max()).bit_length()
-    if used > bits or depth_of(int(table.max())) <= bits - 2:
+    if used > bits or find_depth(int(table.max())) <= bits - 2:
         bits = max(used, min(bits, 8))
     return table, first - 65536 if signed and first > 32767 else first, bits

@@ -21,7 +21,7 @@ from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.formats.dicom_checks import check_kind, check_pixel_module, check_view
 from bsdiff_rt.formats.dicom_grey import to_displayed
 from bsdiff_rt.formats.dicom_pixels import assume_transfer_syntax, decode_stored_values, note_lossy_compression
-from bsdiff_rt.formats.radiograph import Radiograph, check_picture, pixel_digest
+from bsdiff_rt.formats.radiograph import Radiograph, check_picture, hash_pixels
 
 _FIRST_ELEMENTS_OF_GROUP_8 = (0, 1, 5, 8, 0x12, 0x14, 0x16, 0x18)
 _GROUP_8_LITTLE = tuple(bytes((8, 0, element, 0)) for element in _FIRST_ELEMENTS_OF_GROUP_8)
@@ -103,7 +103,7 @@ def _read_dataset(dataset: Dataset, *, any_view: bool, derived: bool) -> Radiogr
     note_lossy_compression(dataset)
     del dataset.PixelData
     return Radiograph(
-        cxr, int(dataset.BitsStored), pixel_digest(stored), dataset, "dicom", (*found, *decoding, *display)
+        cxr, int(dataset.BitsStored), hash_pixels(stored), dataset, "dicom", (*found, *decoding, *display)
     )
 
 

@@ -119,7 +119,7 @@ def write_derived(
     write_atomically(path, buffer.getvalue())
 
 
-def derived_uid(kind: str, *parts: str) -> UID:
+def derive_uid(kind: str, *parts: str) -> UID:
     """Return a UID that follows from what it stands for.
 
     It is 2.25 and a UUID (PS3.5 B.2), here version 8 from SHA-256 (RFC 9562).
@@ -166,8 +166,8 @@ def _identify(derived: Dataset, source: Dataset, pixel_digest: bytes, derivation
     """Enter UIDs, series number and description, and the file meta information."""
     made_by = (derivation.bundle_sha256, derivation.settings_digest, derivation.software_version, derived.SOPClassUID)
     # With the pixels: a source sent again, processed anew under its old UID, gives another object.
-    derived.SOPInstanceUID = derived_uid("instance", source.SOPInstanceUID, pixel_digest.hex(), *made_by)
-    derived.SeriesInstanceUID = derived_uid(
+    derived.SOPInstanceUID = derive_uid("instance", source.SOPInstanceUID, pixel_digest.hex(), *made_by)
+    derived.SeriesInstanceUID = derive_uid(
         "series", source.StudyInstanceUID, str(source.get("SeriesInstanceUID") or ""), *made_by
     )
     derived.SeriesNumber = _choose_series_number(derived)
@@ -177,7 +177,7 @@ def _identify(derived: Dataset, source: Dataset, pixel_digest: bytes, derivation
     derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     derived.file_meta.MediaStorageSOPClassUID = derived.SOPClassUID
     derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
-    derived.file_meta.ImplementationClassUID = derived_uid("implementation")
+    derived.file_meta.ImplementationClassUID = derive_uid("implementation")
     derived.file_meta.ImplementationVersionName = _to_ascii(f"BSDIFF_{derivation.software_version}", 16)
 
 
@@ -249,7 +249,7 @@ def _make_equipment(derivation: Derivation, created: datetime) -> Dataset:
     item.Manufacturer = _MANUFACTURER
     item.ManufacturerModelName = _to_ascii(derivation.bundle_name, _LO_CHARACTERS)
     item.SoftwareVersions = _to_ascii(derivation.software_version, _LO_CHARACTERS)
-    item.DeviceUID = derived_uid("device", derivation.bundle_sha256)
+    item.DeviceUID = derive_uid("device", derivation.bundle_sha256)
     item.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
     item.ContributionDescription = _to_ascii(
         f"Bone suppression; not for diagnostic use; bundle SHA-256 {derivation.bundle_sha256}", _ST_CHARACTERS

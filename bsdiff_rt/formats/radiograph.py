@@ -1,4 +1,4 @@
-"""One X-ray between reading and writing: what raster.py and dicom.py return and what the pipeline passes on."""
+"""One X-ray in memory: what every reader of a format returns and every writer takes. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bsdiff_rt.errors import InputFailed, InputRefused
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# Share of the pixels, at either end, that says nothing of a picture's range: hot and dead ones, specks. A lead marker
-# has more.
+# Share of the pixels, at either end, that does not count for a picture's range: hot and dead ones, specks. A lead
+# marker has more.
 STRAY = 5e-4
 MIN_SIDE_PX = 32  # smaller than this is a thumbnail or a damaged header, not a chest X-ray
 
@@ -27,7 +27,7 @@ class Radiograph:
     Attributes:
         cxr: [H, W], float32, in [0, 1], air dark (MONOCHROME2 polarity), after modality LUT, VOI and polarity.
         bits_stored: 8 to 16; the depth results are written at.
-        pixel_digest: SHA-256 of the decoded pixels; keys the image's noise stream (noise.py).
+        pixel_digest: SHA-256 of the decoded pixels; the image's noise depends on it (sampling/noise.py).
         dataset: the source header without its pixels, for a derived DICOM; None for raster files.
         format: name of the `Format` that read it.
         warnings: what the reader had to assume or found odd, each one sentence without patient data.
@@ -41,8 +41,8 @@ class Radiograph:
     warnings: tuple[str, ...] = ()
 
 
-def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
-    """SHA-256 over shape, dtype and little-endian C-order bytes of decoded pixels, [H, W], any integer dtype."""
+def hash_pixels(pixels: NDArray[np.generic]) -> bytes:
+    """Return the SHA-256 over shape, dtype and little-endian bytes of decoded pixels, [H, W], any integer dtype."""
     little = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     return hashlib.sha256(f"{little.shape}{little.dtype.str}".encode() + little.tobytes()).digest()
 
@@ -51,7 +51,7 @@ def from_pixels(pixels: NDArray[np.uint8] | NDArray[np.uint16], least_bits: int 
     """Return grey pixels without a header as an X-ray; 1.0 is the largest value of their depth.
 
     8-bit pixels have 8 bits stored. 16-bit pixels do not state their depth: X-rays of 8 to 15 bits are commonly saved
-    in 16 without scaling. They get the smallest depth that holds their values, but for a few stray ones (`range_of`).
+    in 16 without scaling. They get the smallest depth that holds their values apart from stray ones (`find_range`).
 
     Args:
         pixels: [H, W], uint8 or uint16, air dark.
@@ -60,25 +60,25 @@ def from_pixels(pixels: NDArray[np.uint8] | NDArray[np.uint16], least_bits: int 
     Raises:
         InputRefused: the picture is too small or empty.
     """
-    depth = 8 if pixels.dtype == np.uint8 else max(depth_of(range_of(pixels)[1]), least_bits)
+    depth = 8 if pixels.dtype == np.uint8 else max(find_depth(find_range(pixels)[1]), least_bits)
     cxr = np.minimum(pixels.astype(np.float32) / np.float32(2**depth - 1), 1)
     check_picture(cxr)
-    return Radiograph(cxr, depth, pixel_digest(pixels))
+    return Radiograph(cxr, depth, hash_pixels(pixels))
 
 
-def grey_digest(cxr: NDArray[np.float32]) -> bytes:
-    """`pixel_digest` of grey levels, [H, W] in [0, 1], at 16 bits: of a picture whose stored pixels are not at hand."""
-    return pixel_digest(np.rint(cxr * 65535).astype(np.uint16))
+def hash_grey(cxr: NDArray[np.float32]) -> bytes:
+    """Return the hash of grey levels, [H, W] in [0, 1], at 16 bits, if the stored pixels are not at hand."""
+    return hash_pixels(np.rint(cxr * 65535).astype(np.uint16))
 
 
-def range_of(stored: NDArray[np.integer[Any]]) -> tuple[int, int]:
-    """Smallest and largest of stored values, [H, W] or [N], but for a share of `STRAY` at either end."""
+def find_range(stored: NDArray[np.integer[Any]]) -> tuple[int, int]:
+    """Return the smallest and largest of stored values, [H, W] or [N], without a share of `STRAY` at either end."""
     low, high = np.quantile(stored, (STRAY, 1 - STRAY), method="nearest")
     return int(low), int(high)
 
 
-def depth_of(highest: int) -> int:
-    """The smallest depth, from 8 bits on, that holds a value."""
+def find_depth(highest: int) -> int:
+    """Return the smallest depth that holds a value, in bits, at least 8."""
     return max(highest.bit_length(), 8)
 
 

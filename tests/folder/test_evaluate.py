@@ -17,7 +17,7 @@ from bsdiff_rt.bundle import MANIFEST, open_bundle, to_signed_json
 from bsdiff_rt.errors import BundleError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.folder.evaluate import DIGEST_DIGITS, Match, evaluate, match, read_trained_on
 from bsdiff_rt.formats.dicom_in import read_dicom
-from bsdiff_rt.formats.radiograph import grey_digest
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.formats.raster import read_raster, write_png
 from bsdiff_rt.imaging.metrics import quality
 
@@ -276,7 +276,7 @@ def test_a_truth_at_the_depth_of_its_dicom_x_ray_is_not_taken_for_a_brighter_one
 def trained(bundle_copy, three):
     """A copy of the tiny bundle that was trained on the X-ray of p2."""
     content = json.loads((bundle_copy / MANIFEST).read_text())
-    digest = grey_digest(read_raster(three[2] / "p2.png").cxr).hex()[:DIGEST_DIGITS]
+    digest = hash_grey(read_raster(three[2] / "p2.png").cxr).hex()[:DIGEST_DIGITS]
     content["training"]["trained_on"] = ["0" * DIGEST_DIGITS, digest]
     (bundle_copy / MANIFEST).write_text(to_signed_json(content))
     return bundle_copy

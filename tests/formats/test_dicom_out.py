@@ -28,7 +28,7 @@ from synthetic import PATIENT, SECRETS, chest, code, dataset, dx_dataset, lookup
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.formats.dicom_in import read_dicom
-from bsdiff_rt.formats.dicom_out import SERIES_SUFFIX, Derivation, derived_uid, write_derived
+from bsdiff_rt.formats.dicom_out import SERIES_SUFFIX, Derivation, derive_uid, write_derived
 from bsdiff_rt.formats.radiograph import Radiograph
 
 PICTURE = chest(48, 60)
@@ -203,7 +203,7 @@ def test_identity_and_provenance(tmp_path, make, kind):
     assert equipment.Manufacturer == "bsdiff-rt"
     assert equipment.ManufacturerModelName == "demo"
     assert equipment.SoftwareVersions == "0.1.0"
-    assert equipment.DeviceUID == derived_uid("device", "ab" * 32)
+    assert equipment.DeviceUID == derive_uid("device", "ab" * 32)
     assert "ab" * 32 in equipment.ContributionDescription
     assert equipment.PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
 
@@ -407,7 +407,7 @@ def test_uids_depend_on_source_bundle_and_settings_only(tmp_path):
     reprocessed, same_series = uids(dataset(stored(PICTURE**2, 12)))  # sent again under its old UID
     assert reprocessed != instance
     assert same_series == series
-    for uid in (instance, series, derived_uid("implementation")):
+    for uid in (instance, series, derive_uid("implementation")):
         assert uid.is_valid
         assert uid.startswith("2.25.")
         assert int(uid[5:]) >> 76 & 0xF == 8

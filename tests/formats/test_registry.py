@@ -12,7 +12,7 @@ from synthetic import chest, dataset, save, stored
 from bsdiff_rt import formats
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.formats.base import Derivation, Format
-from bsdiff_rt.formats.radiograph import Radiograph, pixel_digest
+from bsdiff_rt.formats.radiograph import Radiograph, hash_pixels
 
 PICTURE = chest(48, 60)
 DERIVATION = Derivation("a test", "demo", "ab" * 32, "cd" * 32, "0.1.0")
@@ -113,7 +113,7 @@ def test_candidates_in_a_folder(tmp_path):
 
 def _read_toy(path, options):
     values = np.frombuffer(path.read_bytes()[4:], np.uint8).reshape(64, 64)
-    return Radiograph(values / np.float32(255), 8, pixel_digest(values), format="toy")
+    return Radiograph(values / np.float32(255), 8, hash_pixels(values), format="toy")
 
 
 def _write_toy(path, result):
