@@ -182,7 +182,7 @@ def results(
         report = inference.run(inference.find_tasks([inputs]))
         if failed := [entry for entry in report.files if entry.status != "ok"]:
             raise SettingsError(f"{len(failed)} of {len(report.files)} X-rays gave no result: {failed[0].reason}")
-        yield open_bundle(bundle).manifest.name if len(bundles) == 1 else bundle, output
+        yield open_bundle(bundle).manifest.name if len(bundles) == 1 else Path(bundle).name, output
     for path in sorted(comparators.glob("*.onnx")) if comparators else []:
         output = work / path.stem
         _run_comparator(path, inputs, output)
