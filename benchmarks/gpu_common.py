@@ -76,7 +76,7 @@ class Part:
         print(f"  {line}", flush=True)
         self.save(notes=[*self.found.get("notes", []), line])
 
-    def enough_time(self, seconds: float, what: str) -> bool:
+    def has_time(self, seconds: float, what: str) -> bool:
         """Return whether `what`, which takes about `seconds`, fits before the deadline. If not, note that."""
         if self.left() > seconds:
             return True

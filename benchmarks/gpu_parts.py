@@ -50,7 +50,7 @@ DEMO_BATCH = 8
 TWICE_S = 15.0  # an image that takes less is made twice; the second time its step is recorded already
 
 
-def machine(part: Part) -> None:
+def measure_machine(part: Part) -> None:
     """Record device, conditions and rates, and write the weights that all parts share."""
     model = make_model(part)
     ceilings = measure_matmul_rates(part.device)
@@ -59,9 +59,9 @@ def machine(part: Part) -> None:
     part.note(f"{part.found['head']['device']}: matrix products in TFLOP/s: {rates}")
 
 
-def tests(part: Part) -> None:
+def run_tests(part: Part) -> None:
     """Run `pytest -m gpu`, the tests of the captured loop first."""
-    _needs_cuda(part)
+    _require_cuda(part)
     absent = [name for name in ("pytest", "typer", "pydicom", "platformdirs") if find_spec(name) is None]
     if absent:
         raise Skipped(f"the tests need {', '.join(absent)}; not installed")
@@ -88,23 +88,23 @@ def tests(part: Part) -> None:
         raise RuntimeError(f"pytest ended with {running.poll()}: {lines[-1]}; see tests.log")
 
 
-def _needs_cuda(part: Part) -> None:
+def _require_cuda(part: Part) -> None:
     """Raise Skipped if the device is not a GPU."""
     if part.device.type != "cuda":
         raise Skipped(f"needs CUDA, this is {part.device}")
 
 
-def engines(part: Part) -> None:
+def build_engines(part: Part) -> None:
     """Build the engines that the other parts use. Their parity is measured together with their speed."""
-    _needs_cuda(part)
+    _require_cuda(part)
     model = make_model(part)
     assert model.bundle is not None
     part.save(built={}, not_built={})
     last_s = 0.0
     for number, (name, asked) in enumerate(ENGINES.items()):
-        if number == 1 and part.enough_time(DEMO_ENGINE_S, "the demo model's engine"):
-            _demo_engine(part)  # early: the part `folder` needs it
-        if not part.enough_time(last_s, name):
+        if number == 1 and part.has_time(DEMO_ENGINE_S, "the demo model's engine"):
+            _build_demo_engine(part)  # early: the part `folder` needs it
+        if not part.has_time(last_s, name):
             part.save(not_built=part.found["not_built"] | {name: "out of time"})
             continue
         try:
@@ -123,7 +123,7 @@ def engines(part: Part) -> None:
         part.note(f"{name}: built in {last_s:.0f} s")
 
 
-def _demo_engine(part: Part) -> None:
+def _build_demo_engine(part: Part) -> None:
     """Build the demo model's engine as `build-engine` does, with its parity gate, for the part `folder`."""
     try:
         from bsdiff_rt.engines.build import build_engine  # needs platformdirs
@@ -136,7 +136,7 @@ def _demo_engine(part: Part) -> None:
     part.note("the demo model's engine: built, passed the gate")
 
 
-def steps(part: Part) -> None:
+def measure_steps(part: Part) -> None:
     """Measure steps and short images of every candidate in turn, one batch size after the other."""
     plan = make_rated_plan(part)
     found, absent = load_all(part, plan.model)
@@ -171,7 +171,7 @@ def measure_rows(
     part.save(rows=before, not_measured=[asdict(entry) for entry in absent])
     seconds_per_image = once = 0.0
     for batch in part.options.batches:
-        if not part.enough_time(once + 1.3 * seconds_per_image * batch, f"batch {batch}"):
+        if not part.has_time(once + 1.3 * seconds_per_image * batch, f"batch {batch}"):
             continue
         started = time.monotonic()
         able = [candidate for candidate in found if batch <= (candidate.runner.batch_range[1] or batch)]
@@ -190,7 +190,7 @@ def measure_rows(
     return rows
 
 
-def full(part: Part) -> None:
+def make_full_images(part: Part) -> None:
     """Make one image with all steps: the fastest engine, eager, the other engines; then all of them uncaptured.
 
     An image that takes less than TWICE_S is made twice and the second time counts, when the step is recorded already.
@@ -210,11 +210,11 @@ def full(part: Part) -> None:
             for candidate in order:
                 name = candidate.name + ("" if what == "image" else ", uncaptured")
                 needed = 1.2 * step_s.get(candidate.name, 0.0) * plan.steps
-                if not part.enough_time(needed, name):
+                if not part.has_time(needed, name):
                     continue
                 with Trial(candidate, plan, 1, threads) as trial:
                     time_call(trial.step, part.device)
-                    calls = trial.image_calls()
+                    calls = trial.list_image_calls()
                     if what in calls:
                         _make_full_image(part, name, calls[what], pictures)
 
@@ -226,7 +226,7 @@ def _make_full_image(
         pictures[name] = call()
 
     first = seconds = time_call(keep, part.device)
-    if first < TWICE_S and part.enough_time(1.2 * first, f"{name}, again"):
+    if first < TWICE_S and part.has_time(1.2 * first, f"{name}, again"):
         seconds = time_call(keep, part.device)
     picture, captured = pictures[name], pictures.get(name.removesuffix(", uncaptured"))
     same = bool(torch.equal(picture, captured)) if captured is not None and captured is not picture else None
@@ -243,7 +243,7 @@ def _open_stream(device: torch.device) -> Any:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def profile(part: Part) -> None:
+def profile_kernels(part: Part) -> None:
     """Record which kernels take the time of three steps at batch size 1."""
     plan = make_rated_plan(part)
     found, _ = load_all(part, plan.model)
@@ -276,7 +276,7 @@ def _list_kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
     ]
 
 
-def folder(part: Part) -> None:
+def run_folder(part: Part) -> None:
     """Run the demo bundle on a folder of random pictures, reading and writing included."""
     from bsdiff_rt.folder.pipeline import Inference  # here: it needs the packages that read files
 
@@ -318,7 +318,7 @@ def draw_pictures(target: Path, count: int, size: int) -> None:
         (target / f"{number:04d}.png").write_bytes(content.tobytes())
 
 
-def peers(part: Part) -> None:
+def measure_peers(part: Part) -> None:
     """Measure other projects' code for the same network; last the one that takes minutes to compile."""
     from benchmarks.peers import COMPILED, DIFFUSERS, PUBLISHED, add_ratios, load_peers
 
@@ -326,19 +326,19 @@ def peers(part: Part) -> None:
     ours, absent = load_all(part, plan.model)
     more, without = load_peers((PUBLISHED, DIFFUSERS), plan.model, part.device, ours[0])
     rows = measure_rows(part, plan, ours + more, absent + without, finish=add_ratios)
-    if part.device.type == "cuda" and part.enough_time(COMPILING_S, COMPILED):
+    if part.device.type == "cuda" and part.has_time(COMPILING_S, COMPILED):
         last, failed = load_peers((COMPILED,), plan.model, part.device, ours[0])
         if last:
             measure_rows(part, plan, [ours[0], *more[:1], *last], absent + without + failed, rows, add_ratios)
 
 
 PARTS: dict[str, Callable[[Part], None]] = {
-    "machine": machine,
-    "tests": tests,
-    "engines": engines,
-    "steps": steps,
-    "full": full,
-    "profile": profile,
-    "folder": folder,
-    "peers": peers,
+    "machine": measure_machine,
+    "tests": run_tests,
+    "engines": build_engines,
+    "steps": measure_steps,
+    "full": make_full_images,
+    "profile": profile_kernels,
+    "folder": run_folder,
+    "peers": measure_peers,
 }

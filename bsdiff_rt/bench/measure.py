@@ -136,7 +136,7 @@ def _measure_batch(
             failed[candidate.name] = error
     logger.info("batch %d: measuring %d rounds of steps and %d of images", batch, plan.repeats, plan.image_repeats)
     calls: dict[tuple[str, str], Callable[[], object]] = {(name, "step"): trial.step for name, trial in trials.items()}
-    images = {(name, what): call for name, trial in trials.items() for what, call in trial.whole_calls().items()}
+    images = {(name, what): call for name, trial in trials.items() for what, call in trial.list_whole_calls().items()}
     times, broken = time_in_turn(calls, plan.repeats, plan.device)
     image_times, broken_images = time_in_turn(images, plan.image_repeats, plan.device, warm_up=0)  # rehearsed
     failed |= {name: error for (name, _), error in (broken | broken_images).items()}

@@ -72,7 +72,7 @@ class Trial:
         start = start_memory_watch(device)
         started = time.perf_counter()
         time_call(self.step, device)
-        first, *others = self.image_calls().values()
+        first, *others = self.list_image_calls().values()
         pictures = [first()]
         memory = measure_memory(device, start)  # before the uncaptured loop, which has buffers that infer never has
         pictures += [call() for call in others]
@@ -86,7 +86,7 @@ class Trial:
         if memory is not None and loading is not None:
             self.peak_bytes = max(loading.most, loading.held + memory.most)
 
-    def image_calls(self) -> dict[str, Callable[[], Tensor]]:
+    def list_image_calls(self) -> dict[str, Callable[[], Tensor]]:
         """Return the ways to make a whole image, by name; the first one is what `infer` does."""
         runner, own = self.candidate.runner, self.candidate.loop
         if own is not None:
@@ -98,9 +98,9 @@ class Trial:
             calls["uncaptured"] = lambda: self._make_image(lambda *rest: sample(runner, *rest))
         return calls
 
-    def whole_calls(self) -> dict[str, Callable[[], object]]:
+    def list_whole_calls(self) -> dict[str, Callable[[], object]]:
         """Return the image calls and the enhancer call, which at paper size takes longer than a step."""
-        return {**self.image_calls(), **({"enhance": self.enhance} if self._plan.model.enhance else {})}
+        return {**self.list_image_calls(), **({"enhance": self.enhance} if self._plan.model.enhance else {})}
 
     def step(self) -> None:
         """Run one denoiser call, into `step_out`."""

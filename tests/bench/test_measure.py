@@ -101,7 +101,7 @@ def test_memory_is_read_before_the_image_is_made_a_second_way(clock, monkeypatch
     order = []
     picture = torch.zeros(1, 1, SIZE_PX, SIZE_PX)
     ways = {name: lambda name=name: order.append(name) or picture for name in ("image", "uncaptured")}
-    monkeypatch.setattr(trial.Trial, "image_calls", lambda _: ways)
+    monkeypatch.setattr(trial.Trial, "list_image_calls", lambda _: ways)
     monkeypatch.setattr(trial, "start_memory_watch", lambda _: 5)
     monkeypatch.setattr(trial, "measure_memory", lambda *_: order.append("memory") or Memory(1, 1))
     ((rows, _),) = measure_batches(make_plan(), make_toys(BASELINE), [1])

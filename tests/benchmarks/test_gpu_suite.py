@@ -206,14 +206,14 @@ def test_engines_that_cannot_be_built_have_their_reason(part, monkeypatch):
             raise RuntimeError("no\nkernel")
         (folder / "denoiser.pt2").write_bytes(b"")
 
-    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "_require_cuda", lambda _: None)
     real, entry = gpu_parts.find_backend, SimpleNamespace(build=build)
     monkeypatch.setattr(
         gpu_parts, "find_backend", lambda runner, bundle: entry if runner == "aoti" else real(runner, bundle)
     )
     monkeypatch.setattr(gpu_common, "find_spec", lambda _: None)
     monkeypatch.setattr(gpu_parts, "DEMO_ENGINE_S", 1e9)
-    gpu_parts.engines(part)
+    gpu_parts.build_engines(part)
     assert part.found["notes"][1].startswith("the demo model's engine: skipped, not enough time")
     assert list(part.found["built"]) == ["aoti fp16, batch 1", "aoti fp16"]
     assert batches == [(1, 1), (1, 2), (1, 2)]
@@ -234,12 +234,12 @@ def test_no_engine_is_begun_that_will_not_be_done(part, monkeypatch):
         made.append(options.batch)
         now[0] += 40.0
 
-    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "_require_cuda", lambda _: None)
     monkeypatch.setattr(gpu_parts, "find_backend", lambda *_: SimpleNamespace(build=build))
-    monkeypatch.setattr(gpu_parts, "_demo_engine", lambda _: made.append("demo"))
+    monkeypatch.setattr(gpu_parts, "_build_demo_engine", lambda _: made.append("demo"))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     part.deadline = 110.0
-    gpu_parts.engines(part)
+    gpu_parts.build_engines(part)
     assert made == [(1, 1), "demo", (1, 1)]
     assert part.found["not_built"] == dict.fromkeys(["aoti fp16", "tensorrt fp16", "aoti bf16"], "out of time")
 
@@ -255,11 +255,11 @@ def test_tests_that_take_too_long_tell_what_failed_so_far(part, monkeypatch, tmp
         assert (gpu_parts.ROOT / path).is_file()
         (tmp_path / path).write_text("")
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "_require_cuda", lambda _: None)
     monkeypatch.setattr(gpu_parts, "TELLING_S", 20.0)
     part.deadline = time.monotonic() + 26.0
     with pytest.raises(RuntimeError, match=r"pytest ended with 2: .*1 failed.*; see tests\.log"):
-        gpu_parts.tests(part)
+        gpu_parts.run_tests(part)
     said = "\n".join(part.found["tail"])
     assert "the picture differs" in said
     assert "FAILED tests/test_slow.py::test_a" in said
@@ -294,7 +294,7 @@ class Quick:
     def step(self):
         pass
 
-    def image_calls(self):
+    def list_image_calls(self):
         def picture():
             made.append(self.name)
             return torch.full((1, 1, 4, 4), 0.5 if self.name == "eager" else 0.25)
@@ -319,7 +319,7 @@ def test_full_images_are_made_in_the_order_of_what_they_tell(part, monkeypatch):
             {"rows": [{"name": n, "batch": 1, "step_ms": ms} for n, ms in zip(names, (9, 8, 2, 1), strict=True)]}
         )
     )
-    gpu_parts.full(part)
+    gpu_parts.make_full_images(part)
     assert made == ["fast", "fast", "eager", "slow", "slow", "fast", "fast", "slow", "slow"]
     images = {image["name"]: image for image in part.found["images"]}
     assert list(images) == ["fast", "eager", "slow", "fast, uncaptured", "slow, uncaptured"]
@@ -338,10 +338,10 @@ def test_an_engine_is_measured_at_the_batches_it_takes(part, monkeypatch):
 
 
 def test_the_tests_need_their_packages(part, monkeypatch):
-    monkeypatch.setattr(gpu_parts, "_needs_cuda", lambda _: None)
+    monkeypatch.setattr(gpu_parts, "_require_cuda", lambda _: None)
     monkeypatch.setattr(gpu_parts, "find_spec", lambda name: None if name in ("pytest", "pydicom") else "found")
     with pytest.raises(Skipped, match="the tests need pytest, pydicom; not installed"):
-        gpu_parts.tests(part)
+        gpu_parts.run_tests(part)
 
 
 def test_pictures_are_pictures(tmp_path):
