@@ -140,7 +140,7 @@ def test_without_the_device_it_is_said_once(monkeypatch, tmp_path, capsys):
     assert gpu_suite.main(["--output", str(tmp_path)]) == 1
     found = json.loads((tmp_path / gpu_suite.SUMMARY).read_text())["parts"]
     assert [(part["name"], part["status"]) for part in found] == [("machine", "no device")]
-    assert found[0]["reason"].startswith("--device cuda: this machine has 0 CUDA devices")
+    assert found[0]["reason"].startswith("cuda does not exist: this machine has 0 CUDA devices")
     assert "tests (" not in capsys.readouterr().out
 
 
