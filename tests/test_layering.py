@@ -25,7 +25,7 @@ TORCH_FREE = [
     *(f"imaging.{name}" for name in ("detail", "tone", "metrics")),
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
-    *(f"folder.{name}" for name in ("search", "tasks", "reading", "writing", "ledger", "report", "preview")),
+    *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview")),
     *(f"folder.{name}" for name in ("progress", "evaluate")),
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).
@@ -72,9 +72,14 @@ def test_directions(folder):
 
 
 def test_layers_inside_the_product():
-    """A package imports only itself and those before it; a new one needs its place in LAYERS."""
+    """A package imports only itself and those before it; a new one needs its place in LAYERS.
+
+    bsdiff_rt/__init__.py is left out: it loads the public API when that is first used.
+    """
     for path in files(PRODUCT):
         package = package_of(path)
+        if package == "":
+            continue
         for module, line in imports(path).items():
             if module.startswith(f"{PRODUCT}."):
                 other = module.split(".")[1]
