@@ -2,7 +2,7 @@
 
 A mark is a spot of one bright grey, sharply bounded and near an edge of the picture. Bones are brightest inside and
 fade outwards. Text may have several greys: after the marks of the brightest grey those of the next one are looked for,
-as long as there are any.
+as long as there are any. Letters beside known ones may stand out less.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ LEAST_GREY = 0.7  # of the picture's range; darker letters are not looked for
 # A letter beside others of its grey is one, too, whatever lies behind it: at most so far away and so much taller or
 # smaller, both in heights of the other one.
 WORD_GAP, WORD_HEIGHTS = 1.0, 2.0
+# So are spots above, below or beside letters of a brighter grey, at most so many of their own heights away.
+BLOCK_GAP, BLOCK_CONTRAST = 1.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ def _find_marks_of_grey(cxr: Image, known: Mask, grey: float, scale: float, edge
         spot = _Spot(label, left, top, width, height)
         around = np.s_[max(0, top - reach) : top + height + reach, max(0, left - reach) : left + width + reach]
         ring = dilate((labels[around] == label).astype(np.uint8), reach) & ~bright[around]
-        stands_out = ring.any() and grey - float(np.quantile(cxr[around][ring], 0.9)) >= MARK_CONTRAST * scale
+        gap = round(BLOCK_GAP * height)
+        block = np.s_[max(0, top - gap) : top + height + gap, max(0, left - gap) : left + width + gap]
+        needed = BLOCK_CONTRAST if known[block].any() else MARK_CONTRAST
+        stands_out = ring.any() and grey - float(np.quantile(cxr[around][ring], 0.9)) >= needed * scale
         (letters if stands_out else others).append(spot)
     if not letters:
         return None

@@ -87,3 +87,16 @@ def test_letters_far_from_a_word_need_their_own_contrast():
     marks = find_marks(marked)
     assert marks[:, :100].any()
     assert not marks[:, 400:].any()
+
+
+def test_a_line_below_another_one_may_stand_out_less():
+    cxr = np.full((512, 512), 0.2, np.float32)
+    cxr[:200] = 0.75  # tissue behind the text
+    cxr[400:, :40] = 0.0
+    lines = [("AP ERECT", 1.0), ("SUPINE R", 0.9)]
+    first, second = (written(cxr, lines), written(cxr, lines[1:]))
+    cxr[:42] = 0.2
+    marked, ink = written(cxr, lines)
+    assert find_marks(marked)[ink > 0.9].all()
+    assert find_marks(second[0]) is None  # alone it is too faint
+    assert find_marks(first[0]) is None
