@@ -75,7 +75,7 @@ def test_a_trained_run_becomes_a_bundle_that_infers(trained, tmp_path):
     assert len(manifest["training"]["trained_on"]) == 1
     assert manifest["schedule"]["objective"] == "x0"
     xrays = tmp_path / "in"
-    assert run(app, "phantoms", xrays, "--count", 1, "--size", 64, "--dicom").exit_code == 0
+    assert run(app, "phantoms", xrays, "--count", 1, "--size", 128, "--dicom").exit_code == 0  # smaller ones are icons
     for path in xrays.glob("*_soft_tissue.png"):
         path.unlink()
     (next(xrays.glob("*.dcm"))).rename(xrays / "dicom.dcm")
