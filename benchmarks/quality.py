@@ -4,6 +4,9 @@
 
 BSR is the bone suppression ratio, the share of bone removed: 1 is perfect. No training sees the phantoms of
 `python -m train phantoms`. If the model was not trained on the real pairs, say so with --pairs-are.
+
+--lungs counts only the lung fields, for pairs whose truth is right only there. NAME_lungs.png beside NAME_cxr.png is
+the mask; without it the lung fields are found in the X-ray.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from benchmarks.documents import describe_run, write_json
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
-from bsdiff_rt.errors import SettingsError, run_command
-from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_command
+from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together
+from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
 from bsdiff_rt.imaging.one_image import Prepared, finish, list_passes, prepare
@@ -37,6 +41,7 @@ from bsdiff_rt.sampling.schedule import Table, sampler_table
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 
 Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 DETAILS: tuple[DetailName, ...] = ("full", "model")
 
 
@@ -48,11 +53,13 @@ class Pair:
         cxr: the X-ray, [H, W], float32, in [0, 1].
         soft_tissue: the truth, [H, W], float32, in [0, 1].
         digest: of the X-ray's pixels, which keys its noise as in `infer`.
+        lungs: the only pixels that count, [H, W]; None counts all.
     """
 
     cxr: Image
     soft_tissue: Image
     digest: bytes
+    lungs: Mask | None = None
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -70,6 +77,9 @@ def main(
         bool | None,
         typer.Option("--mirror/--no-mirror", help="Average the mirrored X-ray in.", show_default="the bundle's"),
     ] = None,
+    lungs: Annotated[
+        bool, typer.Option("--lungs", help="Count only the lung fields: NAME_lungs.png, or found in the X-ray.")
+    ] = False,
     size: Annotated[int, typer.Option(help="Longer side at which images are compared, px; 0: full size.")] = 256,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows to a JSON file.")] = None,
@@ -79,8 +89,8 @@ def main(
     manifest = model.manifest
     schedule = manifest.schedule
     mirror = manifest.mirror if mirror is None else mirror
-    groups = {"held-out phantoms": load_pairs(phantoms)} if phantoms else {}
-    groups |= {pairs_are: load_pairs(pairs)} if pairs else {}
+    groups = {"held-out phantoms": load_pairs(phantoms, lungs=lungs)} if phantoms else {}
+    groups |= {pairs_are: load_pairs(pairs, lungs=lungs)} if pairs else {}
     if not groups:
         raise SettingsError("nothing to judge: give --phantoms, --pairs, or both")
     settings: list[tuple[SamplerName, int, int | None]]
@@ -88,7 +98,7 @@ def main(
     settings += [("ddpm", schedule.train_steps, full)] if full else []
     # Before anything is judged: this refuses a number of steps that the model does not have.
     tables = [sampler_table(schedule, sampler, count) for sampler, count, _ in settings]
-    head = describe_run(model, where) | {"size_px": size}
+    head = describe_run(model, where) | {"size_px": size, "lungs": lungs}
     if output:
         write_json(output, head | {"rows": []})
     rows: list[dict[str, Any]] = []
@@ -121,13 +131,30 @@ def parse_steps(steps: str) -> list[int]:
         raise SettingsError(f"{steps}: give whole numbers, separated by commas", setting="steps") from None
 
 
-def load_pairs(folder: Path) -> list[Pair]:
-    """Return X-ray and truth of every pair in a folder (`find_pairs`)."""
+def load_pairs(folder: Path, *, lungs: bool = False) -> list[Pair]:
+    """Return every pair in a folder (`find_pairs`), with its lung fields if `lungs` is set."""
     pairs = []
-    for _, *paths in find_pairs(folder):
+    for name, *paths in find_pairs(folder):
         cxr, truth = read_together(paths)
-        pairs.append(Pair(cxr.cxr, resize(truth.cxr, cxr.cxr.shape), cxr.pixel_digest))
+        mask = load_lungs(folder, name, cxr.cxr) if lungs else None
+        pairs.append(Pair(cxr.cxr, resize(truth.cxr, cxr.cxr.shape), cxr.pixel_digest, mask))
     return pairs
+
+
+def load_lungs(folder: Path, name: str, cxr: Image) -> Mask:
+    """Return the lung fields of an X-ray, [H, W]: those of NAME_lungs.png if it is there, else found in the X-ray.
+
+    Raises:
+        SettingsError: the mask cannot be read or has another shape, or the lungs were not found.
+    """
+    path = folder / f"{name}_lungs.png"
+    try:
+        mask = read_raster(path).cxr > 0.5 if path.exists() else find_lungs(cxr)
+    except (InputRefused, InputFailed) as error:
+        raise SettingsError(f"{name}: {error}. Give its lung fields as {path.name}.") from error
+    if mask.shape != cxr.shape:
+        raise SettingsError(f"{path}: {mask.shape[0]} x {mask.shape[1]} px, but its X-ray has another size.")
+    return mask
 
 
 def judge(
@@ -139,12 +166,13 @@ def judge(
     """
     prepared = prepare(pair.cxr, manifest.preprocessing)
     noise = ImageNoise(0, pair.digest)
+    lungs = None if pair.lungs is None else resize_longer(pair.lungs.astype(np.float32), size) > 0.5
     found: dict[tuple[bool, DetailName], Quality] = {}
     for stage2, (passes, _) in zip((False, True), run_stages(runner, table, prepared, noise, mirror), strict=True):
         for detail in DETAILS:
             picture = finish(prepared, passes, mirror=mirror, detail=detail).soft_tissue
-            images = (resize_longer(image, size) for image in (pair.cxr, pair.soft_tissue, picture))
-            found[stage2, detail] = quality(*images)
+            cxr, truth, result = (resize_longer(image, size) for image in (pair.cxr, pair.soft_tissue, picture))
+            found[stage2, detail] = quality(cxr, truth, result, lungs)
     return found
 
 

@@ -22,7 +22,7 @@ TORCH_FREE = [
     "bundle",
     "cli",
     *(f"imaging.{name}" for name in ("view", "marks", "display", "network_input", "clahe")),
-    *(f"imaging.{name}" for name in ("detail", "tone", "metrics")),
+    *(f"imaging.{name}" for name in ("detail", "tone", "metrics", "lungs")),
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
     *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview")),

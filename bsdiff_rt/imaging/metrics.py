@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.errors import SettingsError
 
 Image = NDArray[np.floating]
+Mask = NDArray[np.bool_]
 
 _SSIM_WINDOW_PX = 7
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
@@ -99,8 +100,13 @@ def psnr(soft_tissue: Image, predicted: Image, data_range: float = 1.0) -> float
     return math.inf if error == 0 else 20.0 * math.log10(data_range) - 10.0 * math.log10(error)
 
 
-def ssim(soft_tissue: Image, predicted: Image) -> float:
-    """Mean structural similarity, 7 x 7 uniform window, data range 1: scikit-image's default form.
+def ssim(soft_tissue: Image, predicted: Image, mask: Mask | None = None) -> float:
+    """Return the mean structural similarity: 7 x 7 uniform window, data range 1, as scikit-image's default form.
+
+    Args:
+        soft_tissue: the truth, [H, W].
+        predicted: [H, W].
+        mask: [H, W], the pixels whose windows are averaged; None averages all.
 
     Raises:
         SettingsError: the images are smaller than the window.
@@ -117,17 +123,35 @@ def ssim(soft_tissue: Image, predicted: Image) -> float:
     cov = unbiased * (_window_mean(x * y) - mean_x * mean_y)
     c1, c2 = _SSIM_K1**2, _SSIM_K2**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    if mask is not None:
+        edge = _SSIM_WINDOW_PX // 2
+        similarity = similarity[mask[edge:-edge, edge:-edge]]
     return float(similarity.mean())
 
 
-def quality(cxr: Image, soft_tissue: Image, predicted: Image) -> Quality:
-    """All figures of one prediction; `soft_tissue` is the truth. All [H, W], in [0, 1]."""
+def quality(cxr: Image, soft_tissue: Image, predicted: Image, mask: Mask | None = None) -> Quality:
+    """Return all figures of one prediction.
+
+    Args:
+        cxr: the X-ray, [H, W], in [0, 1].
+        soft_tissue: the truth, [H, W], in [0, 1].
+        predicted: [H, W], in [0, 1].
+        mask: [H, W], the only pixels that count, also for the fit of gain and offset; None counts all.
+
+    Raises:
+        SettingsError: the images differ in shape, are too small, or the mask is empty or of another shape.
+    """
+    if mask is not None and (mask.shape != cxr.shape or not mask.any()):
+        raise SettingsError(f"the mask has shape {mask.shape} and {int(mask.sum())} pixels, the X-ray {cxr.shape}")
+    similarity = ssim(soft_tissue, predicted, mask)
+    if mask is not None:
+        cxr, soft_tissue, predicted = cxr[mask], soft_tissue[mask], predicted[mask]
     return Quality(
         bsr=bsr(cxr, soft_tissue, predicted),
         bsr_tone_matched=bsr_tone_matched(cxr, soft_tissue, predicted),
         bsr_release=bsr_release(cxr, soft_tissue, predicted),
         mse=mse(soft_tissue, predicted),
-        ssim=ssim(soft_tissue, predicted),
+        ssim=similarity,
         psnr=psnr(soft_tissue, predicted),
     )
 

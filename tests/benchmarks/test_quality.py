@@ -126,3 +126,30 @@ def test_all_steps_asked_for_by_number_run_on_every_image(phantoms, tiny_bundle,
     arguments = ["--bundle", str(tiny_bundle), "--phantoms", str(phantoms), "--steps", "1000", "--full", "0"]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert seen == [1000] * 8
+
+
+def test_only_the_lungs_count(tiny_bundle, tmp_path, monkeypatch):
+    folder = tmp_path / "pairs"
+    write_pairs(folder, 1, first_seed=3, size=96)
+    name = next(folder.glob("*_cxr.png")).name.removesuffix("_cxr.png")
+    mask = np.zeros((96, 96), bool)
+    mask[30:60, 20:40] = True
+    cv2.imwrite(str(folder / f"{name}_lungs.png"), mask.astype(np.uint8) * 255)
+    (given,) = load_pairs(folder, lungs=True)
+    np.testing.assert_array_equal(given.lungs, mask)
+    assert load_pairs(folder)[0].lungs is None
+    arguments = ["--bundle", tiny_bundle, "--pairs", folder, "--steps", "1", "--full", 0, "--size", 0]
+    arguments += ["--device", "cpu", "--lungs", "--json", tmp_path / "q.json"]
+    judged = []
+    monkeypatch.setattr(quality_module, "quality", lambda *images: judged.append(images[3]) or quality(*images))
+    assert CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).exit_code == 0
+    assert json.loads((tmp_path / "q.json").read_text())["lungs"] is True
+    for used in judged:
+        np.testing.assert_array_equal(used, mask)
+    (folder / f"{name}_lungs.png").unlink()
+    monkeypatch.setattr(quality_module, "find_lungs", lambda cxr: cxr > 0.5)
+    (found,) = load_pairs(folder, lungs=True)
+    np.testing.assert_array_equal(found.lungs, found.cxr > 0.5)
+    cv2.imwrite(str(folder / f"{name}_lungs.png"), np.zeros((50, 96), np.uint8))
+    with pytest.raises(SettingsError, match="its X-ray has another size"):
+        load_pairs(folder, lungs=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
@@ -175,3 +176,25 @@ def test_quality_is_all_of_them():
 def test_mean_quality():
     rows = [Quality(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), Quality(3.0, 2.0, 1.0, 0.0, -5.0, math.inf)]
     assert mean_quality(rows) == Quality(2.0, 2.0, 2.0, 2.0, 0.0, math.inf)
+
+
+def test_a_mask_leaves_out_all_other_pixels():
+    mask = np.zeros(CXR.shape, bool)
+    mask[8:40, 10:35] = True
+    found = quality(CXR, SOFT_TISSUE, PREDICTED, mask)
+    other = PREDICTED.copy()
+    other[~cv2.dilate(mask.astype(np.uint8), np.ones((7, 7))).astype(bool)] = 0  # beyond the windows of SSIM
+    assert quality(CXR, SOFT_TISSUE, other, mask).as_dict() == pytest.approx(found.as_dict())
+    crop = (slice(8, 40), slice(10, 35))
+    alone = quality(CXR[crop], SOFT_TISSUE[crop], PREDICTED[crop])
+    for name in ("bsr", "bsr_tone_matched", "bsr_release", "mse", "psnr"):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name))
+    assert quality(CXR, SOFT_TISSUE, PREDICTED, np.ones(CXR.shape, bool)).bsr == pytest.approx(
+        bsr(CXR, SOFT_TISSUE, PREDICTED)
+    )
+
+
+@pytest.mark.parametrize("mask", [np.zeros((48, 60), bool), np.ones((48, 59), bool)])
+def test_an_empty_mask_or_one_of_another_shape_is_refused(mask):
+    with pytest.raises(SettingsError, match="the mask has shape"):
+        quality(CXR, SOFT_TISSUE, PREDICTED, mask)

@@ -251,11 +251,12 @@ def _project_all(
             continue
         missing = _missing(output, source.name, count, options)
         started = time.monotonic()
-        futures = [executor.submit(_make_pair, output, source.name, i, options) for i in missing]
-        for done, future in enumerate(as_completed(futures), 1):
+        tasks = (executor.submit(_make_pair, output, source.name, i, options) for i in missing)
+        futures = tasks if isinstance(executor, _SameProcess) else as_completed(list(tasks))
+        for done, future in enumerate(futures, 1):
             future.result()
             entry.pairs += 1
-            if done == len(futures) or done % 10 == 0:
+            if done == len(missing) or done % 10 == 0:
                 logger.info("%s: %d of %d pairs", source.name, entry.pairs, count)
         entry.seconds_per_pair = (time.monotonic() - started) / len(missing)
         for path in _work_files(output / WORK, source.name):
