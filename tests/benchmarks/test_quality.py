@@ -150,6 +150,6 @@ def test_only_the_lungs_count(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(quality_module, "find_lungs", lambda cxr: cxr > 0.5)
     (found,) = load_pairs(folder, lungs=True)
     np.testing.assert_array_equal(found.lungs, found.cxr > 0.5)
-    cv2.imwrite(str(folder / f"{name}_lungs.png"), np.zeros((50, 96), np.uint8))
+    cv2.imwrite(str(folder / f"{name}_lungs.png"), mask[:50].astype(np.uint8) * 255)
     with pytest.raises(SettingsError, match="its X-ray has another size"):
         load_pairs(folder, lungs=True)
