@@ -71,3 +71,9 @@ def test_infer_has_at_most_24_options_in_four_groups():
     assert [title for title in titles if title not in ("Arguments", "Options")] == list(GROUPS)
     options = set(re.findall(r"^(?:│ )?\W*(?:-\w, +)?(--[a-z][a-z-]*)", text, re.MULTILINE)) - {"--help"}
     assert len(options) <= 24, sorted(options)
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports two files of one name as one module, and then collects nothing at all."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
