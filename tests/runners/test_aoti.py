@@ -191,7 +191,7 @@ def test_without_a_compiler(tmp_path):
 
     with (
         config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(EngineError, match=r"needs a C\+\+ compiler, and none was found .* apt install g\+\+\) or name"),
+        pytest.raises(EngineError, match=r"needs a C\+\+ compiler, and none was found .* apt install g\+\+\), or name"),
     ):
         try_to_build(tmp_path)
 
