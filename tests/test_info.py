@@ -49,7 +49,7 @@ def test_bundles(shipped):
     (line,) = info.describe()["bundles"].values()
     sha256 = bundle.open_bundle(shipped).sha256
     assert line == (
-        f"64 px, predicts x0, sampler ddim 3 steps, licence MIT, training data: none, sha256 {sha256[:16]}. "
+        f"64 px, predicts x0, sampler ddim 3 steps, licence unstated, training data: none, sha256 {sha256[:16]}. "
         "Not for diagnostic use."
     )
 
