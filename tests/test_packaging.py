@@ -120,10 +120,7 @@ def run(*command: str | Path, folder: Path) -> str:
 
 
 def run_pip(command: list[str], folder: Path, *options: str | Path) -> None:
-    """Run a pip command of the Dockerfile in `folder`, without its package index and without a network."""
-    if "--extra-index-url" in command:
-        place = command.index("--extra-index-url")
-        command = command[:place] + command[place + 2 :]
+    """Run a pip command of the Dockerfile in `folder`, without a network."""
     offline = [*command, "--no-index", "--no-build-isolation"]
     run(sys.executable, "-m", "pip", *options, *offline, folder=folder)
 

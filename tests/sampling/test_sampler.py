@@ -330,7 +330,7 @@ def test_runner_check_accepts_what_fits() -> None:
 @pytest.mark.parametrize(
     ("buffers", "message"),
     [
-        ([square(1)], "batch of 1 given to the fixed runner, which takes 2 to 4; change the batch size"),
+        ([square(1)], "batch of 1 given to the fixed runner, which takes 2 to 4. Change the batch size"),
         ([square(5)], "batch of 5 given to the fixed runner, which takes 2 to 4"),
         ([square(2), square(3)], r"buffer of shape \(3, 1, 8, 8\) given to the fixed runner; give \(2, 1, 8, 8\)"),
         ([torch.zeros(2, 1, 8, 9)], r"buffer of shape \(2, 1, 8, 9\) given"),

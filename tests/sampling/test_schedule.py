@@ -113,17 +113,17 @@ def test_steps_out_of_range(steps: int) -> None:
 
 
 def test_unknown_sampler() -> None:
-    with pytest.raises(SettingsError, match="unknown sampler 'euler'; choose one of ddpm, ddim, dpmpp-2m, release"):
+    with pytest.raises(SettingsError, match=r"unknown sampler 'euler'\. Use one of ddpm, ddim, dpmpp-2m, release"):
         sampler_table(COSINE, "euler", 10)
 
 
 def test_unknown_objective() -> None:
-    with pytest.raises(SettingsError, match="unknown objective 'score'; choose one of eps, v, x0"):
+    with pytest.raises(SettingsError, match=r"unknown objective 'score'\. Use one of eps, v, x0"):
         sampler_table(dataclasses.replace(COSINE, objective="score"), "ddpm", 10)
 
 
 def test_unknown_schedule() -> None:
-    with pytest.raises(SettingsError, match="unknown schedule 'linear'; choose one of cosine, squaredcos_cap_v2"):
+    with pytest.raises(SettingsError, match=r"unknown schedule 'linear'\. Use one of cosine, squaredcos_cap_v2"):
         alpha_bar(dataclasses.replace(COSINE, name="linear"))
 
 
@@ -134,7 +134,7 @@ def test_impossible_betas(start: float, end: float) -> None:
 
 
 def test_too_few_training_steps() -> None:
-    with pytest.raises(SettingsError, match="a schedule of 1 training steps is no diffusion; give 2 or more"):
+    with pytest.raises(SettingsError, match=r"a schedule of 1 training steps is not a diffusion\. Use 2 or more"):
         alpha_bar(dataclasses.replace(COSINE, train_steps=1))
 
 

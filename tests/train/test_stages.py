@@ -164,7 +164,7 @@ def test_stage_1_outputs_are_made_once_and_an_interrupted_making_goes_on(stage, 
     assert stage.sha256[:16] in path.name
 
     asked = []
-    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: asked.append(1) or cxr)
+    monkeypatch.setattr("train.enhancer.run_stage_one", lambda _, schedule, cxr, sampler: asked.append(1) or cxr)
     np.testing.assert_array_equal(make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS), made)
     assert not asked
     half = np.lib.format.open_memmap(path, "r+")
@@ -200,7 +200,7 @@ def test_a_full_disk_is_said_before_stage_1_runs(stage, batches, tmp_path, monke
 
 
 def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr * np.float32(np.nan))
+    monkeypatch.setattr("train.enhancer.run_stage_one", lambda _, schedule, cxr, sampler: cxr * np.float32(np.nan))
     with pytest.raises(
         SettingsError, match=r"denoiser\.pt: its result for sample 0 is not finite\. Train stage 1 again"
     ):
@@ -209,7 +209,7 @@ def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation"])
 def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path, monkeypatch, change):
-    monkeypatch.setattr("train.enhancer.few_step", lambda _, schedule, cxr, sampler: cxr)
+    monkeypatch.setattr("train.enhancer.run_stage_one", lambda _, schedule, cxr, sampler: cxr)
     make_stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
     if change == "weights":
         stage = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
