@@ -31,6 +31,7 @@ DOWN = (0.2, 0.75)  # of the height: where a lung's middle may be
 BORDER_SHARE = 0.2  # of a lung's outline that may lie on the picture's border
 STEP_PX = 4  # the border's contrast is measured this far inside and outside
 CLOSE_SHARE = 0.08  # of the width: gaps left by ribs and vessels are closed
+WIDEN_PX = 5  # the outline of most contrast lies inside the ribs' rim, which belongs to the lung fields
 USUAL_AREA, SIZE_WEIGHT = 0.11, 0.8  # of two outlines with equal contrast, the larger one is taken up to this area
 
 
@@ -65,7 +66,8 @@ def find_lungs(cxr: Image) -> Mask:
     weaker, stronger = sorted((first.contrast, second.contrast))
     if weaker < ALIKE * stronger:
         raise InputRefused("two lungs were not found in the X-ray: one side has much less contrast")
-    found = first.mask | second.mask
+    widen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * WIDEN_PX + 1, 2 * WIDEN_PX + 1))
+    found = cv2.dilate(first.mask, widen) | cv2.dilate(second.mask, widen)
     whole = cv2.resize(found.astype(np.float32), cxr.shape[::-1], interpolation=cv2.INTER_LINEAR)
     return np.asarray(whole > 0.5)
 

@@ -24,6 +24,8 @@ def draw_chest(size=256, seed=0):
     heart = ((x - 0.57) / 0.14) ** 2 + ((y - 0.65) / 0.13) ** 2 < 1
     lungs &= ~heart
     image[lungs] = 0.32
+    rim = max(1, round(size * 5 / 256))  # find_lungs takes the rim of ribs in
+    lungs = cv2.dilate(lungs.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=rim).astype(bool)
     for k in range(9):  # ribs
         arc = np.abs(y - 0.1 - 0.08 * k - 0.5 * (x - 0.5) ** 2) < 0.012
         image[arc & body] += 0.09
