@@ -195,7 +195,8 @@ def _compare(name: str, images: list[NDArray[np.float32]], size: int) -> Quality
         raise SettingsError(f"{name}: X-ray, truth and result differ in aspect ratio ({shapes}).")
     placement = place(images[0].shape, size)
     shape = placement.height, placement.width
-    return quality(*(np.clip(resize(image, shape), 0, 1) for image in images))
+    cxr, soft_tissue, result = (np.clip(resize(image, shape), 0, 1) for image in images)
+    return quality(cxr, soft_tissue, result)
 
 
 def _read_images(one: Match) -> list[NDArray[np.float32]]:

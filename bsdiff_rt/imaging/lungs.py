@@ -67,7 +67,7 @@ def find_lungs(cxr: Image) -> Mask:
     if weaker < ALIKE * stronger:
         raise InputRefused("two lungs were not found in the X-ray: one side has much less contrast")
     widen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * WIDEN_PX + 1, 2 * WIDEN_PX + 1))
-    found = cv2.dilate(first.mask, widen) | cv2.dilate(second.mask, widen)
+    found = np.maximum(cv2.dilate(first.mask, widen), cv2.dilate(second.mask, widen))
     whole = cv2.resize(found.astype(np.float32), cxr.shape[::-1], interpolation=cv2.INTER_LINEAR)
     return np.asarray(whole > 0.5)
 
