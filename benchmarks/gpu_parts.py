@@ -73,7 +73,11 @@ def run_tests(part: Part) -> None:
     log = part.options.output / "tests.log"
     with log.open("w") as output:
         running = subprocess.Popen(
-            [*command, "--continue-on-collection-errors", *files], cwd=ROOT, stdout=output, stderr=output
+            [*command, "--continue-on-collection-errors", *files],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            preexec_fn=_heed_interrupts,
         )
         for patience in (max(part.left() - TELLING_S, 0.0), TELLING_S / 2):
             try:
@@ -86,6 +90,11 @@ def run_tests(part: Part) -> None:
     part.note(lines[-1])
     if running.poll() != 0:
         raise RuntimeError(f"pytest ended with {running.poll()}: {lines[-1]}; see tests.log")
+
+
+def _heed_interrupts() -> None:
+    """Let SIGINT end this process. Shells ignore it in what they start in the background, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _require_cuda(part: Part) -> None:
