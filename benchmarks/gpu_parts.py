@@ -77,7 +77,7 @@ def run_tests(part: Part) -> None:
             cwd=ROOT,
             stdout=output,
             stderr=output,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=None if sys.platform == "win32" else _heed_interrupts,
         )
         for patience in (max(part.left() - TELLING_S, 0.0), TELLING_S / 2):
             try:
