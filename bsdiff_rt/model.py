@@ -92,7 +92,11 @@ def open_model(
     opened = open_bundle(settings.bundle)
     settings = resolve_settings(settings, opened.manifest)
     choice, loaded = load_runner_for(opened, settings)
-    return Model(opened, loaded, settings, choice)
+    try:
+        return Model(opened, loaded, settings, choice)
+    except BaseException:
+        loaded.close()
+        raise
 
 
 class Model:

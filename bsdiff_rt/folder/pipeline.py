@@ -116,7 +116,7 @@ class Inference:
         _make_output_folder(folder)
         choice, runner = (None, self._runner) if self._runner else load_runner_for(self.bundle, self.settings)
         assert runner is not None
-        with only_run(folder), Model(self.bundle, runner, self.settings, choice) as model:
+        with runner, only_run(folder), Model(self.bundle, runner, self.settings, choice) as model:
             self.report = self._begin_report(choice or runner)
             reader, writer = self._make_reader(), Writer(self.settings, self.bundle, self.report.settings)
             outputs = {str(task.input): task.output for task in tasks}

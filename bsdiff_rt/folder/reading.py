@@ -91,7 +91,8 @@ class Reader:
                 return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
             radiograph = formats.read(task.input, any_view=self._settings.any_view)
             formats.check_kind(self._settings.format, radiograph)
-            prepared = prepare(radiograph.cxr, self._preprocessing, raw_view=self._settings.raw_view)
+            raw_view, probe = self._settings.raw_view, self._settings.probe
+            prepared = prepare(radiograph.cxr, self._preprocessing, raw_view=raw_view, probe=probe)
             warnings = (*radiograph.warnings, *prepared.warnings)
             for warning in warnings:
                 logger.warning("%s: %s", task.input, warning)

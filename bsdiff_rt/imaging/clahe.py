@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit pictures
-UNDO_STEPS = 14  # of bisection: within 1 / 2**15 of the grey scale, finer than what the networks resolve
 
 
 def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:
@@ -82,15 +81,6 @@ class EqualizingCurves:
         upper = mapped(top, left) * (1 - column_weight) + mapped(top, right) * column_weight
         lower = mapped(bottom, left) * (1 - column_weight) + mapped(bottom, right) * column_weight
         return np.clip(upper * (1 - row_weight[:, None]) + lower * row_weight[:, None], 0, 1)
-
-    def undo(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The darkest grey levels, [H, W] in [0, 1], that `apply` makes into `picture`, by bisection."""
-        low, high = np.zeros(picture.shape, np.float32), np.ones(picture.shape, np.float32)
-        for _ in range(UNDO_STEPS):
-            middle = (low + high) / np.float32(2)
-            too_dark = self.apply(middle) < picture
-            low, high = np.where(too_dark, middle, low), np.where(too_dark, high, middle)
-        return (low + high) / np.float32(2)
 
 
 def _tile_tables(padded: NDArray[np.float32], tiles: int, clip_limit: float) -> NDArray[np.float32]:

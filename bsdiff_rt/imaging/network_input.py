@@ -1,9 +1,8 @@
-"""Pixel values in [0, 1] at the source's matrix <-> the square in [-1, 1] that the networks see. Torch-free.
+"""Turn an X-ray in [0, 1] into the square in [-1, 1] that the model sees, and back. Torch-free.
 
-The aspect ratio is kept: the longer side is resized to the network's size, the shorter side is padded in the middle by
-repeating the edge. Repeating it (rather than padding with black) puts no false anatomical edge where the networks'
-receptive fields reach into the picture. cv2.resize maps pixel centres to pixel centres, so nothing shifts by half a
-pixel on the way there and back (tests/test_intensity.py).
+The aspect ratio is kept. The longer side is resized to the model's size, and the shorter side is padded by repeating
+the edge. Padding with black would put a false anatomical edge into the picture. cv2.resize maps pixel centres to pixel
+centres, so nothing shifts by half a pixel on the way there and back (tests/imaging/test_network_input.py).
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def resize(picture: NDArray[np.floating[Any]], shape: tuple[int, ...]) -> NDArra
 
 
 def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[np.float32], Placement]:
-    """Make a picture into the networks' input.
+    """Make a picture into the model's input.
 
     CLAHE, where the preprocessing asks for it, runs on the resized picture: there its tiles hold the same number of
     pixels whatever detector the source came from.
@@ -85,14 +84,8 @@ def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[n
     return square * np.float32(2) - np.float32(1), placement
 
 
-def seen_by_networks(picture: NDArray[np.float32], prep: Preprocessing) -> NDArray[np.float32]:
-    """What the networks see of a picture, without the padding: [height, width] in [0, 1], from [H, W] in [0, 1]."""
-    square, placement = to_network(picture, prep)
-    return shown(square, placement)
-
-
 def from_network(image: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """Undo padding and resizing (bicubic on the way up). CLAHE is not undone: the tone is the networks'.
+    """Undo padding and resizing (bicubic on the way up). CLAHE is not undone: the tone is the model's.
 
     Args:
         image: [size, size], float32, in [-1, 1].
@@ -121,7 +114,7 @@ def crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float3
 
 
 def without_mirror(passes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What becomes of images that were given to the networks mirrored as well: the mean of both, turned back.
+    """Return the mean of each image's result and that of its mirror image, turned back.
 
     Args:
         passes: [2N, ..., S], each image's result and then that of its mirror image.

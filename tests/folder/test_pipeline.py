@@ -1225,3 +1225,15 @@ def test_a_negative_is_done_and_said(run, toy, tmp_path, caplog):
     assert statuses(run()) == {"plain.png": "ok", "negative.png": "ok"}
     told = [record.getMessage() for record in caplog.records if "negative" in record.getMessage()]
     assert told == [f"{tmp_path / 'in' / 'negative.png'}: {one_image.INVERTED}"]
+
+
+def test_a_probe_mixes_no_two_files_of_a_batch(run, toy, tmp_path):
+    """Every file of a batch has its passes of the probe, too; a wrong count would average several patients."""
+    for seed in range(4):
+        png(tmp_path / "in" / f"{seed}.png", seed=seed)
+    run(batch=40)
+    expected = [pixels(tmp_path / "out" / f"{seed}.png") for seed in range(4)]
+    entries = run(batch=40, probe=True, overwrite=True)
+    assert set(statuses(entries).values()) == {"ok"}
+    for seed in range(4):
+        assert np.array_equal(pixels(tmp_path / "out" / f"{seed}.png"), expected[seed])
