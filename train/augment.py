@@ -34,11 +34,11 @@ class Augmentation:
             shift, aspect and shear.
         contrast: whether exposure and bone contrast of real samples vary as one scanner's do.
         inserts: share of the samples with nodules, tubes and the like added to X-ray and truth alike
-            (`train.inserts`).
+            (`train.inserts`), where a sample is not shown both without and with them.
     """
 
     geometry: float = 1.0
-    foreign: float = 0.4
+    foreign: float = 0.5
     swap_bones: float = 0.35
     blur_noise: float = 0.3
     phantoms: float = 0.3

@@ -25,16 +25,18 @@ from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.formats.radiograph import hash_grey
-from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together
 from bsdiff_rt.imaging.network_input import resize, to_network
 from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
 from bsdiff_rt.imaging.view import remove_borders
+from train.agreement import explain_by_soft_tissue, restore_kept
 from train.augment import Augmentation, Curve, Image, degrade, keep_grey_levels, tone_curve, warp
 from train.inserts import WHOLE_IMAGE_MM, draw_inserts
 
 NO_PAIRS = np.empty((0, 2, 1, 1), np.uint8)
 ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
 FOREIGN_BONE = (0.2, 1.25)  # how strong another scanner shows bone, of what this one does
+KEEP_ABOVE = 0.25  # grey level of a reduced mask that still counts as marked
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
 # What `python -m train prepare` writes and `load_dataset` reads.
@@ -47,7 +49,8 @@ DATASET_BITS = 16
 class Pair:
     """One patient: X-ray, truth, and the truth in the X-ray's own tone. All are [S, S] float32 in [0, 1].
 
-    `digest` is the `xray_digest` of the X-ray as it was read; "" for a phantom.
+    `tone_matched` also has back what movement between the exposures and the scanner's subtraction took from soft tissue
+    (train/agreement.py). `digest` is the `xray_digest` of the X-ray as it was read; "" for a phantom.
     """
 
     name: str
@@ -60,8 +63,11 @@ class Pair:
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
     """Read one pair and resize it to `size` x `size` as inference does: borders cut off, aspect kept, padded.
 
+    A mask NAME_keep.* beside the X-ray marks what is no bone although the truth misses it, such as a lead, in white.
+    The truth gets it back.
+
     Raises:
-        SettingsError: the two differ in shape.
+        SettingsError: the two, or the mask, differ in shape.
     """
     images = [picture.cxr for picture in read_together([cxr_path, soft_tissue_path])]
     (rows, columns), (soft_rows, soft_columns) = (image.shape for image in images)
@@ -70,9 +76,15 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
             f"pair {name}: the X-ray is {rows} x {columns} px, its soft tissue {soft_rows} x {soft_columns}, another "
             "shape. Register the pairs with `python -m train prepare`."
         )
+    digest = xray_digest(images[0])
+    images += [read_raster(path).cxr for path in sorted(cxr_path.parent.glob(f"{name}_keep.*"))[:1]]
+    if images[-1].shape not in (images[0].shape, images[1].shape):
+        raise SettingsError(f"pair {name}: the mask {name}_keep is {images[-1].shape}, not {images[0].shape} px")
     squares = (to_network(image, Preprocessing(size))[0] for image in remove_borders(images))
-    cxr, soft_tissue = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
-    return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), xray_digest(images[0]))
+    cxr, soft_tissue, *keep = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
+    if keep:
+        soft_tissue = cxr - restore_kept(cxr - soft_tissue, keep[0] > KEEP_ABOVE)
+    return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), digest)
 
 
 def load_projected(folder: Path, size: int) -> NDArray[np.uint8]:
@@ -148,7 +160,7 @@ def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, 
 
 
 def match_tone(cxr: Image, soft_tissue: Image) -> Image:
-    """Return the truth in the X-ray's tone: the X-ray minus its local bone layer.
+    """Return the truth in the X-ray's tone: the X-ray minus its local bone layer, of which soft tissue was taken out.
 
     Args:
         cxr: [S, S] in [0, 1].
@@ -157,8 +169,10 @@ def match_tone(cxr: Image, soft_tissue: Image) -> Image:
     Returns:
         [S, S] float32 in [0, 1].
     """
-    matched: Image = np.clip(soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX), 0.0, 1.0)
-    return matched
+    matched = soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX)
+    matched += explain_by_soft_tissue(cxr - matched, matched)
+    clipped: Image = np.clip(matched, 0.0, 1.0)
+    return clipped
 
 
 class Batches:
@@ -260,22 +274,25 @@ class Batches:
         rng = np.random.default_rng([self.seed, step])
         samples = []
         for _ in range(count):
-            *images, weight = self._paired(rng, size, crop)
+            *images, weight = self._paired(rng, size, crop, inserts=1.0)
             samples.append(np.stack([*(image * np.float32(2) - np.float32(1) for image in images), weight / 4]))
         return np.stack(samples)
 
     def _sample(self, rng: np.random.Generator, size: int, crop: int) -> NDArray[np.float32]:
-        return np.stack(self._paired(rng, size, crop)[2:4])
+        return np.stack(self._paired(rng, size, crop, self.augmentation.inserts)[2:4])
 
-    def _paired(self, rng: np.random.Generator, size: int, crop: int) -> list[Image]:
-        """X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop]."""
+    def _paired(self, rng: np.random.Generator, size: int, crop: int, inserts: float) -> list[Image]:
+        """X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop].
+
+        `inserts` is the share of samples that have any.
+        """
         cxr, soft_tissue, curve = self._drawn(rng, size, crop)
         images = [cxr, soft_tissue]
         weight = np.zeros_like(cxr)
-        if rng.random() < self.augmentation.inserts:
-            inserts = draw_inserts(rng, cxr, cxr - soft_tissue, WHOLE_IMAGE_MM / size)
-            images += [cxr + inserts.layer, soft_tissue + inserts.layer]
-            weight = inserts.weight
+        if rng.random() < inserts:
+            drawn = draw_inserts(rng, cxr, cxr - soft_tissue, WHOLE_IMAGE_MM / size)
+            images += [cxr + drawn.layer, soft_tissue + drawn.layer]
+            weight = drawn.weight
         else:
             images += [cxr, soft_tissue]
         images = [curve(image) for image in images]

@@ -27,6 +27,7 @@ from torch import distributed, nn
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners.devices import computes_bf16, resolve_device
 from train.checkpoint import list_tensors, load_checkpoint, write_checkpoint
+from train.group_norm import use_fast_group_norm
 
 USUAL_DECAY = 0.97  # of the running mean of the gradient's norm, per step
 USUAL_LIMIT = 3.0  # a norm counts in that mean as at most so many times the mean
@@ -157,6 +158,8 @@ class Trainee:
         layout = torch.channels_last if channels_last or device.type == "cuda" else torch.contiguous_format
         self.network = network.to(device).to(memory_format=layout)  # type: ignore[call-overload]  # torch has it
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
+        if device.type == "cpu":
+            use_fast_group_norm(self.network)
         self.options = options
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay

@@ -66,6 +66,21 @@ def test_a_pair_that_is_not_square_is_padded_as_inference_pads_it(tmp_path):
         load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
 
 
+def test_what_a_mask_marks_is_put_back_into_the_truth(tmp_path):
+    """Dual-energy truths lack leads and clips. A model trained on such truths takes them away."""
+    soft_tissue = np.random.default_rng(0).integers(80, 120, (64, 64), dtype=np.uint8)
+    cxr, mask = soft_tissue + np.uint8(20), np.zeros_like(soft_tissue)
+    cxr[30:33, 10:50] += 60
+    mask[28:35, 8:52] = 255
+    for name, image in (("cxr", cxr), ("soft_tissue", soft_tissue), ("keep", mask)):
+        cv2.imwrite(str(tmp_path / f"b_{name}.png"), image)
+    loaded = load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
+    np.testing.assert_allclose(loaded.soft_tissue, (cxr - 20.0) / 255, atol=1e-5)
+    cv2.imwrite(str(tmp_path / "b_keep.png"), mask[:40])
+    with pytest.raises(SettingsError, match="the mask b_keep"):
+        load_pair("b", tmp_path / "b_cxr.png", tmp_path / "b_soft_tissue.png", size=64)
+
+
 def test_tone_matching_removes_a_change_of_tone_and_keeps_bone(pair):
     darker = np.clip(pair.soft_tissue * 0.9 - 0.02, 0, 1).astype(np.float32)
     before = np.abs(darker - pair.soft_tissue).mean()
@@ -372,7 +387,7 @@ def test_inserts_are_added_alike_to_x_ray_and_truth(pair, pool):
 
 
 def test_a_batch_shows_the_images_with_inserts_of_the_pairs(pair, pool):
-    batches = Batches([pair], pool, 0.5, Augmentation(), 5)
+    batches = Batches([pair], pool, 0.5, Augmentation(inserts=1.0), 5)
     paired = batches.paired(2, 3, 64, 64)
     np.testing.assert_array_equal(batches.batch(2, 3, 64, 64), paired[:, 2:4])
     without = Batches([pair], pool, 0.5, replace(Augmentation(), inserts=0.0), 5).paired(2, 3, 64, 64)
