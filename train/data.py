@@ -272,9 +272,10 @@ class Batches:
         (`train.inserts.Inserts`) for errors in [-1, 1].
         """
         rng = np.random.default_rng([self.seed, step])
+        inserts = 1.0 if self.augmentation.inserts else 0.0  # each sample is shown without them anyway
         samples = []
         for _ in range(count):
-            *images, weight = self._paired(rng, size, crop, inserts=1.0)
+            *images, weight = self._paired(rng, size, crop, inserts)
             samples.append(np.stack([*(image * np.float32(2) - np.float32(1) for image in images), weight / 4]))
         return np.stack(samples)
 
