@@ -40,7 +40,7 @@ INTERRUPTED = (
 )
 GROUPS = {
     "Input and output": "INPUT --output --format --preview --overwrite --any-view --dry-run",
-    "Model": "--bundle --sampler --steps --seed --samples --enhance --mirror --detail --raw-view",
+    "Model": "--bundle --sampler --steps --seed --samples --enhance --mirror --probe --detail --raw-view",
     "Speed": "--runner --device --precision --batch --threads",
     "Run": "--fail-on --quiet --verbose --json --help",
 }
@@ -63,7 +63,7 @@ def test_help_shows_every_option_with_its_default(cli, command):
         assert option in shown.out
 
 
-def test_infer_has_24_options_in_four_groups_each_with_its_default(cli):
+def test_infer_has_25_options_in_four_groups_each_with_its_default(cli):
     text = cli("infer", "--help").out
     titles = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
     assert titles == list(GROUPS)
@@ -76,7 +76,7 @@ def test_infer_has_24_options_in_four_groups_each_with_its_default(cli):
         for name, entry in zip(names, entries, strict=True):
             options += name not in ("INPUT", "--help")
             assert "[default:" in entry or "[required]" in entry or name == "--help", entry
-    assert options == 24
+    assert options == 25
     words = " ".join(text.split())
     for default in ("demo", "auto", "0", "1;", "full", "refused", "(off)", "(the bundle's)", "(all processors)"):
         assert f"[default: {default}" in words, default
@@ -272,7 +272,7 @@ def test_threads(infer, tmp_path, monkeypatch):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
-    more = "--threads 1 --no-enhance --mirror --detail model --raw-view --format png --preview --overwrite --any-view"
+    more = "--threads 1 --no-enhance --mirror --probe --detail model --raw-view --format png --preview --overwrite --any-view"
     assert infer(*options.split(), *more.split()).code == 0
     settings = report_of(tmp_path / "out")["settings"]
     assert settings == {

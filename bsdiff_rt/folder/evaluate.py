@@ -16,7 +16,7 @@ from bsdiff_rt import formats
 from bsdiff_rt.bundle import Bundle, list_bundles, open_bundle
 from bsdiff_rt.errors import BsdiffError, BundleError, SettingsError
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
-from bsdiff_rt.folder.report import FILE_NAME, UNCERTAINTY
+from bsdiff_rt.folder.report import FILE_NAME, MAPS
 from bsdiff_rt.folder.search import is_input, strip_suffix
 from bsdiff_rt.formats.radiograph import Radiograph, hash_grey
 from bsdiff_rt.imaging.metrics import Quality, quality
@@ -142,7 +142,7 @@ def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
 def list_by_name(path: Path, role: str) -> dict[str, Path]:
     """List the images of a folder by stem without role; or a file alone.
 
-    Previews and deviation maps are left out. If some files are labelled with `role`, only these are listed.
+    Previews and maps are left out. If some files are labelled with `role`, only these are listed.
 
     Raises:
         SettingsError: the path does not exist, or two files have the same name.
@@ -152,7 +152,7 @@ def list_by_name(path: Path, role: str) -> dict[str, Path]:
     if path.is_file():
         return {_get_name(path): path}
     files = [file for file in sorted(path.rglob("*")) if is_input(file) and file.name != PREVIEW]
-    files = [file for file in files if UNCERTAINTY not in file.relative_to(path).parts]
+    files = [file for file in files if not {*MAPS} & {*file.relative_to(path).parts}]
     if role and (labelled := [file for file in files if strip_suffix(file).endswith(role)]):
         files = labelled
     named: dict[str, Path] = {}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
@@ -18,7 +19,7 @@ from bsdiff_rt.folder.report import (
     FILE_NAME,
     FileEntry,
     Report,
-    locate_deviation,
+    locate_map,
     now,
     read_planned,
     read_preview_name,
@@ -122,8 +123,8 @@ class Ledger:
         with self._lock:
             if entry.output is None:
                 entry = self._set_older_aside(self._outputs[entry.input], entry)
-            elif entry.status == "ok" and self.report.settings.get("samples") == 1:
-                self._set_deviation_aside(Path(entry.output))
+            elif entry.status == "ok":
+                self._set_maps_aside(Path(entry.output), entry.maps)
             self.report.files.append(entry)
             self._on_file(entry)
             if (started := time.monotonic()) >= self._next_save:
@@ -189,19 +190,20 @@ class Ledger:
         stale = self._rename(output, earlier.sha256)
         if stale is None:
             return entry
-        self._set_deviation_aside(output)
+        self._set_maps_aside(output)
         warning = f"{self._folder / output}: made before {entry.input} changed. Renamed to {stale.name}."
         logger.error("%s", warning)  # shown with --quiet, too
         return replace(entry, warnings=[*entry.warnings, warning])
 
-    def _set_deviation_aside(self, output: Path) -> None:
-        """Rename the deviation map of an earlier result that is replaced or gone. A result in its place stays."""
+    def _set_maps_aside(self, output: Path, new: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Rename the maps of an earlier result that is replaced or gone, but the `new` ones. A result stays."""
         earlier = self._earlier.get(output)
-        deviation = locate_deviation(Path(), output)
-        if earlier is None or earlier.deviation_sha256 is None or deviation in self._results:
-            return
-        if stale := self._rename(deviation, earlier.deviation_sha256):
-            logger.info("%s: belongs to an earlier result. Renamed to %s.", self._folder / deviation, stale.name)
+        for kind, sha256 in earlier.maps.items() if earlier else ():
+            place = locate_map(Path(), kind, output)
+            if kind in new or place in self._results:
+                continue
+            if stale := self._rename(place, sha256):
+                logger.info("%s: belongs to an earlier result. Renamed to %s.", self._folder / place, stale.name)
 
     def _rename(self, output: Path, sha256: str | None) -> Path | None:
         """Rename a file that an earlier run wrote to NAME.stale, or NAME.2.stale and so on if that exists.

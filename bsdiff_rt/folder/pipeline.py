@@ -23,7 +23,7 @@ from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
 from bsdiff_rt.folder.ledger import Ledger, only_run
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.reading import Reader, Ready, make_not_done
-from bsdiff_rt.folder.report import UNCERTAINTY, FileEntry, Report, describe_environment, digest_path, read_finished
+from bsdiff_rt.folder.report import FileEntry, Report, describe_environment, digest_path, list_maps, read_finished
 from bsdiff_rt.folder.tasks import Task, find_tasks
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
@@ -78,8 +78,7 @@ class Inference:
 
     def find_tasks(self, inputs: Iterable[Path]) -> list[Task]:
         """Return every file to do, with the place of its result."""
-        reserved = {PREVIEW} if self.settings.preview else set()
-        reserved |= {UNCERTAINTY} if self.settings.samples > 1 else set()
+        reserved = {*list_maps(self.settings)} | ({PREVIEW} if self.settings.preview else set())
         settings = self.settings
         return find_tasks(inputs, settings.output, settings.format, reserved, overwrite=settings.overwrite)
 

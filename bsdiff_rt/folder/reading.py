@@ -16,7 +16,7 @@ from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.report import FileEntry, digest_path, locate_deviation
+from bsdiff_rt.folder.report import FileEntry, digest_path, list_maps, locate_map
 from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.imaging.one_image import Prepared, prepare
@@ -111,12 +111,12 @@ class Reader:
             and entry.input_sha256 == input_sha256
             and path.is_file()
             and file_sha256(path) == entry.sha256
-            and (self._settings.samples == 1 or self._has_deviation(output, entry))
+            and all(self._has_map(kind, output, entry) for kind in list_maps(self._settings))
         )
 
-    def _has_deviation(self, output: Path, entry: FileEntry) -> bool:
-        path = locate_deviation(self._settings.output, output)
-        return path.is_file() and file_sha256(path) == entry.deviation_sha256
+    def _has_map(self, kind: str, output: Path, entry: FileEntry) -> bool:
+        path = locate_map(self._settings.output, kind, output)
+        return path.is_file() and file_sha256(path) == entry.maps.get(kind)
 
 
 def make_not_done(

@@ -23,10 +23,12 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.json"
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the standard deviations of several samples
+RETENTION = "retention"  # folder of the pictures of the probe
+MAPS = (UNCERTAINTY, RETENTION)
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
 
 # What is kept of an entry when a later run, with other settings or inputs, writes its own report.
-EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256", "deviation_sha256")
+EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256", "maps")
 
 Status = Literal["ok", "skipped", "refused", "failed"]
 
@@ -46,7 +48,9 @@ class FileEntry:
         sha256: SHA-256 of the output file.
         input_sha256: SHA-256 of the input file, if it could be read. A changed input is processed again.
         path_sha256: SHA-256 of the input's absolute path. It tells two files apart that have the same relative path.
-        deviation_sha256: SHA-256 of the map of the samples' standard deviation; None if there is none.
+        maps: SHA-256 of each map of the result, by the name of the folder that holds it (`MAPS`).
+        retention: how much of a small nodule would survive in this X-ray (`probe.Retention.to_report`); None without
+            the probe, and in an X-ray that has no place for a nodule.
         view: rows, columns and grey levels the model was given, if that was not the whole, unchanged picture.
         warnings: one line for each thing a reader of the result should know.
     """
@@ -59,7 +63,8 @@ class FileEntry:
     sha256: str | None = None
     input_sha256: str | None = None
     path_sha256: str | None = None
-    deviation_sha256: str | None = None
+    maps: dict[str, str] = field(default_factory=dict)
+    retention: dict[str, Any] | None = None
     view: dict[str, float] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -228,20 +233,26 @@ def read_rates(folder: Path) -> tuple[float, float]:
 
 
 def read_named(folder: Path) -> set[Path]:
-    """Return every file that the report in `folder` names, relative to it: results, deviation maps and the preview.
+    """Return every file that the report in `folder` names, relative to it: results, their maps and the preview.
 
     Only these may be replaced by a later run. Maps of an unfinished run are included, because it may have written them.
     """
     results, planned, preview = read_results(folder), read_planned(folder), read_preview_name(folder)
-    maps = {path for path, entry in results.items() if entry.deviation_sha256} | planned
-    named = {*results, *planned, *(locate_deviation(Path(), path) for path in maps)}
+    maps = {locate_map(Path(), kind, path) for path, entry in results.items() for kind in entry.maps}
+    maps |= {locate_map(Path(), kind, path) for path in planned for kind in MAPS}
+    named = {*results, *planned, *maps}
     return named | ({Path(preview)} if preview else set())
 
 
-def locate_deviation(folder: Path, output: Path | str) -> Path:
-    """Return where the deviation map of a result goes: uncertainty/x.png for x.png, uncertainty/x.dcm.png for x.dcm."""
+def list_maps(settings: InferSettings) -> tuple[str, ...]:
+    """Return the maps, of `MAPS`, that a run with these settings writes for every result."""
+    return ((UNCERTAINTY,) if settings.samples > 1 else ()) + ((RETENTION,) if settings.probe else ())
+
+
+def locate_map(folder: Path, kind: str, output: Path | str) -> Path:
+    """Return where a map of a result goes: uncertainty/x.png for x.png, uncertainty/x.dcm.png for x.dcm."""
     path = Path(output)
-    return folder / UNCERTAINTY / (path if path.suffix == ".png" else f"{path}.png")
+    return folder / kind / (path if path.suffix == ".png" else f"{path}.png")
 
 
 def digest_path(path: Path) -> str:

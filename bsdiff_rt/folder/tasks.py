@@ -17,11 +17,11 @@ from bsdiff_rt.config import FormatName
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder.report import (
-    UNCERTAINTY,
+    MAPS,
     FileEntry,
     check_output,
     digest_path,
-    locate_deviation,
+    locate_map,
     read_named,
     read_results,
 )
@@ -114,7 +114,7 @@ class _Places:
         named: every file that the report in `output` names.
         reserved, overwrite: see `find_tasks`.
         taken: places given away, and to which input.
-        mapped: the same for deviation maps.
+        mapped: the same for their maps.
     """
 
     output: Path
@@ -131,8 +131,8 @@ class _Places:
 
     def check_length(self, target: Path) -> str | None:
         """Return the reason why the file system cannot hold a file of this name, or None."""
-        name = target.name if UNCERTAINTY not in self.reserved else locate_deviation(Path(), target).name
-        if (length := _measure_name(name)) <= self._longest:
+        names = (target.name, *(path.name for path in self._list_maps(target).values()))
+        if (length := max(map(_measure_name, names))) <= self._longest:
             return None
         return (
             f"the name of its result would have {length} characters or bytes, and {self._longest} are possible here. "
@@ -141,25 +141,27 @@ class _Places:
 
     def take(self, found: Found, target: Path) -> str | None:
         """Reserve `target` for the result of an input. Return the reason why that is impossible, or None."""
-        deviation = locate_deviation(Path(), target) if UNCERTAINTY in self.reserved else None
+        maps = self._list_maps(target)
         reason = (
             self._check_other_result(found, target)
             or self._check_unnamed_file(target, "result")
-            or (deviation and self._check_unnamed_file(deviation, "deviation map"))
+            or next(filter(None, (self._check_unnamed_file(path, f"{kind} map") for kind, path in maps.items())), None)
             or self._check_earlier_result(found, target)
         )
         if reason:
             return reason
         if str(target) in self.reserved or target.parts[0] in self.reserved:
             return f"its result {target} would replace a file of the run itself. Rename it."
-        if deviation in self.mapped:
-            return (
-                f"its deviation map {deviation.name} would replace that of {self.mapped[deviation].file}. {_ELSEWHERE}"
-            )
+        for kind, path in maps.items():
+            if path in self.mapped:
+                return f"its {kind} map {path.name} would replace that of {self.mapped[path].file}. {_ELSEWHERE}"
         self.taken[target] = found
-        if deviation:
-            self.mapped[deviation] = found
+        self.mapped |= dict.fromkeys(maps.values(), found)
         return None
+
+    def _list_maps(self, target: Path) -> dict[str, Path]:
+        """Return the places of the maps of a result that this run writes, by kind."""
+        return {kind: locate_map(Path(), kind, target) for kind in MAPS if kind in self.reserved}
 
     def _check_other_result(self, found: Found, target: Path) -> str | None:
         """Return the reason if another input of this run has the same place."""

@@ -1,4 +1,4 @@
-"""Write the results of a folder run: soft-tissue images, deviation maps and the preview. Torch-free."""
+"""Write the results of a folder run: soft-tissue images, their maps and the preview. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from bsdiff_rt import formats
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import BsdiffError
-from bsdiff_rt.files import file_sha256
+from bsdiff_rt.files import file_sha256, write_atomically
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.preview import ROWS, Preview
 from bsdiff_rt.folder.reading import Ready, describe_error, make_not_done
-from bsdiff_rt.folder.report import FileEntry, digest_path, locate_deviation
+from bsdiff_rt.folder.report import RETENTION, UNCERTAINTY, FileEntry, digest_path, locate_map
+from bsdiff_rt.folder.retention_map import draw_retention
 from bsdiff_rt.formats.raster import write_png
-from bsdiff_rt.imaging.one_image import finish
+from bsdiff_rt.imaging.one_image import Finished, finish
 from bsdiff_rt.model import describe_derivation
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,9 @@ class Writer:
         """
         started, spent = time.monotonic(), ready.seconds + seconds
         settings, path = self._settings, self._settings.output / ready.output
-        deviation = None
         try:
             finished = finish(ready.prepared, passes, mirror=bool(settings.mirror), detail=settings.detail)
-            if finished.uncertainty is not None:
-                deviation = self._write_deviation(ready.output, finished.uncertainty)
+            maps = self._write_maps(ready, finished)
             path.parent.mkdir(parents=True, exist_ok=True)
             derivation = describe_derivation(self._bundle, settings, self._decisive, ready.prepared)
             formats.write(
@@ -77,17 +76,29 @@ class Writer:
             sha256=digest,
             input_sha256=ready.input_sha256,
             path_sha256=digest_path(ready.task.input),
-            deviation_sha256=deviation,
+            maps=maps,
+            retention=finished.retention.to_report() if finished.retention else None,
             view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
             warnings=list(ready.warnings),
         )
 
-    def _write_deviation(self, output: Path, uncertainty: NDArray[np.float32]) -> str:
-        """Write the samples' standard deviation and return the file's SHA-256."""
-        path = locate_deviation(self._settings.output, output)
+    def _write_maps(self, ready: Ready, finished: Finished) -> dict[str, str]:
+        """Write the samples' standard deviation and the probe's picture. Return the SHA-256 of each by its folder."""
+        written = {}
+        if finished.uncertainty is not None:
+            path = self._make_map_path(UNCERTAINTY, ready)
+            write_png(path, finished.uncertainty, DEVIATION_BITS)
+            written[UNCERTAINTY] = file_sha256(path)
+        if self._settings.probe:
+            path = self._make_map_path(RETENTION, ready)
+            write_atomically(path, draw_retention(ready.radiograph.cxr, finished.retention))
+            written[RETENTION] = file_sha256(path)
+        return written
+
+    def _make_map_path(self, kind: str, ready: Ready) -> Path:
+        path = locate_map(self._settings.output, kind, ready.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, uncertainty, DEVIATION_BITS)
-        return file_sha256(path)
+        return path
 
     def write_preview(self, files: Iterable[FileEntry]) -> None:
         """Write preview.png from the files in the output folder, results of an earlier run included."""
@@ -97,7 +108,7 @@ class Writer:
             try:
                 radiograph = formats.read(Path(entry.input), any_view=True)
                 result = read_result(self._settings.output / str(entry.output), radiograph.bits_stored)
-                path = locate_deviation(self._settings.output, str(entry.output))
+                path = locate_map(self._settings.output, UNCERTAINTY, str(entry.output))
                 deviation = read_result(path, DEVIATION_BITS) if self._settings.samples > 1 else None
             except BsdiffError as error:  # changed since it was done
                 logger.warning("%s is not in the preview: %s", entry.input, error)

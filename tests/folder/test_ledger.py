@@ -153,7 +153,7 @@ def test_a_stale_result_replaces_no_older_one(tmp_path):
 def test_the_deviation_map_of_a_result_that_is_gone_is_renamed_too(tmp_path, gives):
     (tmp_path / "uncertainty").mkdir()
     digest = wrote(tmp_path, "uncertainty/b.png", b"map").sha256
-    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), deviation_sha256=digest)
+    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), maps={"uncertainty": digest})
     dataclasses.replace(make(), files=[mapped]).write(tmp_path)
     ledger = Ledger(make(samples=1), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(FAILED if gives == "nothing" else wrote(tmp_path, "b.png", b"new"))
@@ -169,7 +169,7 @@ def test_the_deviation_map_of_a_result_that_is_gone_is_renamed_too(tmp_path, giv
 def test_a_deviation_map_that_is_not_as_it_was_written_stays(tmp_path):
     (tmp_path / "uncertainty").mkdir()
     (tmp_path / "uncertainty" / "b.png").write_bytes(b"mine")
-    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), deviation_sha256="7" * 64)
+    mapped = dataclasses.replace(wrote(tmp_path, "b.png"), maps={"uncertainty": "7" * 64})
     dataclasses.replace(make(), files=[mapped]).write(tmp_path)
     ledger = Ledger(make(samples=1), tmp_path, OUTPUTS, {}, lambda _: None)
     ledger.add(wrote(tmp_path, "b.png", b"new"))

@@ -157,7 +157,8 @@ def test_the_report_and_the_files_agree(run, toy, tmp_path):
         "sha256": None,
         "input_sha256": file_sha256(tmp_path / "in" / "c.png"),
         "path_sha256": digest_path(tmp_path / "in" / "c.png"),
-        "deviation_sha256": None,
+        "maps": {},
+        "retention": None,
         "view": None,
         "warnings": [],
     }
@@ -920,11 +921,11 @@ def test_a_deviation_map_that_is_not_what_was_written_is_made_again(run, toy, tm
     png(tmp_path / "in" / "a.png")
     entry = run(samples=2)["a.png"]
     written = tmp_path / "out" / "uncertainty" / "a.png"
-    assert entry.deviation_sha256 == file_sha256(written)
+    assert entry.maps["uncertainty"] == file_sha256(written)
     assert statuses(run(samples=2)) == {"a.png": "skipped"}
     png(written, seed=3)
     assert statuses(run(samples=2)) == {"a.png": "ok"}
-    assert file_sha256(written) == entry.deviation_sha256
+    assert file_sha256(written) == entry.maps["uncertainty"]
 
 
 @pytest.mark.parametrize(("batch", "samples", "ahead"), [(1, 1, 2), (8, 1, 16), (8, 4, 4), (4, 16, 2)])
@@ -1237,3 +1238,24 @@ def test_a_probe_mixes_no_two_files_of_a_batch(run, toy, tmp_path):
     assert set(statuses(entries).values()) == {"ok"}
     for seed in range(4):
         assert np.array_equal(pixels(tmp_path / "out" / f"{seed}.png"), expected[seed])
+
+
+def test_a_probe_writes_its_picture_and_figures_and_is_made_up_for(run, toy, tmp_path):
+    """A run with --probe does files again that were finished without it, and those whose picture was lost."""
+    png(tmp_path / "in" / "sub" / "a.png", seed=1)
+    run()
+    assert tree(tmp_path / "out") == {"report.json", "sub/a.png"}
+    picture = tmp_path / "out" / "retention" / "sub" / "a.png"
+    (entry,) = run(probe=True).values()
+    assert entry.status == "ok"
+    assert entry.maps == {"retention": file_sha256(picture)}
+    assert entry.retention is not None
+    assert entry.retention["count"] > 0
+    (again,) = run(probe=True).values()
+    assert (again.status, again.retention) == ("skipped", entry.retention)
+    picture.unlink()
+    (again,) = run(probe=True).values()
+    assert again.status == "ok"
+    assert picture.is_file()
+    assert statuses(run(overwrite=True)) == {"a.png": "ok"}
+    assert tree(tmp_path / "out") == {"report.json", "sub/a.png", "retention/sub/a.png.stale"}

@@ -12,7 +12,7 @@ from helpers import dicom, png
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder import tasks as discover
-from bsdiff_rt.folder.report import digest_path, locate_deviation
+from bsdiff_rt.folder.report import digest_path, locate_map
 from bsdiff_rt.folder.tasks import find_tasks
 
 OUT = Path("/nowhere/out")
@@ -204,7 +204,7 @@ def test_results_of_an_earlier_run_are_no_inputs(folder, caplog):
     earlier = folder / "sub" / "old"
     put(folder / "a.png", earlier / "a.png", earlier / "b" / "c.png", earlier / "preview.png", earlier / "new.png")
     put(earlier / "uncertainty" / "a.png", earlier / "uncertainty" / "new.png", folder / "preview.png")
-    files = [{"output": "a.png", "deviation_sha256": "1"}, {"output": "b/c.png"}, {"output": None}]
+    files = [{"output": "a.png", "maps": {"uncertainty": "1"}}, {"output": "b/c.png"}, {"output": None}]
     report = {"bsdiff_rt": "1", "files": files, "preview": "preview.png"}
     (earlier / "report.json").write_text(json.dumps(report))
     caplog.set_level("INFO")
@@ -260,12 +260,14 @@ def test_nor_does_a_deviation_map(folder, overwrite):
     put(folder / "a.png", OUT_HERE / "uncertainty" / "a.png")
     options = {"output": OUT_HERE, "overwrite": overwrite}
     assert not refusals(folder, **options)
-    reason = f"its deviation map would replace {OUT_HERE / 'uncertainty' / 'a.png'}, which this program did not write. "
+    reason = (
+        f"its uncertainty map would replace {OUT_HERE / 'uncertainty' / 'a.png'}, which this program did not write. "
+    )
     expected = {"a.png": reason + "Choose another output folder."}
     assert refusals(folder, reserved=("uncertainty",), **options) == expected
     another_run(OUT_HERE, input=str(folder / "a.png"))  # without a map
     assert refusals(folder, reserved=("uncertainty",), **options) == expected
-    another_run(OUT_HERE, input=str(folder / "a.png"), deviation_sha256="5" * 64)
+    another_run(OUT_HERE, input=str(folder / "a.png"), maps={"uncertainty": "5" * 64})
     assert not refusals(folder, reserved=("uncertainty",), **options)
 
 
@@ -397,8 +399,8 @@ def test_a_link_to_a_folder_is_said(folder, caplog):
 
 
 def test_the_deviation_maps_of_a_dicom_and_a_png_of_one_name(folder):
-    assert locate_deviation(OUT, "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
-    assert locate_deviation(OUT, Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
+    assert locate_map(OUT, "uncertainty", "a/x.png") == OUT / "uncertainty" / "a" / "x.png"
+    assert locate_map(OUT, "uncertainty", Path("a/x.dcm")) == OUT / "uncertainty" / "a" / "x.dcm.png"
 
 
 def test_deviation_maps_that_would_replace_each_other(folder):
@@ -408,7 +410,7 @@ def test_deviation_maps_that_would_replace_each_other(folder):
     tasks = find_tasks([folder], OUT, "auto", reserved=("uncertainty",))
     assert [task.refusal for task in tasks] == [
         None,
-        f"its deviation map x.dcm.png would replace that of {folder / 'x.dcm'}. Choose another output folder.",
+        f"its uncertainty map x.dcm.png would replace that of {folder / 'x.dcm'}. Choose another output folder.",
     ]
 
 
@@ -486,6 +488,6 @@ def test_what_the_run_writes_besides_replaces_no_x_ray(folder):
         find_tasks([folder / "preview.png"], folder, "png", reserved=("preview.png",))
     maps = folder / "uncertainty"
     assert refusals(maps, output=folder, reserved=("uncertainty",)) == {
-        "x.png": f"its deviation map would replace the X-ray {maps / 'x.png'}. Choose another output folder."
+        "x.png": f"its uncertainty map would replace the X-ray {maps / 'x.png'}. Choose another output folder."
     }
     assert refusals(maps, output=folder) == {}
