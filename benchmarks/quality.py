@@ -26,9 +26,9 @@ from benchmarks.documents import describe_run, write_json
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
-from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_command
-from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together
-from bsdiff_rt.imaging.lungs import find_lungs
+from bsdiff_rt.errors import SettingsError, run_command
+from bsdiff_rt.folder.evaluate import load_lungs
+from bsdiff_rt.formats.raster import find_pairs, read_together
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
 from bsdiff_rt.imaging.one_image import Prepared, finish, list_passes, prepare
@@ -136,25 +136,9 @@ def load_pairs(folder: Path, *, lungs: bool = False) -> list[Pair]:
     pairs = []
     for name, *paths in find_pairs(folder):
         cxr, truth = read_together(paths)
-        mask = load_lungs(folder, name, cxr.cxr) if lungs else None
+        mask = load_lungs(folder / f"{name}_lungs.png", cxr.cxr) if lungs else None
         pairs.append(Pair(cxr.cxr, resize(truth.cxr, cxr.cxr.shape), cxr.pixel_digest, mask))
     return pairs
-
-
-def load_lungs(folder: Path, name: str, cxr: Image) -> Mask:
-    """Return the lung fields of an X-ray, [H, W]: those of NAME_lungs.png if it is there, else found in the X-ray.
-
-    Raises:
-        SettingsError: the mask cannot be read or has another shape, or the lungs were not found.
-    """
-    path = folder / f"{name}_lungs.png"
-    try:
-        mask = read_raster(path).cxr > 0.5 if path.exists() else find_lungs(cxr)
-    except (InputRefused, InputFailed) as error:
-        raise SettingsError(f"{name}: {error}. Give its lung fields as {path.name}.") from error
-    if mask.shape != cxr.shape:
-        raise SettingsError(f"{path}: {mask.shape[0]} x {mask.shape[1]} px, but its X-ray has another size.")
-    return mask
 
 
 def judge(

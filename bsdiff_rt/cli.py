@@ -468,6 +468,14 @@ def evaluate(
             help="Model that made the results. Images that it was trained on are named.",
         ),
     ] = None,
+    lungs: Annotated[
+        bool,
+        typer.Option(
+            "--lungs",
+            help="Count only the lung fields: NAME_lungs.png beside the X-ray, else found in it. For truths that are "
+            "right only there.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -480,7 +488,7 @@ def evaluate(
 
     matches = match(predicted, soft_tissue, cxr)
     known = read_trained_on(predicted, bundle)
-    outcomes = list(compare(matches, size, known or ()))
+    outcomes = list(compare(matches, size, known or (), lungs=lungs))
     rows = [(each.name, each.quality) for each in outcomes if each.quality is not None]
     failed = [(each.name, each.error) for each in outcomes if each.error is not None]
     if not rows:
@@ -490,6 +498,7 @@ def evaluate(
     if as_json:
         found = {
             "size_px": size,
+            "lungs": lungs,
             "images": [{"name": name} | _convert_to_json(row) for name, row in rows],
             "mean": _convert_to_json(mean),
             "trained_on": trained_on if known is not None else None,
@@ -501,7 +510,8 @@ def evaluate(
         titles = ["image", "BSR", "BSR tone-matched", "BSR as published", "MSE", "SSIM", "PSNR dB"]
         with _writing():
             print_table([escape(title) for title in titles], [[escape(cell) for cell in row] for row in table])
-        _print(f"Measured with every image at {size} px on its longer side.")
+        where = ", inside the lungs" if lungs else ""
+        _print(f"Measured with every image at {size} px on its longer side{where}.")
     if trained_on:
         print_line(
             f"{len(trained_on)} of {len(rows)} images were used to train this model. Their figures say nothing about "

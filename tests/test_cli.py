@@ -272,7 +272,7 @@ def test_threads(infer, tmp_path, monkeypatch):
 def test_every_option_arrives(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     options = "--runner eager --device cpu --precision fp32 --sampler ddpm -n 2 --seed 9 --samples 2 --batch 3"
-    more = "--threads 1 --no-enhance --mirror --probe --detail model --raw-view --format png --preview --overwrite --any-view"
+    more = "--threads 1 --no-enhance --mirror --detail model --raw-view --format png --preview --overwrite --any-view"
     assert infer(*options.split(), *more.split()).code == 0
     settings = report_of(tmp_path / "out")["settings"]
     assert settings == {

@@ -19,11 +19,13 @@ from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.report import FILE_NAME, MAPS
 from bsdiff_rt.folder.search import is_input, strip_suffix
 from bsdiff_rt.formats.radiograph import Radiograph, hash_grey
+from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import Quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
 
 SIZE_PX = 256  # the longer side at which the paper's figures are measured
 ASPECT_TOLERANCE = 1.02  # ratio of the aspect ratios of two images that are still compared
+MASK_ABOVE = 0.5  # grey level of a pixel that belongs to a mask
 DIGEST_DIGITS = 16  # of an X-ray's digest in a bundle's `trained_on`
 
 _ROLES = re.compile(r"_(cxr|soft_tissue)$")
@@ -87,20 +89,24 @@ def match(predicted: Path, soft_tissue: Path, cxr: Path) -> list[Match]:
     return [Match(name, file, truths[name], sources[name]) for name, file in predictions.items()]
 
 
-def evaluate(matches: list[Match], size: int = SIZE_PX, known: Collection[str] = ()) -> Iterator[Outcome]:
+def evaluate(
+    matches: list[Match], size: int = SIZE_PX, known: Collection[str] = (), *, lungs: bool = False
+) -> Iterator[Outcome]:
     """Compare each result with the truth.
 
     Args:
         matches: from `match`.
         size: every image is first resized to this many px on its longer side.
         known: digests of the X-rays that the model was trained on (`read_trained_on`).
+        lungs: count only the lung fields (`load_lungs`), for truths that are right only there.
     """
     for one in matches:
         try:
             images = _read_images(one)
             # The digest belongs to the X-ray at its own matrix, as training read it.
             trained_on = bool(known) and hash_grey(images[0]).hex()[:DIGEST_DIGITS] in known
-            yield Outcome(one.name, _compare(one.name, images, size), trained_on=trained_on)
+            mask = load_lungs(one.cxr.parent / f"{one.name}_lungs.png", images[0]) if lungs else None
+            yield Outcome(one.name, _compare(one.name, images, size, mask), trained_on=trained_on)
         except BsdiffError as error:
             yield Outcome(one.name, error=error)
 
@@ -187,7 +193,31 @@ def _find_bundle(results: Path) -> Bundle | None:
     return None
 
 
-def _compare(name: str, images: list[NDArray[np.float32]], size: int) -> Quality:
+def load_lungs(path: Path, cxr: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return the lung fields of an X-ray: those of a mask file if there is one, else found in the X-ray.
+
+    Args:
+        path: where the mask would be; lungs are white in it.
+        cxr: the X-ray, [H, W], float32, in [0, 1].
+
+    Returns:
+        [H, W] bool.
+
+    Raises:
+        SettingsError: the mask cannot be read or has another shape, or the lungs were not found.
+    """
+    try:
+        mask = formats.read(path, any_view=True).cxr > MASK_ABOVE if path.exists() else find_lungs(cxr)
+    except BsdiffError as error:
+        raise SettingsError(f"{error}. Give the lung fields as {path.name}.") from error
+    if mask.shape != cxr.shape:
+        raise SettingsError(f"{path}: {mask.shape[0]} x {mask.shape[1]} px, but its X-ray has another size.")
+    return mask
+
+
+def _compare(
+    name: str, images: list[NDArray[np.float32]], size: int, lungs: NDArray[np.bool_] | None = None
+) -> Quality:
     """Return the figures of one image: X-ray, truth and result, each [H, W], float32, in [0, 1], of any sizes."""
     ratios = [image.shape[0] / image.shape[1] for image in images]
     if max(ratios) / min(ratios) > ASPECT_TOLERANCE:
@@ -196,7 +226,8 @@ def _compare(name: str, images: list[NDArray[np.float32]], size: int) -> Quality
     placement = place(images[0].shape, size)
     shape = placement.height, placement.width
     cxr, soft_tissue, result = (np.clip(resize(image, shape), 0, 1) for image in images)
-    return quality(cxr, soft_tissue, result)
+    mask = None if lungs is None else resize(lungs.astype(np.float32), shape) > MASK_ABOVE
+    return quality(cxr, soft_tissue, result, mask)
 
 
 def _read_images(one: Match) -> list[NDArray[np.float32]]:

@@ -12,6 +12,7 @@ from benchmarks import quality as quality_module
 from benchmarks.quality import app, load_pairs
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.folder import evaluate as evaluate_module
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.imaging.metrics import mean_quality, quality
@@ -147,7 +148,7 @@ def test_only_the_lungs_count(tiny_bundle, tmp_path, monkeypatch):
     for used in judged:
         np.testing.assert_array_equal(used, mask)
     (folder / f"{name}_lungs.png").unlink()
-    monkeypatch.setattr(quality_module, "find_lungs", lambda cxr: cxr > 0.5)
+    monkeypatch.setattr(evaluate_module, "find_lungs", lambda cxr: cxr > 0.5)
     (found,) = load_pairs(folder, lungs=True)
     np.testing.assert_array_equal(found.lungs, found.cxr > 0.5)
     cv2.imwrite(str(folder / f"{name}_lungs.png"), mask[:50].astype(np.uint8) * 255)

@@ -19,6 +19,7 @@ from bsdiff_rt.folder.evaluate import DIGEST_DIGITS, Match, evaluate, match, rea
 from bsdiff_rt.formats.dicom_in import read_dicom
 from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.formats.raster import read_raster, write_png
+from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import quality
 
 SOFT_TISSUE = chest(96, 80, seed=1) * np.float32(0.9)
@@ -305,3 +306,24 @@ def test_the_model_is_the_one_that_the_report_names(three, trained, monkeypatch,
 
 def test_a_bundle_that_states_no_training_images(three, tiny_bundle):
     assert read_trained_on(three[0], str(tiny_bundle)) == frozenset()
+
+
+def test_only_the_lungs_count(three, place):
+    """Outside the mask the result may be anything, such as the bones that software left in the truth."""
+    out, truth, cxrs = three
+    mask = np.zeros(CXR.shape, np.float32)
+    mask[20:60, 10:40] = 1
+    place("cxr/p1_lungs.png", mask, bits=8)
+    (one, other) = evaluate(match(out, truth, cxrs), size=96, lungs=True)
+    stored_pictures = [np.rint(picture * 65535) / 65535 for picture in (CXR, SOFT_TISSUE, PREDICTED)]
+    expected = quality(*stored_pictures, mask > 0)
+    assert one.quality.as_dict() == pytest.approx(expected.as_dict(), abs=1e-4)
+    found = quality(*stored_pictures, find_lungs(stored_pictures[0]))
+    assert other.quality.as_dict() == pytest.approx(found.as_dict(), abs=1e-4)
+    flat = np.full_like(CXR, 0.5)
+    flat[0, 0] = 1
+    place("cxr/p2.png", flat)
+    outcome = list(evaluate(match(out, truth, cxrs), lungs=True))[1]
+    assert "Give the lung fields as p2_lungs.png" in str(outcome.error)
+    place("cxr/p1_lungs.png", mask[:50], bits=8)
+    assert "another size" in str(next(evaluate(match(out, truth, cxrs), lungs=True)).error)

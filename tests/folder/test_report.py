@@ -162,7 +162,9 @@ def test_every_file_that_a_report_names(tmp_path):
     former = dataclasses.replace(DONE, output="c.png", maps={"uncertainty": "6" * 64})
     report = make([DONE, mapped, FAILED])
     dataclasses.replace(report, earlier=[former], planned=["d.png"], preview="preview.png").write(tmp_path)
-    names = "a.png b.dcm uncertainty/b.dcm.png c.png uncertainty/c.png d.png uncertainty/d.png preview.png retention/d.png"
+    names = (
+        "a.png b.dcm uncertainty/b.dcm.png c.png uncertainty/c.png d.png uncertainty/d.png preview.png retention/d.png"
+    )
     assert read_named(tmp_path) == {Path(name) for name in names.split()}
     assert read_named(tmp_path / "absent") == set()
 
