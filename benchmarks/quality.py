@@ -27,7 +27,8 @@ from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError, run_command
-from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together
+from bsdiff_rt.formats import read_together
+from bsdiff_rt.formats.raster import find_pairs, read_raster
 from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
