@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from benchmarks.methods import read_picture
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.formats import read_together
 from bsdiff_rt.formats.radiograph import hash_grey
-from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.formats.raster import find_pairs
 from bsdiff_rt.imaging.network_input import resize
 from bsdiff_rt.imaging.one_image import Prepared, prepare
 

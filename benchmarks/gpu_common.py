@@ -56,7 +56,7 @@ class Part:
 
     @property
     def device(self) -> torch.device:
-        """The device to run on."""
+        """Return the device to run on."""
         return resolve_device(self.options.device)
 
     def left(self) -> float:

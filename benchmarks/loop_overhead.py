@@ -43,7 +43,7 @@ def measure_overhead(runner: Runner, table: Table, images: int) -> Overhead:
     """Sample images one by one, after one image to warm up, and time the denoiser calls inside.
 
     Args:
-        runner: runs the networks on a CPU.
+        runner: runs the model on a CPU.
         table: the sampler's coefficients.
         images: number of measured images, at least 1.
     """

@@ -115,7 +115,7 @@ def build_published_networks(model: BenchModel) -> tuple[PublishedDenoiser, Publ
     denoiser, enhancer = model.load_networks()
     with torch.no_grad():
         # The converted dictionaries share memory with the published networks, except for the final convolution. So
-        # copying into them fills the networks.
+        # copying into them fills both networks.
         _copy_weights(denoiser_state(unet.state_dict(), shape), denoiser)
         _copy_weights(enhancer_state(autoencoder.state_dict(), second), enhancer)
         final = unet.out[2].conv

@@ -28,7 +28,8 @@ from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.folder.evaluate import load_lungs
-from bsdiff_rt.formats.raster import find_pairs, read_together
+from bsdiff_rt.formats import read_together
+from bsdiff_rt.formats.raster import find_pairs
 from bsdiff_rt.imaging.metrics import Quality, mean_quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
 from bsdiff_rt.imaging.one_image import Prepared, finish, list_passes, prepare

@@ -36,7 +36,7 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.errors import BsdiffError, SettingsError, run_command
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.formats.raster import read_raster, read_together, write_png
+from bsdiff_rt.formats.raster import read_raster, write_png
 from bsdiff_rt.imaging.network_input import resize
 from bsdiff_rt.imaging.one_image import prepare
 from bsdiff_rt.runners.devices import resolve_device
@@ -140,7 +140,7 @@ def read_subjects(
     for path in (path for path in files if not path.stem.endswith(TRUTH)):
         name = path.stem.removesuffix(CXR)
         if name in truths:
-            pictures = [picture.cxr for picture in read_together([path, truths[name]])]
+            pictures = [picture.cxr for picture in formats.read_together([path, truths[name]], any_view=True)]
         else:
             pictures = [formats.read(path, any_view=True).cxr]
         scale = max(float(pictures[0].max()), 1e-6)
@@ -234,17 +234,17 @@ def _judge_case(method: str, subject: Subject, case: Case, plain: Image, changed
     here = case.rows, case.columns
     response = (changed - plain)[here]
     kept = float(np.sum(response * case.insert, dtype=np.float64) / np.sum(np.square(case.insert), dtype=np.float64))
-    around = _widened(case, RING / subject.xray.mm_per_px)
+    around = _widen(case, RING / subject.xray.mm_per_px)
     before, after = (float(np.std(remove_plane(image[around]))) for image in (subject.xray.cxr, plain))
     gain = kept * before / max(after, 1e-6)
     crops = []
     if "nodule" in case.wanted.kind:
-        window = _widened(case, 2 * RING / subject.xray.mm_per_px)
+        window = _widen(case, 2 * RING / subject.xray.mm_per_px)
         crops = [image[window] for image in (subject.picture(case.round), plain, changed)]
     return Kept(method, subject.group, subject.xray.name, case.wanted, case.place, kept, gain, crops)
 
 
-def _widened(case: Case, pixels: float) -> tuple[slice, slice]:
+def _widen(case: Case, pixels: float) -> tuple[slice, slice]:
     """Return the case's window with a margin on every side."""
     margin = round(pixels)
     rows, columns = (slice(max(side.start - margin, 0), side.stop + margin) for side in (case.rows, case.columns))

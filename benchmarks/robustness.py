@@ -26,8 +26,9 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.folder.pipeline import Inference
+from bsdiff_rt.formats import read_together
 from bsdiff_rt.formats.radiograph import find_range
-from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together, write_png
+from bsdiff_rt.formats.raster import find_pairs, read_raster, write_png
 from bsdiff_rt.imaging.metrics import mean_quality, quality
 from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.tables import print_table

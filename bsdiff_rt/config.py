@@ -70,7 +70,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How an image is sampled: named sampler, number of denoiser steps, user seed."""
+    """How an image is sampled: name of the sampler, number of denoiser steps, seed."""
 
     name: SamplerName = "ddpm"
     steps: int = 1000
@@ -78,7 +78,7 @@ class SamplerSettings:
 
 
 def step_count(steps: int) -> str:
-    """`1 step`, `20 steps`."""
+    """Return a number of steps as text: `1 step`, `20 steps`."""
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 

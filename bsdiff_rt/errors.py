@@ -9,22 +9,22 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _SHOWN_CHARACTERS = 300
 
 
 def one_line(error: BaseException) -> str:
-    """Type and text of somebody else's exception in one line of bounded length.
+    """Return type and text of another package's exception as one line of bounded length.
 
-    Only for exceptions that cannot quote a DICOM attribute: those of backends, which see arrays and graphs.
+    Use it only for exceptions that cannot quote a DICOM attribute: those of backends, which see arrays and graphs.
     """
     text = " ".join(str(error).split())
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:_SHOWN_CHARACTERS]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a backend failed for want of memory; each says so in its own words, few with a type of their own."""
+    """Return whether a backend failed because memory ran out. Few have an exception type for it, so the text counts."""
     words = (
         "out of memory",
         "alloc_failed",
@@ -37,10 +37,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Let go of what the frames of a failed call hold, in the exception and in those it came from.
+    """Free the local variables of a failed call, in the exception and in those it came from.
 
-    As long as an exception lives its traceback keeps every local variable, and with them the device memory of whatever
-    was half made. Where it was raised is still told.
+    A traceback keeps every local variable, and with it device memory, as long as the exception lives. The traceback
+    still tells where the exception was raised.
     """
     link: BaseException | None = error
     while link is not None:
@@ -89,15 +89,36 @@ class BundleError(BsdiffError):
 
 
 class EngineError(BsdiffError):
-    """An engine or a runner that does not fit this machine, bundle or settings."""
+    """An engine or a runner that does not fit this machine, bundle or settings.
+
+    Args:
+        message: what does not fit, and what to do. It names no command line option.
+        build: the settings of an engine that would fit, by name: "bundle", "runner" and others. The command line puts
+            the command that builds it behind the message.
+    """
 
     exit_code = 4
 
+    def __init__(self, message: str = "", *, build: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.build = build
+
 
 def describe_error(error: BsdiffError) -> str:
-    """Return the message of an error for a command line: with the option it is about in front, if it is about one."""
-    setting = error.setting if isinstance(error, SettingsError) else None
-    return f"--{setting.replace('_', '-')}: {error}" if setting else str(error)
+    """Return the message of an error for a command line.
+
+    The option that it is about stands in front, and the command that builds a missing engine behind.
+    """
+    if isinstance(error, SettingsError) and error.setting:
+        return f"{_name_option(error.setting)}: {error}"
+    if isinstance(error, EngineError) and error.build:
+        options = [f"{_name_option(name)} {value}" for name, value in error.build.items() if name != "bundle"]
+        return f"{error} Run: {' '.join(['bsdiff-rt build-engine', error.build['bundle'], *options])}"
+    return str(error)
+
+
+def _name_option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def run_command(app: Callable[[], object]) -> None:

@@ -141,17 +141,17 @@ class Model:
 
     @property
     def passes_per_image(self) -> int:
-        """How often one X-ray goes through the model."""
+        """Return how often one X-ray goes through the model."""
         return count_passes(self.settings.samples, mirror=bool(self.settings.mirror), probe=self.settings.probe)
 
     @property
     def smallest_batch(self) -> int:
-        """The smallest number of passes that the runner takes. Fewer are filled up."""
+        """Return the smallest number of passes that the runner takes. Fewer are filled up."""
         return self._suppressor.smallest
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the networks worked for the results taken so far."""
+        """Return the seconds that the model worked for the results taken so far."""
         return self._suppressor.busy_s
 
     @overload
@@ -212,7 +212,7 @@ class Model:
         return prepare(cxr, self.bundle.manifest.preprocessing, raw_view=settings.raw_view, probe=settings.probe)
 
     def order(self, images: Sequence[tuple[Prepared, bytes]]) -> Iterator[Callable[[], Taken]]:
-        """Give every pass of some X-rays to the networks, `batch` at a time.
+        """Give every pass of some X-rays to the model, `batch` at a time.
 
         Args:
             images: each prepared X-ray with the digest of its pixels, which keys its noise.
@@ -236,7 +236,7 @@ class Model:
                 yield partial(host.take, place)
 
     def finish(self, prepared: Prepared, passes: NDArray[np.float32]) -> Finished:
-        """Make the networks' outputs for one X-ray, [P, S, S], float32, in [-1, 1], into its soft-tissue image."""
+        """Make the model's outputs for one X-ray, [P, S, S], float32, in [-1, 1], into its soft-tissue image."""
         return finish(prepared, passes, mirror=bool(self.settings.mirror), detail=self.settings.detail)
 
     def describe(self, prepared: Prepared, format: FormatName) -> Derivation:
@@ -340,7 +340,8 @@ def resolve_batch(asked: int | None, runner: Runner) -> int:
     _, most = runner.batch_range
     if asked is not None and most is not None and asked > most:
         raise SettingsError(
-            f"batch {asked} is more than the {runner.name} runner's {most}. Use {most}, or build an engine"
+            f"{asked} is more than the {runner.name} runner's {most}. Use {most}, or build an engine for more.",
+            setting="batch",
         )
     return asked or choose_batch(runner)
 

@@ -63,7 +63,7 @@ def write_bundle(
 
     Args:
         folder: must be new or empty, or hold a bundle if `overwrite` is given. Other files in it are kept.
-        preset: shape of the networks.
+        preset: shape of both networks.
         schedule: the diffusion that the denoiser was trained for.
         denoiser: stage 1, fp32, on the CPU.
         enhancer: stage 2, fp32, on the CPU.
@@ -74,8 +74,8 @@ def write_bundle(
         The manifest as written.
 
     Raises:
-        BundleError: the graphs do not agree with the networks.
-        SettingsError: `folder` cannot be used, the default sampler cannot be run, or the networks do not take images
+        BundleError: the graphs do not agree with eager.
+        SettingsError: `folder` cannot be used, the default sampler cannot be run, or the model does not take images
             of this size.
     """
     check_settings(preset, schedule, options)
@@ -98,7 +98,7 @@ def write_bundle(
 
 
 def check_settings(preset: Preset, schedule: Schedule, options: BundleOptions) -> None:
-    """Raise SettingsError if the default sampler cannot be run or the networks do not take images of this size."""
+    """Raise SettingsError if the default sampler cannot be run or the model does not take images of this size."""
     size = options.preprocessing.size
     multiple = 2 ** (max(len(preset.denoiser.channels), len(preset.enhancer.channels)) - 1)  # each level halves it
     if size % multiple:
@@ -117,7 +117,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _export(work: Path, schedule: Schedule, denoiser: Denoiser, enhancer: Enhancer, size: int) -> dict[str, float]:
-    """Write weights and graphs into `work` and return how well they agree with the networks."""
+    """Write weights and graphs into `work` and return how well they agree with eager."""
     image = torch.zeros(2, 1, size, size)
     inputs = {"x_t": image, "cxr": image, "t": torch.zeros(2)}
     export_graph(denoiser, inputs, work / "denoiser.safetensors", work / "denoiser.onnx")

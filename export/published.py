@@ -103,7 +103,7 @@ def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[s
             if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
                 raise BundleError("it was written on a big-endian machine. Load and save it on a little-endian one.")
             content = _NoteTaker(io.BytesIO(archive.read(pickled))).load()
-            entries = _chosen(content, weights)
+            entries = _choose(content, weights)
             if all(key.startswith("module.") for key in entries):
                 entries = {key.removeprefix("module."): value for key, value in entries.items()}
             return {key: _tensor(archive, folder, key, value) for key, value in entries.items()}
@@ -116,7 +116,7 @@ def read_published_weights(path: Path, weights: WeightsName = "model") -> dict[s
         ) from error
 
 
-def _chosen(content: Any, weights: WeightsName) -> dict[str, Any]:
+def _choose(content: Any, weights: WeightsName) -> dict[str, Any]:
     """Return the notes of the chosen weights by published key."""
     wrapped = isinstance(content, dict) and "model" in content
     model = content["model"] if wrapped else content

@@ -35,7 +35,7 @@ class Speed:
 
     @property
     def image_s(self) -> float:
-        """Seconds per image."""
+        """Return the seconds per image."""
         return self.passes * (self.steps * self.step_s + self.enhance_s)
 
     def __str__(self) -> str:

@@ -299,7 +299,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         ("--steps 0", "0 sampling steps requested"),
         ("--steps 1001", "--steps: 1001 sampling steps"),
         ("--steps many", "Invalid value for '--steps'"),
-        ("--seed -1", "seed -1 is out of range"),
+        ("--seed -1", "--seed: -1 is out of range"),
         ("--seed 1.5", "Invalid value for '--seed'"),
         ("--batch 0", "'0' is not auto or a whole number above 0"),
         ("--batch -3", "'-3' is not auto or a whole number above 0"),

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-from bsdiff_rt.errors import BundleError, SettingsError, describe_error, out_of_memory, run_command
+from bsdiff_rt.errors import BundleError, EngineError, SettingsError, describe_error, out_of_memory, run_command
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,9 @@ def test_the_option_of_a_setting_is_named_by_the_command_line_only():
     assert describe_error(error) == "--raw-view: 9 is too many. Give 8 or less."
     assert describe_error(SettingsError("a.png: no such file")) == "a.png: no such file"
     assert describe_error(BundleError("x")) == "x"
+    missing = EngineError("no engine. Build one.", build={"bundle": "demo", "runner": "aoti", "batch": "1:8"})
+    assert str(missing) == "no engine. Build one."
+    assert describe_error(missing) == "no engine. Build one. Run: bsdiff-rt build-engine demo --runner aoti --batch 1:8"
 
 
 @pytest.fixture

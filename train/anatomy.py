@@ -26,7 +26,7 @@ class Canvas:
 
     @property
     def scale(self) -> float:
-        """Pixels per patient unit."""
+        """Return the pixels per patient unit."""
         return self.pixels / (1.0 + 2.0 * MARGIN)
 
     def grid(self) -> tuple[Array, Array]:

@@ -77,11 +77,21 @@ AUGMENTATION_SETS: dict[str, frozenset[str]] = {
 def warp(
     rng: np.random.Generator, images: list[Image], size: int, crop: int, augmentation: Augmentation
 ) -> list[Image]:
-    """One random flip, affine map and elastic deformation, applied to every image alike; a `crop` window of the result.
+    """Apply one random flip, affine map and elastic deformation to every image alike, and cut a window out.
 
-    Rotation up to 15 degrees, zoom 0.85 to 1.57, aspect and shear to 8 %, elastic displacement about 1 % of the
-    image, each times the geometry's strength; borders repeat the edge, as in preprocessing, or are black now and then.
-    What is switched off is drawn all the same, so that the rest of a batch stays what it was.
+    The ranges are 15 degrees of rotation, zoom 0.85 to 1.57, 8 % of aspect and shear, and elastic displacements of
+    about 1 % of the image, each times the geometry's strength. Borders repeat the edge, as in preprocessing, or are
+    black now and then. A part that is switched off draws its random numbers, too, so the other parts keep theirs.
+
+    Args:
+        rng: draws the geometry.
+        images: [H, W] each, of one shape.
+        size: side of the whole image in px, for which the geometry is drawn.
+        crop: side of the window in px.
+        augmentation: how strong each part is.
+
+    Returns:
+        [crop, crop] each, float32.
     """
     source = images[0].shape[0]
     strength = augmentation.geometry
@@ -109,7 +119,7 @@ def warp(
     reduction = source / size / zoom
     blur = 0.45 * np.sqrt(max(reduction**2 - 1.0, 0.0))
     maps = map_x.astype(np.float32), map_y.astype(np.float32)
-    soft = [_blurred(image, blur) if blur > 0.2 else image for image in images]
+    soft = [_blur(image, blur) if blur > 0.2 else image for image in images]
     warped = [cv2.remap(image, *maps, cv2.INTER_LINEAR, borderMode=border) for image in soft]
     return [np.asarray(image, dtype=np.float32) for image in warped]
 
@@ -137,13 +147,13 @@ def degrade(rng: np.random.Generator, *images: Image) -> list[Image]:
     kind = rng.integers(3)
     if kind == 0:
         sigma = rng.uniform(0.3, 0.9)
-        return [_blurred(image, sigma) for image in images]
+        return [_blur(image, sigma) for image in images]
     if kind == 1:
         amount = np.float32(rng.uniform(0.2, 1.2))
-        return [image + amount * (image - _blurred(image, 1.5)) for image in images]
+        return [image + amount * (image - _blur(image, 1.5)) for image in images]
     noise = rng.normal(0.0, np.exp(rng.uniform(*np.log((0.002, 0.03)))), images[0].shape).astype(np.float32)
     return [image + noise for image in images]
 
 
-def _blurred(image: Image, sigma: float) -> Image:
+def _blur(image: Image, sigma: float) -> Image:
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), dtype=np.float32)

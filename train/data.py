@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.evaluate import read_result
+from bsdiff_rt.formats import read_together
 from bsdiff_rt.formats.radiograph import hash_grey
-from bsdiff_rt.formats.raster import find_pairs, read_raster, read_together
+from bsdiff_rt.formats.raster import find_pairs, read_raster
 from bsdiff_rt.imaging.network_input import resize, to_network
-from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, tone_of
+from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, measure_tone
 from bsdiff_rt.imaging.view import remove_borders
 from train.agreement import explain_by_soft_tissue, restore_kept
 from train.augment import Augmentation, Curve, Image, degrade, keep_grey_levels, tone_curve, warp
@@ -169,7 +170,7 @@ def match_tone(cxr: Image, soft_tissue: Image) -> Image:
     Returns:
         [S, S] float32 in [0, 1].
     """
-    matched = soft_tissue + tone_of(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX)
+    matched = soft_tissue + measure_tone(cxr - soft_tissue, cxr.shape[0], BONES_WINDOW_PX)
     matched += explain_by_soft_tissue(cxr - matched, matched)
     clipped: Image = np.clip(matched, 0.0, 1.0)
     return clipped
@@ -257,37 +258,45 @@ class Batches:
         }
 
     def batch(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
-        """`count` augmented samples for `step`: [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.
+        """Draw augmented samples for a step.
 
-        Geometry is that of a `size` x `size` image; `crop` cuts a random window out of it.
+        Args:
+            step: number of the step, which seeds the samples.
+            count: number of samples.
+            size: side of the whole image in px.
+            crop: side of the random window in px that is cut out of it.
+
+        Returns:
+            [count, 2, crop, crop] float32 in [-1, 1], X-ray then soft tissue.
         """
         rng = np.random.default_rng([self.seed, step])
         samples = [self._sample(rng, size, crop) for _ in range(count)]
         return np.stack(samples) * 2.0 - 1.0
 
-    def paired(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
-        """`count` augmented samples for `step`, each without and with inserts: [count, 5, crop, crop] float32.
+    def draw_pairs(self, step: int, count: int, size: int, crop: int) -> NDArray[np.float32]:
+        """Draw augmented samples for a step, each without and with inserts. For the arguments see `batch`.
 
-        Channels: X-ray and truth without, X-ray and truth with the inserts, all in [-1, 1]; and the inserts' weight
-        (`train.inserts.Inserts`) for errors in [-1, 1].
+        Returns:
+            [count, 5, crop, crop] float32: X-ray and truth without the inserts, X-ray and truth with them, all in
+            [-1, 1]; and the inserts' weight (`train.inserts.Inserts`) for errors in [-1, 1].
         """
         rng = np.random.default_rng([self.seed, step])
         inserts = 1.0 if self.augmentation.inserts else 0.0  # each sample is shown without them anyway
         samples = []
         for _ in range(count):
-            *images, weight = self._paired(rng, size, crop, inserts)
+            *images, weight = self._draw_pair(rng, size, crop, inserts)
             samples.append(np.stack([*(image * np.float32(2) - np.float32(1) for image in images), weight / 4]))
         return np.stack(samples)
 
     def _sample(self, rng: np.random.Generator, size: int, crop: int) -> NDArray[np.float32]:
-        return np.stack(self._paired(rng, size, crop, self.augmentation.inserts)[2:4])
+        return np.stack(self._draw_pair(rng, size, crop, self.augmentation.inserts)[2:4])
 
-    def _paired(self, rng: np.random.Generator, size: int, crop: int, inserts: float) -> list[Image]:
-        """X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop].
+    def _draw_pair(self, rng: np.random.Generator, size: int, crop: int, inserts: float) -> list[Image]:
+        """Return X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop].
 
         `inserts` is the share of samples that have any.
         """
-        cxr, soft_tissue, curve = self._drawn(rng, size, crop)
+        cxr, soft_tissue, curve = self._draw_any(rng, size, crop)
         images = [cxr, soft_tissue]
         weight = np.zeros_like(cxr)
         if rng.random() < inserts:
@@ -301,13 +310,13 @@ class Batches:
             images = degrade(rng, *images)
         return [*(np.clip(image, 0.0, 1.0) for image in images), weight]
 
-    def _drawn(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
-        """X-ray and truth of one sample, and the curve that both are shown with."""
+    def _draw_any(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+        """Draw X-ray and truth of one sample, and the tone curve of both."""
         kind = rng.random()
         if kind < self.real_share:
-            return self._real(rng, size, crop)
+            return self._draw_real(rng, size, crop)
         if kind < self.real_share + self.projected_share:
-            return self._projected(rng, size, crop)
+            return self._draw_projected(rng, size, crop)
         return self._phantom(rng, size, crop)
 
     def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
@@ -322,8 +331,8 @@ class Batches:
             return cxr, soft_tissue, tone_curve(rng)
         return cxr, soft_tissue, keep_grey_levels
 
-    def _projected(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
-        """A pair projected from a CT: its truth is exact, its tone that of the X-ray."""
+    def _draw_projected(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+        """Draw a pair projected from a CT. Its truth is exact and has the X-ray's tone."""
         stored = self.projected[rng.integers(len(self.projected))].astype(np.float32) / 255.0
         cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
         bone = cxr - soft_tissue
@@ -335,14 +344,14 @@ class Batches:
             return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
         return cxr, soft_tissue, keep_grey_levels
 
-    def _real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+    def _draw_real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
         pair = self.real[rng.integers(len(self.real))]
         foreign = rng.random() < self.augmentation.foreign
         truth = pair.tone_matched if foreign else pair.soft_tissue
         cxr, soft_tissue = warp(rng, [pair.cxr, truth], size, crop, self.augmentation)
         bone = cxr - soft_tissue
         if rng.random() < self.augmentation.swap_bones:
-            bone = self._other_bone(rng, size, crop, foreign)
+            bone = self._draw_other_bone(rng, size, crop, foreign)
         if foreign:
             cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
             return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
@@ -353,8 +362,8 @@ class Batches:
         cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
         return gain * cxr + offset, gain * soft_tissue + offset, keep_grey_levels
 
-    def _other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
-        """A bone layer that never belonged to this soft tissue: another patient's, or a phantom's."""
+    def _draw_other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
+        """Draw a bone layer of another patient or of a phantom."""
         if foreign and len(self.phantoms) and rng.random() < 0.5:
             pool = self.projected if len(self.projected) and rng.random() < 0.5 else self.phantoms
             stored = pool[rng.integers(len(pool))].astype(np.float32) / 255.0

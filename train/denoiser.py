@@ -87,7 +87,7 @@ def train_denoiser(
     def make(step: int) -> NDArray[np.float32]:
         count, crop = options.crop(step, size)
         if response:  # each sample is two images
-            return batches.paired(trainee.sample_index(step), max(1, count // 2), size, crop)
+            return batches.draw_pairs(trainee.sample_index(step), max(1, count // 2), size, crop)
         return batches.batch(trainee.sample_index(step), count, size, crop)
 
     for index, samples in run.batches(make):
@@ -96,7 +96,7 @@ def train_denoiser(
         if response:
             losses = response_losses(trainee, response, paired_samples(diffusion, samples, rng), terms)
         else:
-            losses = denoiser_losses(trainee, *diffusion.noised(samples, rng))
+            losses = denoiser_losses(trainee, *diffusion.add_noise(samples, rng))
         run.after_step({"loss": trainee.update(losses), **terms})
     return run.path
 

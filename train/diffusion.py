@@ -1,4 +1,4 @@
-"""What the denoiser learns from: noised samples of a schedule, and how much each one's error counts."""
+"""Samples with noise for the denoiser, and how much the error of each one counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bsdiff_rt.sampling.schedule import alpha_bar
 # a sampler of a handful of steps asks for little else.
 NOISY_SHARE = 0.9
 
-# Mean square of an image's bone, in the networks' [-1, 1]: of a typical image, and of one with hardly any, whose weight
-# would otherwise grow without bound.
+# Mean square of an image's bone, in [-1, 1]: of a typical image, and of one with hardly any bone, whose weight would
+# otherwise grow without bound.
 BONE_ENERGY, LITTLE_BONE_ENERGY = 0.02, 0.004
 
 # What an image's mean counts beside the rest of its error. A scanner that tones soft tissue anew gives it a mean that
@@ -23,7 +23,7 @@ MEAN_SHARE = 0.2
 
 
 def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tensor:
-    """`count` diffusion times, [B] int64 in [0, T): uniform for eps (the paper), else weighted to the noisy end."""
+    """Draw `count` diffusion times, [B] int64 in [0, T): uniform for eps (the paper), else more of the noisy end."""
     times = rng.integers(0, schedule.train_steps, count)
     if schedule.objective != "eps":
         noisy = rng.integers(schedule.train_steps * 9 // 10, schedule.train_steps, count)
@@ -32,17 +32,17 @@ def draw_times(rng: np.random.Generator, schedule: Schedule, count: int) -> Tens
 
 
 def target(schedule: Schedule, x_0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """What the network should predict, with a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t)."""
+    """Return what the denoiser should predict, with a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t)."""
     return {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[schedule.objective]
 
 
 def bone_weights(schedule: Schedule, pair: Tensor) -> Tensor:
-    """Weights of each sample's squared error about its mean, and of its squared mean, [B, 2].
+    """Return the weights of each sample's squared error about its mean, and of its squared mean, [B, 2].
 
-    What counts is the share of the bone left in (BSR), so x0's error is taken relative to the energy of the sample's
-    bone; else images of strong bone alone say what is learned. The mean is apart because of scanners that tone soft
-    tissue anew: there, most of what X-ray and truth differ by is one offset, which nobody can tell from the X-ray, and
-    relative to it the bones hardly counted. The errors of eps and v are not the picture's: all 1.
+    The measure is the share of bone that stays (BSR). So the error of x0 is divided by the energy of the sample's bone;
+    otherwise images with strong bone alone would decide. The mean has a weight of its own, because some scanners change
+    the tone of soft tissue. Most of the difference between X-ray and truth is then one offset, which the X-ray does not
+    show. The errors of eps and v are not errors of the picture, so their weights are 1.
 
     Args:
         schedule: tells what is predicted.
@@ -64,8 +64,10 @@ class Diffusion:
         self.schedule = schedule
         self.root_a, self.root_s = (torch.from_numpy(np.sqrt(x)).float().to(device) for x in (table, 1.0 - table))
 
-    def noised(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x_t, cxr, t, what the network should predict, and the weight of its error.
+    def add_noise(self, pair: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Add noise to samples.
+
+        Returns: x_t, cxr, t, what the denoiser should predict, and the weight of its error.
 
         Args:
             pair: [B, 2, H, W], X-ray and truth in [-1, 1].

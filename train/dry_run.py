@@ -93,7 +93,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the free memory holds it."""
+        """Return whether the free memory holds it."""
         return self.state_bytes + self.activation_bytes <= self.free_bytes
 
     def __str__(self) -> str:

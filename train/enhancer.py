@@ -45,7 +45,7 @@ class StageOne:
 
     Attributes:
         network: with its averaged weights, in evaluation mode.
-        preset: shape of the networks.
+        preset: shape of both networks.
         schedule: the diffusion it was trained for.
         sha256: of its averaged weights.
         trained_on: digests of the X-rays it was trained on (`xray_digest`).

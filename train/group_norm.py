@@ -66,7 +66,7 @@ class _Normalise(torch.autograd.Function):
         def in_rows(values: Tensor) -> Tensor:
             return values.reshape(count, pixels // together, together * channels)
 
-        def repeated(of_channel: Tensor) -> Tensor:
+        def repeat(of_channel: Tensor) -> Tensor:
             return of_channel.to(x.dtype).repeat(1, together)[:, None]
 
         # With x_hat = (x - mean) * rstd and y = x_hat * weight + bias.
@@ -78,7 +78,7 @@ class _Normalise(torch.autograd.Function):
         # dx = rstd * (dy * weight - mean(dy * weight) - x_hat * mean(dy * weight * x_hat)), as a * dy + b * x + c.
         b = -r * r * mean_dx_hat_x_hat
         c = -r * mean_dx_hat - b * mu
-        dx = torch.addcmul(repeated(c), in_rows(x_rows), repeated(b)).addcmul_(in_rows(dy), repeated(r * w))
+        dx = torch.addcmul(repeat(c), in_rows(x_rows), repeat(b)).addcmul_(in_rows(dy), repeat(r * w))
         dx = dx.view(count, height, width, channels).permute(0, 3, 1, 2)
         return dx, sum_dy_x_hat.sum(0).to(weight.dtype), sum_dy.sum(0).to(weight.dtype), None, None
 

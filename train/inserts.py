@@ -96,7 +96,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _lump(rng: np.random.Generator, centre: Centre, mm_per_px: float) -> tuple[Insert, float]:
-    """A nodule of any softness, lobed and elongated; now and then hollow, or small and dense like a calcified one."""
+    """Draw a nodule: soft or hard, lobed, elongated; now and then hollow, or small and dense like a calcified one."""
     radius = _log_uniform(rng, 1.5, 20.0) / mm_per_px
     waves = [(rng.uniform(0, 0.12), rng.uniform(0, 2 * math.pi)) for _ in range(int(rng.integers(0, 4)))]
     hollow = rng.uniform(0.3, 0.85) if rng.random() < 0.1 else 0.0
@@ -137,7 +137,7 @@ def _vessel(rng: np.random.Generator, centre: Centre, mm_per_px: float) -> tuple
 
 
 def _line(rng: np.random.Generator, centre: Centre, mm_per_px: float) -> tuple[Insert, float]:
-    """A catheter, drain, tube or wire."""
+    """Draw a catheter, drain, tube or wire."""
     width = _log_uniform(rng, 0.8, 9.0) / mm_per_px
     path = walk(rng, centre, _log_uniform(rng, 50.0, 450.0) / mm_per_px, rng.uniform(0.1, 2.5))
     hollow = rng.uniform(0.4, 0.8) if width > 3 and rng.random() < 0.6 else 0.0
@@ -145,7 +145,7 @@ def _line(rng: np.random.Generator, centre: Centre, mm_per_px: float) -> tuple[I
 
 
 def _device(rng: np.random.Generator, centre: Centre, mm_per_px: float) -> tuple[Insert, float]:
-    """A pacemaker, port, electrode or large coin."""
+    """Draw a pacemaker, port, electrode or large coin."""
     height = _log_uniform(rng, 6.0, 60.0) / mm_per_px
     width = height * rng.uniform(0.6, 1.0)
     corner = rng.uniform(0.1, 0.5) * min(height, width)

@@ -33,7 +33,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class HybridLoss:
-    """Weighted terms of a loss, and the networks that two of them need."""
+    """Weighted terms of a loss, and the two networks that some of them need."""
 
     weights: LossWeights
     vgg: VGG16 | None = None

@@ -9,9 +9,7 @@ import cv2
 import numpy as np
 
 from bsdiff_rt.errors import InputRefused
-from bsdiff_rt.folder.evaluate import read_result
-from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
-from bsdiff_rt.formats.raster import read_raster, read_together
+from bsdiff_rt.formats import read_together
 from bsdiff_rt.imaging.network_input import resize
 from train.registration import Image, reduce_image
 
@@ -30,8 +28,6 @@ SWAPPED = -0.4
 def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
     """Read both images of a pair as inference reads them, at the X-ray's matrix.
 
-    Image files share the grey scale of the one with more bits. DICOM files state their own.
-
     Returns:
         X-ray and soft-tissue image, [H, W] float32 in [0, 1].
 
@@ -39,15 +35,7 @@ def read_pair(cxr_path: Path, soft_tissue_path: Path) -> tuple[Image, Image]:
         InputRefused: a file is no radiograph, or the two differ in aspect ratio.
         InputFailed: a file cannot be read.
     """
-    if not is_dicom(cxr_path) and not is_dicom(soft_tissue_path):
-        cxr, soft_tissue = (picture.cxr for picture in read_together([cxr_path, soft_tissue_path]))
-    else:
-        source = read_dicom(cxr_path) if is_dicom(cxr_path) else read_raster(cxr_path)
-        cxr = source.cxr
-        if is_dicom(soft_tissue_path):
-            soft_tissue = read_dicom(soft_tissue_path).cxr
-        else:
-            soft_tissue = read_result(soft_tissue_path, source.bits_stored)
+    cxr, soft_tissue = (picture.cxr for picture in read_together([cxr_path, soft_tissue_path]))
     if not SAME_SCALE[0] < soft_tissue.mean() / cxr.mean() < SAME_SCALE[1]:
         logger.warning(
             "%s: its soft-tissue image is %.2f times as bright on average. Check that both have one grey scale "

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom import dcmread
-
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.search import is_input, strip_suffix
-from bsdiff_rt.formats.dicom_in import is_dicom, quiet_pydicom
+from bsdiff_rt.formats import read_identity
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """The file's name without image suffix and role suffix."""
+        """Return the file's name without image suffix and role suffix."""
         return self.key.rpartition("/")[2]
 
 
@@ -133,7 +131,8 @@ def find_sources(folder: Path, suffix: str) -> list[Source]:
             relative, stem = path.relative_to(folder), strip_suffix(path)
             labelled = bool(suffix) and stem.endswith(suffix) and stem != suffix
             key = (relative.parent / (stem.removesuffix(suffix) if labelled else stem)).as_posix()
-            found.append(Source(path, relative.as_posix(), key, labelled, *_identity(path)))
+            identity = read_identity(path)
+            found.append(Source(path, relative.as_posix(), key, labelled, identity.study, identity.patient))
     return found
 
 
@@ -212,16 +211,3 @@ def _unique(name: str, taken: set[str]) -> str:
     """Return `name`, with a number if it is taken: `a/b_c` and `a_b/c` are two pairs."""
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(each for each in candidates if each not in taken)
-
-
-def _identity(path: Path) -> tuple[str | None, str | None]:
-    """Return StudyInstanceUID and PatientID. Each is None if absent, or if the file cannot be read as DICOM."""
-    if not is_dicom(path):
-        return None, None
-    try:
-        with quiet_pydicom():
-            header = dcmread(path, force=True, specific_tags=["StudyInstanceUID", "PatientID"], stop_before_pixels=True)
-            study, patient = (str(header.get(each) or "").strip() for each in ("StudyInstanceUID", "PatientID"))
-    except Exception:  # damaged input makes pydicom raise anything
-        return None, None
-    return study or None, patient or None

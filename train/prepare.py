@@ -99,7 +99,7 @@ class Dataset:
 
     @property
     def complete(self) -> bool:
-        """Whether every file was used or excluded on request."""
+        """Return whether every file was used or excluded on request."""
         return not self.unmatched and all(entry.status != "bad" for entry in self.pairs)
 
     def summarise(self) -> str:
@@ -132,7 +132,7 @@ def prepare(
     for folder in (cxr_folder, soft_tissue_folder):
         if output.resolve().is_relative_to(folder.resolve()):
             raise SettingsError(f"{output}: lies in {folder}, which is searched for images. Choose another folder.")
-    pattern = _compiled(options.patient_pattern)
+    pattern = _compile(options.patient_pattern)
     matches, unmatched = pair_files(cxr_folder, soft_tissue_folder, options.cxr_suffix, options.soft_tissue_suffix)
     if not matches:
         why = f" ({unmatched[0].file}: {unmatched[0].reason})" if unmatched else ""
@@ -247,7 +247,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return train, val, test
 
 
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+def _compile(pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     try:
@@ -267,14 +267,14 @@ def _exclusions(matches: list[Match], exclude: dict[str, str]) -> dict[str, str]
     """
     reasons: dict[str, str] = {}
     for line, reason in exclude.items():
-        meant = [one.name for one in matches if line in _called(one)]
+        meant = [one.name for one in matches if line in _list_names(one)]
         if not meant:
             raise SettingsError(f"{line}: on the exclusion list, but no pair, file or stem has this name")
         reasons |= dict.fromkeys(meant, reason)
     return reasons
 
 
-def _called(one: Match) -> set[str]:
+def _list_names(one: Match) -> set[str]:
     sides = (one.cxr, one.soft_tissue)
     return {one.name} | {name for each in sides for name in (each.relative, each.key, each.path.name, each.stem)}
 

@@ -1,21 +1,23 @@
 """Frozen training settings by name: `demo`, the model that ships with the package, and `paper`.
 
-The paper's recipe (Chen et al., ISBI 2024, section 3) where its words and its published code differ:
+The text of the paper (Chen et al., ISBI 2024, section 3) and its published code differ. `paper` follows the text:
 
-| | the paper, and here | the published code |
+| item | text of the paper | published code |
 |---|---|---|
-| conditioning | the clean X-ray | X-ray noised like the truth in training, clean in use |
-| gradient of stage 1 | of the loss | multiplied by the loss |
-| learning rate | a tenth after epochs 25, 40, 70 | that is set, but its scheduler steps once in ten epochs: constant |
-| early stopping | five checks, ten epochs apart, without a better one | counts anew at every check: never |
-| stage 2 | as stage 1 | neither averaged weights, schedule nor early stopping; validated on the test set |
-| stage 2's latent | its mean | drawn, although nothing trains the variance |
-| perceptual loss | VGG-16 features | the same layers with the learned weights of LPIPS |
-| batch norm, 0.01 on the discriminator's loss | as published | |
+| condition in training | the clean X-ray | the X-ray with the truth's noise |
+| gradient of stage 1 | of the loss | of the loss, multiplied by the loss |
+| learning rate | a tenth after epochs 25, 40 and 70 | constant |
+| early stopping | after five checks without a better one | never |
+| weights of stage 2 | averaged | not averaged |
+| stage 2 is validated on | the validation set | the test set |
+| latent of stage 2 | its mean | drawn |
+| perceptual loss | features of VGG-16 | features of VGG-16, weighted as in LPIPS |
 
-Not said in the paper, chosen here: what is watched for early stopping (PSNR after a few steps; published: the error of
-the predicted noise); flip, rotation and contrast drawn anew for every sample, where the paper has seven fixed versions
-of a pair; bf16 where the device computes it.
+The discriminator has batch norm and a weight of 0.01, as in the published code. The paper does not say the rest:
+
+- Early stopping watches the PSNR after a few steps. The published code watches the error of the predicted noise.
+- Flip, rotation and contrast are drawn anew for each sample. The paper has seven fixed versions of each pair.
+- bf16 is used if the device computes it.
 """
 
 from __future__ import annotations
@@ -38,19 +40,20 @@ class Recipe:
     """How both stages are trained.
 
     Attributes:
-        preset: shape of the networks.
+        preset: shape of both networks.
         schedule: the diffusion, and what the denoiser predicts.
-        phantoms: drawn patients to train on.
-        real_share: share of real samples in a batch, where there are both.
+        phantoms: number of drawn patients to train on.
+        real_share: share of real samples in a batch, if there are real pairs and phantoms.
         augmentation: see `Augmentation`.
-        drr_share: share of samples projected from CTs, where there are such.
+        drr_share: share of samples projected from CTs, if there are any.
         response: weight of the error of what inserts change in the denoiser's output (`train.denoiser`); 0: none.
-        denoiser, enhancer: options of each stage; `steps` and `save_every` are replaced where epochs are counted.
+        denoiser: options of stage 1. If epochs are counted, `steps` and `save_every` are replaced.
+        enhancer: options of stage 2, likewise.
         epochs: of `VERSIONS_PER_PAIR` samples per training pair; 0 counts steps.
         losses: terms of stage 2's loss.
         clean_share: share of stage 2's samples whose input is the truth itself.
-        samples: stage 1 outputs stage 2 learns from; 0: `VERSIONS_PER_PAIR` per training pair.
-        stage_one: sampler that makes them.
+        samples: number of stage 1 outputs that stage 2 learns from; 0: `VERSIONS_PER_PAIR` per training pair.
+        stage_one: sampler that makes these outputs.
         validation: sampler that checkpoints are judged with.
     """
 

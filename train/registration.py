@@ -55,7 +55,7 @@ class Registration:
 
     @property
     def negligible(self) -> bool:
-        """Whether the motion is within the error of the estimate."""
+        """Return whether the motion is within the error of the estimate."""
         return self.displacement * REGISTRATION_PX < MIN_MOVE_PX
 
 

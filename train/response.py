@@ -38,15 +38,15 @@ class PairedSamples:
 
 
 def paired_samples(diffusion: Diffusion, samples: Tensor, rng: np.random.Generator) -> PairedSamples:
-    """Noise the samples of `Batches.paired`.
+    """Noise the samples of `Batches.draw_pairs`.
 
     Args:
         diffusion: makes training samples of the schedule.
-        samples: [B, 5, H, W], see `Batches.paired`.
+        samples: [B, 5, H, W], see `Batches.draw_pairs`.
         rng: draws noise and times, the same for a sample without and with its inserts.
     """
     without, with_inserts, insert_weight = samples[:, 0:2], samples[:, 2:4], samples[:, 4:5]
-    x_t, cxr, t, wanted, weights = diffusion.noised(without, rng)
+    x_t, cxr, t, wanted, weights = diffusion.add_noise(without, rng)
     change = with_inserts[:, 1:2] - without[:, 1:2]
     a, s = diffusion.root_a[t].view(-1, 1, 1, 1), diffusion.root_s[t].view(-1, 1, 1, 1)
     # The noise is the same, so what the network should predict changes by a share of what the truth does.

@@ -85,7 +85,7 @@ class Validation:
             figures |= {f"{group}_bsr": mean.bsr, f"{group}_psnr": mean.psnr}
             rows += [_row(*pair, image) for pair, image in zip(known[:4], predicted, strict=False)]
             if group != "phantoms":
-                foreign = [_foreign(pair) for pair in pairs]
+                foreign = [_make_foreign(pair) for pair in pairs]
                 suppressed = [predict(cxr) for cxr, _ in foreign]
                 scores = [bsr_tone_matched(*pair, image) for pair, image in zip(foreign, suppressed, strict=True)]
                 figures |= {f"{group}_foreign": float(np.mean(scores))}
@@ -120,7 +120,7 @@ def find_device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _foreign(pair: Pair) -> tuple[Image, Image]:
+def _make_foreign(pair: Pair) -> tuple[Image, Image]:
     """Return a pair as another scanner might show it: weaker bone, its own tone, a tone curve of a fixed seed."""
     curve = tone_curve(np.random.default_rng(7))
     weaker = np.clip(pair.tone_matched + 0.6 * (pair.cxr - pair.tone_matched), 0, 1)

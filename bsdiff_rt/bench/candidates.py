@@ -32,7 +32,7 @@ class Candidate:
 
     Attributes:
         name: unique among those measured together.
-        runner: runs the networks.
+        runner: runs the model.
         loading: memory that loading took; None if it cannot be measured.
         loop: makes whole images in place of this package's loop, for peers with a loop of their own.
     """
@@ -87,7 +87,7 @@ class Wanted:
 
 
 def parse_wanted(runners: Sequence[str], precisions: Sequence[str] = ()) -> Wanted:
-    """Return what `--runner` and `--precision` ask for.
+    """Return which runners and precisions are asked for.
 
     Args:
         runners: names of runners and folders of engines.
@@ -122,10 +122,10 @@ def describe_missing(
 
 
 def load_baseline(model: BenchModel, device: torch.device) -> Candidate:
-    """Load the networks in eager fp32, the baseline of every comparison.
+    """Load the model in eager fp32, the baseline of every comparison.
 
     Raises:
-        BundleError: the weights do not fit the networks.
+        BundleError: the weights do not fit the model.
     """
     return load_candidate(BASELINE, lambda: EagerRunner(*model.load_networks(), model.size, device), device)
 
@@ -136,7 +136,7 @@ def load_candidates(model: BenchModel, wanted: Wanted, device: torch.device) -> 
     Returns: what was loaded, the baseline first; and what could not be loaded.
 
     Raises:
-        BundleError: the weights do not fit the networks.
+        BundleError: the weights do not fit the model.
     """
     outcomes: list[Candidate | Missing] = [load_baseline(model, device)]
     for runner in wanted.runners or tuple(reversed(RUNNERS)):

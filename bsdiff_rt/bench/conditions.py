@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from bsdiff_rt.bench.busy import read_load
 from bsdiff_rt.bench.networks import CLONE
 from bsdiff_rt.folder.report import describe_environment, now
-from bsdiff_rt.runners.devices import describe_processor
+from bsdiff_rt.runners.devices import describe_processor, read_processor_clock
 
 
 def name_device(device: torch.device) -> str:
@@ -49,7 +48,7 @@ def describe_conditions(device: torch.device) -> dict[str, Any]:
 def read_clocks(device: torch.device) -> str | None:
     """Return the clocks that the system reports now; None if it reports none."""
     if device.type != "cuda":
-        mhz = _read_first_clock()
+        mhz = read_processor_clock()
         return f"{mhz:.0f} MHz" if mhz else None
     fields = "clocks.sm,clocks.mem,power.draw,power.limit,driver_version"
     return run_command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}")
@@ -71,11 +70,3 @@ def run_command(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _read_first_clock() -> float | None:
-    """Return the first processor's clock in MHz; None if the system does not report it."""
-    if platform.system() != "Linux":
-        return None
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")), None)

@@ -56,7 +56,7 @@ class BenchModel:
         """Return both networks with their weights: fp32, on the CPU, in evaluation mode.
 
         Raises:
-            BundleError: the weights do not fit the networks.
+            BundleError: the weights do not fit the model.
         """
         if self.bundle is not None:
             return load_networks(self.bundle)

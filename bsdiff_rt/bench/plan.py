@@ -20,7 +20,7 @@ class Plan:
     """What is measured, and how often.
 
     Attributes:
-        model: the networks and their sampler.
+        model: both networks and their sampler.
         device: where they run.
         steps: denoiser calls of one image.
         repeats: measured rounds of steps.

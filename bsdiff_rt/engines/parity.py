@@ -117,7 +117,7 @@ class Parity:
 
     @property
     def failed(self) -> list[Check]:
-        """The comparisons outside tolerance."""
+        """Return the comparisons outside tolerance."""
         return [check for check in self.checks if not check.passed]
 
     @property
@@ -167,7 +167,7 @@ def compare_calls(reference: Runner, candidate: Runner, schedule: Schedule) -> l
     """Compare single calls of a runner in fp32 on the CPU with eager.
 
     Args:
-        reference: the networks, eager, fp32.
+        reference: the model in eager fp32.
         candidate: the runner, on the same device.
         schedule: the diffusion that the denoiser was trained for.
 

@@ -43,7 +43,7 @@ class RunnerRequest:
 
     @property
     def engine_folder(self) -> Path | None:
-        """The engine's folder, if `runner` names one."""
+        """Return the engine's folder, or None if `runner` names no folder."""
         return None if self.runner == AUTO or self.runner in RUNNERS else Path(self.runner)
 
 
@@ -74,7 +74,8 @@ def find_engine(request: RunnerRequest, runner: str, at_least: float = 0.0) -> E
             built.
 
     Raises:
-        EngineError: no engine fits. The message has the reason for each engine, and the command that builds one.
+        EngineError: no engine fits. The message has the reason for each engine. `build` has the settings of one that
+            would fit.
     """
     reasons: list[str] = []
     faster = ""
@@ -101,22 +102,22 @@ def find_engine(request: RunnerRequest, runner: str, at_least: float = 0.0) -> E
     wanted = "" if request.precision == AUTO else f" in {request.precision}"
     raise EngineError(
         f"no{faster} engine for this bundle and device{wanted}{' (' + '; '.join(reasons) + ')' if reasons else ''}. "
-        f"Build one: {_describe_build(request, runner)}"
+        "Build one.",
+        build=_list_build(request, runner),
     )
 
 
-def _describe_build(request: RunnerRequest, runner: str) -> str:
-    """Return the command that builds an engine for a request."""
+def _list_build(request: RunnerRequest, runner: str) -> dict[str, str]:
+    """Return the settings of an engine for a request; those that have their default are left out."""
     bundle, device = request.bundle, request.device
-    words = ["bsdiff-rt build-engine", bundle.folder.name if bundle.folder.parent == BUNDLES else str(bundle.folder)]
-    words.append(f"--runner {runner}")
+    found = {"bundle": bundle.folder.name if bundle.folder.parent == BUNDLES else str(bundle.folder), "runner": runner}
     if request.precision != AUTO:
-        words.append(f"--precision {request.precision}")
+        found["precision"] = request.precision
     if request.batch not in (None, 1):
-        words.append(f"--batch 1:{request.batch}")
+        found["batch"] = f"1:{request.batch}"
     if device.type != "cpu" and device.index not in (None, 0):
-        words.append(f"--device {device}")
-    return " ".join(words)
+        found["device"] = str(device)
+    return found
 
 
 def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) -> Choice:
@@ -139,9 +140,12 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
         try:
             return _choose_by_name(request, request.runner, "requested")
         except EngineError as error:
-            raise EngineError(f"runner {request.runner} cannot be used on {request.device}: {error}") from error
+            raise EngineError(
+                f"runner {request.runner} cannot be used on {request.device}: {error}", build=error.build
+            ) from error
     for at_least in (1.0, 0.0):
         reasons: list[str] = []
+        builds: list[Mapping[str, str]] = []
         for name in RUNNERS:
             try:
                 if reason := (not_loaded or {}).get(name):
@@ -149,7 +153,11 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
                 return _choose_by_name(request, name, "; ".join(reasons) or "fastest available", at_least)
             except EngineError as error:
                 reasons.append(f"not {name}: {error}")
-    raise EngineError(f"no runner can be used in precision {request.precision} here: {'; '.join(reasons)}")
+                builds += [error.build] if error.build else []
+    raise EngineError(
+        f"no runner can be used in precision {request.precision} here: {'; '.join(reasons)}",
+        build=builds[0] if builds else None,
+    )
 
 
 def _choose_by_name(request: RunnerRequest, name: str, why: str, at_least: float = 0.0) -> Choice:
@@ -161,10 +169,11 @@ def _choose_by_name(request: RunnerRequest, name: str, why: str, at_least: float
     entry = RUNNERS[name]
     if problem := entry.find_problem(request.device):
         raise EngineError(problem)
+    precision = resolve_precision(name, request.precision, request.device)
     if entry.builder is not None:
         engine = find_engine(request, name, at_least)
         return Choice(name, engine.manifest.precision, why, engine)
-    return Choice(name, resolve_precision(name, request.precision, request.device), why)
+    return Choice(name, precision, why)
 
 
 def _choose_engine(request: RunnerRequest, folder: Path) -> Choice:

@@ -18,7 +18,7 @@ from bsdiff_rt.errors import BsdiffError, BundleError, SettingsError
 from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.report import FILE_NAME, MAPS
 from bsdiff_rt.folder.search import is_input, strip_suffix
-from bsdiff_rt.formats.radiograph import Radiograph, hash_grey
+from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import Quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
@@ -102,7 +102,8 @@ def evaluate(
     """
     for one in matches:
         try:
-            images = _read_images(one)
+            paths = one.cxr, one.soft_tissue, one.predicted
+            images = [each.cxr for each in formats.read_together(paths, any_view=True, derived=True)]
             # The digest belongs to the X-ray at its own matrix, as training read it.
             trained_on = bool(known) and hash_grey(images[0]).hex()[:DIGEST_DIGITS] in known
             mask = load_lungs(one.cxr.parent / f"{one.name}_lungs.png", images[0]) if lungs else None
@@ -142,7 +143,10 @@ def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
     Raises:
         InputRefused, InputFailed: the file cannot be read. The message names it.
     """
-    return _read(path, bits_stored).cxr
+    try:
+        return formats.read(path, any_view=True, derived=True, least_bits=bits_stored).cxr
+    except BsdiffError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def list_by_name(path: Path, role: str) -> dict[str, Path]:
@@ -228,29 +232,3 @@ def _compare(
     cxr, soft_tissue, result = (np.clip(resize(image, shape), 0, 1) for image in images)
     mask = None if lungs is None else resize(lungs.astype(np.float32), shape) > MASK_ABOVE
     return quality(cxr, soft_tissue, result, mask)
-
-
-def _read_images(one: Match) -> list[NDArray[np.float32]]:
-    """Read X-ray, truth and result on one grey scale.
-
-    Image files share the scale of the deepest one. DICOM files state their own, and `infer --format png` writes with
-    the depth of its DICOM source.
-    """
-    paths = one.cxr, one.soft_tissue, one.predicted
-    cxr, soft_tissue, _ = three = [_read(path) for path in paths]
-    if cxr.dataset is not None:
-        truth = soft_tissue.cxr if soft_tissue.dataset is not None else read_result(one.soft_tissue, cxr.bits_stored)
-        return [cxr.cxr, truth, read_result(one.predicted, cxr.bits_stored)]
-    deepest = max(picture.bits_stored for picture in three if picture.dataset is None)
-    return [
-        picture.cxr if picture.bits_stored == deepest else read_result(path, deepest)
-        for path, picture in zip(paths, three, strict=True)
-    ]
-
-
-def _read(path: Path, least_bits: int = 8) -> Radiograph:
-    """Read a file of any kind, with at least this depth if it does not state its own."""
-    try:
-        return formats.read(path, any_view=True, derived=True, least_bits=least_bits)
-    except BsdiffError as error:
-        raise type(error)(f"{path}: {error}") from error

@@ -153,7 +153,7 @@ class _Work:
 
     @property
     def in_flight(self) -> int:
-        """Files held in memory before the model, and as many behind it: two batches, of all passes of a file."""
+        """Return how many files wait in memory before the model, and behind it: those of two batches."""
         return max(2, 2 * self._model.batch // self._model.passes_per_image)
 
     def do(self, outcomes: Iterator[Ready | FileEntry]) -> None:

@@ -49,7 +49,7 @@ class Writer:
         Args:
             ready: the file as it was read.
             passes: the model's outputs for it, [P, S, S], float32, in [-1, 1].
-            seconds: time that the networks took for it.
+            seconds: time that the model took for it.
 
         Returns:
             The file's entry in the report.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
-from bsdiff_rt.formats.base import Derivation, Format, ReadOptions, ResultToWrite
+from bsdiff_rt.formats.base import Derivation, Format, Identity, ReadOptions, ResultToWrite
 from bsdiff_rt.formats.dicom import DICOM
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.formats.raster import RASTER
@@ -42,6 +43,47 @@ def read(path: Path, *, any_view: bool = False, derived: bool = False, least_bit
     return found.read(path, ReadOptions(any_view, derived, least_bits))
 
 
+def read_together(paths: Sequence[Path], *, any_view: bool = False, derived: bool = False) -> list[Radiograph]:
+    """Read pictures that share one grey scale: an X-ray and its soft-tissue images.
+
+    A 16-bit image file does not state its depth. Read alone it gets the smallest depth that holds its values, so a dark
+    picture would appear brighter than its partner. Here it gets the X-ray's depth. If the X-ray does not state its
+    depth, either, all such files get that of the deepest one.
+
+    Args:
+        paths: the X-ray first.
+        any_view: accept lateral views and other body parts, too.
+        derived: accept results of this program, too.
+
+    Returns:
+        One picture a path.
+
+    Raises:
+        InputRefused, InputFailed: for the reasons that `read` lists. The message names the file.
+    """
+
+    def read_one(path: Path, least_bits: int = 8) -> Radiograph:
+        try:
+            return read(path, any_view=any_view, derived=derived, least_bits=least_bits)
+        except (InputRefused, InputFailed) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    pictures = [read_one(path) for path in paths]
+    states_depth = [_states_depth(picture) for picture in pictures]
+    bits = [picture.bits_stored for picture in pictures]
+    shared = bits[0] if states_depth[0] else max(b for b, stated in zip(bits, states_depth, strict=True) if not stated)
+    return [
+        picture if stated or picture.bits_stored >= shared else read_one(path, shared)
+        for path, picture, stated in zip(paths, pictures, states_depth, strict=True)
+    ]
+
+
+def read_identity(path: Path) -> Identity:
+    """Return the study and the patient that a file names. It never raises. Never write them anywhere."""
+    found = find_format(path)
+    return Identity() if found is None or found.identify is None else found.identify(path)
+
+
 def write(
     path: Path,
     picture: NDArray[np.float32],
@@ -66,7 +108,7 @@ def write(
         OSError: the file cannot be written.
     """
     check_kind(kind, like)
-    writer, kind = _find_writer(kind, _named(like.format))
+    writer, kind = _find_writer(kind, _find_by_name(like.format))
     assert writer.write is not None
     writer.write(path, ResultToWrite(picture, like, kind, derivation))
 
@@ -91,7 +133,7 @@ def result_suffix(kind: str, path: Path) -> str:
 
 def check_kind(kind: str, like: Radiograph) -> None:
     """Raise InputRefused if an X-ray cannot have a result of this kind, SettingsError if the kind is unknown."""
-    writer, kind = _find_writer(kind, _named(like.format))
+    writer, kind = _find_writer(kind, _find_by_name(like.format))
     if writer.needs_source and like.format != writer.name:
         titles = " or ".join(writer.titles)
         raise InputRefused(f"a {titles} result needs a {titles} X-ray, whose patient and study it belongs to")
@@ -117,8 +159,13 @@ def has_known_suffix(path: Path) -> bool:
     return any(suffix in each.suffixes for each in FORMATS)
 
 
-def _named(name: str) -> Format | None:
+def _find_by_name(name: str) -> Format | None:
     return next((each for each in FORMATS if each.name == name), None)
+
+
+def _states_depth(picture: Radiograph) -> bool:
+    source = _find_by_name(picture.format)
+    return source is not None and source.states_depth
 
 
 def _find_writer(kind: str, source: Format | None) -> tuple[Format, str]:
@@ -127,7 +174,8 @@ def _find_writer(kind: str, source: Format | None) -> tuple[Format, str]:
         kind = source.kinds[0] if source is not None and source.kinds else _FALLBACK
     writer = next((each for each in FORMATS if kind in each.kinds), None)
     if writer is None:
-        raise SettingsError(f"unknown kind of result {kind!r}; use one of {', '.join((AUTO, *result_kinds()))}")
+        known = ", ".join((AUTO, *result_kinds()))
+        raise SettingsError(f"unknown kind of result {kind!r}. Use one of {known}.", setting="format")
     return writer, kind
 
 

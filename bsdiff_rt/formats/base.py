@@ -29,6 +29,19 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """Whom a file belongs to, as it says itself. Never written anywhere.
+
+    Attributes:
+        study: StudyInstanceUID, or None.
+        patient: PatientID, or None.
+    """
+
+    study: str | None = None
+    patient: str | None = None
+
+
+@dataclass(frozen=True)
 class Derivation:
     """How a result was made, for formats that can record it.
 
@@ -81,6 +94,8 @@ class Format:
         needs_source: whether a result needs an X-ray of the same format, whose header it copies.
         write: write a result.
         any_name: whether files of this format are common under names without a suffix.
+        states_depth: whether a file states how many bits its grey levels have.
+        identify: return whom a file belongs to, by its header. It never raises. None if the format does not say.
     """
 
     name: str
@@ -93,3 +108,5 @@ class Format:
     needs_source: bool = False
     write: Callable[[Path, ResultToWrite], None] | None = None
     any_name: bool = False
+    states_depth: bool = False
+    identify: Callable[[Path], Identity] | None = None

@@ -7,7 +7,7 @@ from typing import cast, get_args
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.formats.base import Format, ReadOptions, ResultToWrite
-from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom
+from bsdiff_rt.formats.dicom_in import is_dicom, read_dicom, read_identity
 from bsdiff_rt.formats.dicom_out import DicomKind, write_derived
 from bsdiff_rt.formats.radiograph import Radiograph
 
@@ -33,4 +33,6 @@ DICOM = Format(
     needs_source=True,
     write=_write,
     any_name=True,
+    states_depth=True,
+    identify=read_identity,
 )

@@ -18,6 +18,7 @@ from pydicom import Dataset, dcmread
 from pydicom.valuerep import VR
 
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
+from bsdiff_rt.formats.base import Identity
 from bsdiff_rt.formats.dicom_checks import check_kind, check_pixel_module, check_view
 from bsdiff_rt.formats.dicom_grey import to_displayed
 from bsdiff_rt.formats.dicom_pixels import assume_transfer_syntax, decode_stored_values, note_lossy_compression
@@ -105,6 +106,19 @@ def _read_dataset(dataset: Dataset, *, any_view: bool, derived: bool) -> Radiogr
     return Radiograph(
         cxr, int(dataset.BitsStored), hash_pixels(stored), dataset, "dicom", (*found, *decoding, *display)
     )
+
+
+def read_identity(path: Path) -> Identity:
+    """Return StudyInstanceUID and PatientID. Each is None if absent, or if the file cannot be read as DICOM."""
+    if not is_dicom(path):
+        return Identity()
+    try:
+        with quiet_pydicom():
+            header = dcmread(path, force=True, specific_tags=["StudyInstanceUID", "PatientID"], stop_before_pixels=True)
+            study, patient = (str(header.get(each) or "").strip() for each in ("StudyInstanceUID", "PatientID"))
+    except Exception:  # damaged input makes pydicom raise anything
+        return Identity()
+    return Identity(study or None, patient or None)
 
 
 @contextmanager

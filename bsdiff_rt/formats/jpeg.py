@@ -53,7 +53,7 @@ class JpegStream:
 
     @property
     def is_jpeg_ls(self) -> bool:
-        """Whether the picture is JPEG-LS."""
+        """Return whether the picture is JPEG-LS."""
         return self.frame == _JPEG_LS_FRAME
 
     def mend_scans(self) -> bytes:

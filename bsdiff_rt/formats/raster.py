@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,26 +63,6 @@ def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
     if not pairs:
         raise SettingsError(f"{folder}: no pairs NAME_cxr.png / NAME_soft_tissue.png found")
     return pairs
-
-
-def read_together(paths: Sequence[Path]) -> list[Radiograph]:
-    """Read pictures that share one grey scale, such as an X-ray and its soft-tissue image.
-
-    A darker picture may need fewer bits than its partner. Read alone, each would be scaled by its own depth. Here every
-    16-bit file is scaled by the depth of the deepest one.
-
-    Returns:
-        One picture a path.
-
-    Raises:
-        InputRefused, InputFailed: for the reasons that `read_raster` lists.
-    """
-    pictures = [read_raster(path) for path in paths]
-    deepest = max(picture.bits_stored for picture in pictures)
-    return [
-        picture if picture.bits_stored == deepest else read_raster(path, deepest)
-        for path, picture in zip(paths, pictures, strict=True)
-    ]
 
 
 def write_png(path: Path, soft_tissue: NDArray[np.float32], bits_stored: int) -> None:

@@ -1,4 +1,4 @@
-"""Contrast-limited adaptive histogram equalisation, as OpenCV does it, and its inverse. Torch-free."""
+"""Contrast-limited adaptive histogram equalisation (CLAHE) as OpenCV does it, without rounding. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ CLAHE_LEVELS = 256  # histogram bins per tile, OpenCV's number for 8-bit picture
 
 
 def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDArray[np.float32]:
-    """Contrast-limited adaptive histogram equalisation as OpenCV does it on 8 bits, without rounding to 8 bits.
+    """Equalise a picture as OpenCV's CLAHE does on 8 bits, but without rounding to 8 bits.
 
-    Within one level of OpenCV's 8-bit result: the tables are its own (256 bins per tile, clipped, the excess spread),
-    values between two levels are interpolated instead of rounded. cv2's own 16-bit CLAHE is not used: it has 65,536
-    bins, and how many of them a source's bit depth fills changes its result, so that one picture stored at 12 and at
-    16 bits comes out as two.
+    The tables are those of OpenCV: 256 bins per tile, clipped, with the excess spread. Values between two levels are
+    interpolated, so the result is within one level of OpenCV's. OpenCV's 16-bit CLAHE has 65,536 bins. Its result
+    depends on how many of them the source's bit depth fills: 12 and 16 bits of one picture give two results.
 
     Args:
         picture: [H, W], float32, in [0, 1].
@@ -26,16 +25,17 @@ def equalize(picture: NDArray[np.float32], clip_limit: float, tiles: int) -> NDA
     Returns:
         [H, W], float32, in [0, 1].
     """
-    return EqualizingCurves.of(picture, clip_limit, tiles).apply(picture)
+    return EqualizingCurves.measure(picture, clip_limit, tiles).apply(picture)
 
 
 @dataclass(frozen=True)
 class EqualizingCurves:
-    """The monotone curves that equalise one picture, another at every pixel: what `equalize` applies, and its inverse.
+    """The curves from grey level to grey level that equalise one picture. Each pixel has its own curve.
 
     Attributes:
         tables: [tiles, tiles, CLAHE_LEVELS], float32, in [0, 1].
-        rows, columns: per line of pixels, the two tiles whose centres enclose it, and the weight of the second.
+        rows: for each row of pixels, the two tiles whose centres enclose it, and the weight of the second.
+        columns: likewise for each column of pixels.
     """
 
     tables: NDArray[np.float32]
@@ -43,18 +43,21 @@ class EqualizingCurves:
     columns: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
     @classmethod
-    def of(
+    def measure(
         cls, picture: NDArray[np.float32], clip_limit: float, tiles: int, matrix: tuple[int, ...] | None = None
     ) -> EqualizingCurves:
-        """The curves of a picture; arguments as of `equalize`.
+        """Return the curves that equalise a picture.
 
-        `matrix` (rows, columns) is that of the pictures they will be applied to, where it is another: the same picture
-        at another resolution.
+        Args:
+            picture: [H, W], float32, in [0, 1].
+            clip_limit: OpenCV's clip limit, a multiple of the mean bin count.
+            tiles: tiles per side.
+            matrix: rows and columns of the picture to apply the curves to, if it has another resolution than `picture`.
         """
         rows, columns = matrix or picture.shape
         height, width = picture.shape
         bottom, right = 0, 0
-        if height % tiles or width % tiles:  # OpenCV then pads both sides, a side that already fits by `tiles` px
+        if height % tiles or width % tiles:  # OpenCV then pads both sides; one that fits already gets `tiles` px more
             bottom, right = tiles - height % tiles, tiles - width % tiles
         padded = np.pad(np.clip(picture, 0, 1), ((0, bottom), (0, right)), mode="reflect")
         tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
@@ -65,26 +68,33 @@ class EqualizingCurves:
         )
 
     def apply(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Grey levels [H, W] in [0, 1] of the picture's matrix, each through the curve of its place."""
+        """Send each grey level through the curve of its pixel.
+
+        Args:
+            picture: [H, W], float32, in [0, 1], of the matrix that the curves were made for.
+
+        Returns:
+            [H, W], float32, in [0, 1].
+        """
         top, bottom, row_weight = self.rows
         left, right, column_weight = self.columns
         position = np.clip(picture, 0, 1) * np.float32(CLAHE_LEVELS - 1)
         level = np.minimum(position.astype(np.int64), CLAHE_LEVELS - 2)
         fraction = position - level.astype(np.float32)
 
-        def mapped(tile_row: NDArray[np.int64], tile_column: NDArray[np.int64]) -> NDArray[np.float32]:
+        def look_up(tile_row: NDArray[np.int64], tile_column: NDArray[np.int64]) -> NDArray[np.float32]:
             row, column = tile_row[:, None], tile_column[None, :]
             low: NDArray[np.float32] = self.tables[row, column, level]
             high: NDArray[np.float32] = self.tables[row, column, level + 1]
             return low + fraction * (high - low)
 
-        upper = mapped(top, left) * (1 - column_weight) + mapped(top, right) * column_weight
-        lower = mapped(bottom, left) * (1 - column_weight) + mapped(bottom, right) * column_weight
+        upper = look_up(top, left) * (1 - column_weight) + look_up(top, right) * column_weight
+        lower = look_up(bottom, left) * (1 - column_weight) + look_up(bottom, right) * column_weight
         return np.clip(upper * (1 - row_weight[:, None]) + lower * row_weight[:, None], 0, 1)
 
 
 def _tile_tables(padded: NDArray[np.float32], tiles: int, clip_limit: float) -> NDArray[np.float32]:
-    """[tiles, tiles, CLAHE_LEVELS], float32, in [0, 1]: per tile, the clipped cumulative histogram."""
+    """Return the clipped cumulative histogram of each tile: [tiles, tiles, CLAHE_LEVELS], float32, in [0, 1]."""
     tile_height, tile_width = padded.shape[0] // tiles, padded.shape[1] // tiles
     area = tile_height * tile_width
     clip = max(int(clip_limit * area / CLAHE_LEVELS), 1)
@@ -104,9 +114,13 @@ def _tile_tables(padded: NDArray[np.float32], tiles: int, clip_limit: float) -> 
 def _tile_neighbours(
     length: int, tile_length: int, tiles: int, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Per pixel along one axis: the two tiles whose centres enclose it, and the weight of the second.
+    """Return, for each pixel along one axis, the two tiles whose centres enclose it, and the weight of the second.
 
-    The axis is `length` px of the picture that made the tiles, seen in `count` pixels.
+    Args:
+        length: of the axis in the picture that made the tiles, px.
+        tile_length: of a tile, px.
+        tiles: along the axis.
+        count: pixels along the axis in the picture that the curves are applied to.
     """
     pixel = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * np.float32(length / count) - np.float32(0.5)
     position = pixel / np.float32(tile_length) - np.float32(0.5)

@@ -1,4 +1,4 @@
-"""Fine detail of the X-ray in the result (`--detail full`). Torch-free.
+"""Fine detail of the X-ray in the result. Torch-free.
 
 The model sees a matrix far smaller than an X-ray's. Whether detail finer than its pixels is bone or soft tissue follows
 from the bone layer that the model found.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.imaging.clahe import EqualizingCurves
-from bsdiff_rt.imaging.network_input import Placement, from_network, resize, shown, unit
+from bsdiff_rt.imaging.network_input import Placement, clip_to_unit, from_network, resize, view_picture
 
 # `bone_share` compares bone with X-ray around each pixel of the model's matrix: standard deviation of the Gaussian, and
 # variance of the noise it allows for, grey levels in [0, 1].
@@ -48,10 +48,10 @@ def add_fine_detail(
         return picture
     if prep.clahe_clip_limit > 0:
         small = resize(cxr, (placement.height, placement.width))
-        cxr = EqualizingCurves.of(small, prep.clahe_clip_limit, prep.clahe_tiles, cxr.shape).apply(cxr)
-    seen, soft_tissue = shown(cxr_net, placement), shown(soft_tissue_net, placement)
-    share = unit(resize(bone_share(seen, seen - soft_tissue), cxr.shape))
-    return unit(picture + (1 - share) * (cxr - resize(seen, cxr.shape)))
+        cxr = EqualizingCurves.measure(small, prep.clahe_clip_limit, prep.clahe_tiles, cxr.shape).apply(cxr)
+    seen, soft_tissue = view_picture(cxr_net, placement), view_picture(soft_tissue_net, placement)
+    share = clip_to_unit(resize(bone_share(seen, seen - soft_tissue), cxr.shape))
+    return clip_to_unit(picture + (1 - share) * (cxr - resize(seen, cxr.shape)))
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -75,4 +75,4 @@ def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[n
     cxr, bone = cxr - cxr.mean(), bone - bone.mean()  # small numbers: the differences below keep their digits
     variance = np.maximum(mean(cxr * cxr) - mean(cxr) ** 2, 0)
     slope = (mean(cxr * bone) - mean(cxr) * mean(bone)) / (variance + np.float32(SHARE_NOISE))
-    return unit(slope)
+    return clip_to_unit(slope)

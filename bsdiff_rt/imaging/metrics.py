@@ -1,8 +1,8 @@
 """Quality of a predicted soft-tissue image: BSR in three forms, MSE, SSIM, PSNR.
 
-Every image is [H, W], float, in [0, 1]. The bone suppression ratio is Yang et al.'s (Medical Image Analysis 35, 2017),
-the definition the BS-Diff paper cites; the published code's own form scores 0.67 to 0.90 on an *untouched* X-ray and is
-reported only under its own name, for comparison with the paper's tables.
+Every image is [H, W], float, in [0, 1]. The bone suppression ratio (BSR) is that of Yang et al. (Medical Image Analysis
+35, 2017), which the BS-Diff paper cites. The published code computes another one, which gives even an untouched X-ray a
+high score. It is reported under its own name, because the paper's tables use it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Mask = NDArray[np.bool_]
 
 _SSIM_WINDOW_PX = 7
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
-# Mean square below which a difference is rounding (of float64, after a fit) and not bone; one 16-bit grey level in one
-# of a million pixels is two hundred times as much.
+# A smaller mean square of a difference is rounding of float64 after a fit, not bone. One 16-bit grey level in one of a
+# million pixels has two hundred times as much.
 _NO_BONE = 1e-18
 
 
@@ -38,21 +38,34 @@ class Quality:
     psnr: float
 
     def as_dict(self) -> dict[str, float]:
-        """The figures by name, for JSON."""
+        """Return the figures by name, for JSON."""
         return asdict(self)
 
 
 def bsr(cxr: Image, soft_tissue: Image, predicted: Image) -> float:
-    """Bone suppression ratio 1 - |B - B_hat|^2 / |B|^2, with B = cxr - soft_tissue and B_hat = cxr - predicted.
+    """Return the bone suppression ratio 1 - |B - B_hat|^2 / |B|^2, with B = cxr - soft_tissue, B_hat = cxr - predicted.
 
-    1 for the true soft tissue, 0 for the untouched X-ray, negative for anything worse; NaN when there is no bone.
+    Args:
+        cxr: the X-ray, [H, W], in [0, 1].
+        soft_tissue: the truth, [H, W], in [0, 1].
+        predicted: [H, W], in [0, 1].
+
+    Returns:
+        1 for the true soft tissue, 0 for the untouched X-ray, less than 0 for anything worse. NaN if there is no bone.
+
+    Raises:
+        SettingsError: the images differ in shape.
     """
     _same_shape(cxr, soft_tissue, predicted)
     return _ratio(np.subtract(predicted, soft_tissue, dtype=np.float64), cxr, soft_tissue)
 
 
-def tone_matched(image: Image, soft_tissue: Image) -> Image:
-    """`image` under the gain and offset that bring it closest to `soft_tissue` in the least-squares sense."""
+def match_tone(image: Image, soft_tissue: Image) -> Image:
+    """Return `image` with the gain and offset that bring it closest to `soft_tissue` (least squares).
+
+    Raises:
+        SettingsError: the images differ in shape.
+    """
     _same_shape(image, soft_tissue)
     source = image.astype(np.float64)
     variance = float(source.var())
@@ -65,16 +78,24 @@ def tone_matched(image: Image, soft_tissue: Image) -> Image:
 
 
 def bsr_tone_matched(cxr: Image, soft_tissue: Image, predicted: Image) -> float:
-    """BSR after gain and offset of the prediction *and* of the X-ray are fitted to the truth.
+    """Return the BSR after gain and offset of both the prediction and the X-ray are fitted to the truth.
 
-    Fitting both keeps the scale: an untouched X-ray still scores 0, so a change of tone earns nothing by itself.
+    Both are fitted so that an untouched X-ray still scores 0. A change of tone alone then gains nothing.
+
+    Raises:
+        SettingsError: the images differ in shape.
     """
-    return bsr(tone_matched(cxr, soft_tissue), soft_tissue, tone_matched(predicted, soft_tissue))
+    return bsr(match_tone(cxr, soft_tissue), soft_tissue, match_tone(predicted, soft_tissue))
 
 
 def bsr_release(cxr: Image, soft_tissue: Image, predicted: Image) -> float:
-    """The published code's ratio: the prediction's mean is moved to the truth's, then only pixels where the prediction
-    is *darker* than the truth count as error, so bone left in the picture costs nothing. For comparison only.
+    """Return the ratio that the published code computes. Use it only to compare with the paper's tables.
+
+    The mean of the prediction is first moved to that of the truth. Then only pixels that are darker than the truth
+    count as error. So bone that stays in the picture costs nothing.
+
+    Raises:
+        SettingsError: the images differ in shape.
     """
     _same_shape(cxr, soft_tissue, predicted)
     shift = float(soft_tissue.mean(dtype=np.float64) - predicted.mean(dtype=np.float64))
@@ -83,7 +104,11 @@ def bsr_release(cxr: Image, soft_tissue: Image, predicted: Image) -> float:
 
 
 def mse(soft_tissue: Image, predicted: Image) -> float:
-    """Mean squared error over [0, 1] images."""
+    """Return the mean squared error of two images of one shape, in [0, 1].
+
+    Raises:
+        SettingsError: the images differ in shape.
+    """
     _same_shape(soft_tissue, predicted)
     return float(np.mean(np.square(np.subtract(soft_tissue, predicted, dtype=np.float64))))
 
@@ -93,15 +118,18 @@ def psnr(soft_tissue: Image, predicted: Image, data_range: float = 1.0) -> float
 
     Args:
         soft_tissue: the truth, any shape.
-        predicted: of the same shape.
+        predicted: the prediction, of the truth's shape.
         data_range: the largest value minus the smallest one that an image can have.
+
+    Raises:
+        SettingsError: the images differ in shape.
     """
     error = mse(soft_tissue, predicted)
     return math.inf if error == 0 else 20.0 * math.log10(data_range) - 10.0 * math.log10(error)
 
 
 def ssim(soft_tissue: Image, predicted: Image, mask: Mask | None = None) -> float:
-    """Return the mean structural similarity: 7 x 7 uniform window, data range 1, as scikit-image's default form.
+    """Return the mean structural similarity as scikit-image computes it: 7 x 7 uniform window, data range 1.
 
     Args:
         soft_tissue: the truth, [H, W].
@@ -109,7 +137,7 @@ def ssim(soft_tissue: Image, predicted: Image, mask: Mask | None = None) -> floa
         mask: [H, W], the pixels whose windows are averaged; None averages all.
 
     Raises:
-        SettingsError: the images are smaller than the window.
+        SettingsError: the images are smaller than the window, or differ in shape.
     """
     _same_shape(soft_tissue, predicted)
     if min(soft_tissue.shape) < _SSIM_WINDOW_PX:
@@ -157,12 +185,12 @@ def quality(cxr: Image, soft_tissue: Image, predicted: Image, mask: Mask | None 
 
 
 def mean_quality(rows: list[Quality]) -> Quality:
-    """The mean of each figure over images."""
+    """Return the mean of each figure over images."""
     return Quality(**{name: float(np.mean([row.as_dict()[name] for row in rows])) for name in Quality.__annotations__})
 
 
 def _ratio(error: Image, cxr: Image, soft_tissue: Image) -> float:
-    """1 - |error|^2 / |cxr - soft_tissue|^2; NaN when there is no bone."""
+    """Return 1 - |error|^2 / |cxr - soft_tissue|^2; NaN if there is no bone."""
     bone_energy = float(np.mean(np.square(np.subtract(cxr, soft_tissue, dtype=np.float64))))
     return 1.0 - float(np.mean(np.square(error))) / bone_energy if bone_energy > _NO_BONE else math.nan
 

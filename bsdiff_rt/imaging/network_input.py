@@ -39,7 +39,7 @@ class Placement:
 
 
 def place(shape: tuple[int, ...], size: int) -> Placement:
-    """The placement of a picture of `shape` (rows, columns) in a square of `size` px: longer side filled, centred."""
+    """Return where a picture of `shape` (rows, columns) lies in a square of `size` px: centred, longer side filled."""
     rows, columns = shape
     longer = max(shape)
     height = max(1, round(rows * size / longer))
@@ -48,9 +48,16 @@ def place(shape: tuple[int, ...], size: int) -> Placement:
 
 
 def resize(picture: NDArray[np.floating[Any]], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Resize [H, W] to `shape` (rows, columns), float32: area average on the way down, a copy where equal.
+    """Resize a picture: area average to shrink it, bicubic to enlarge it.
 
-    On the way up bicubic, which overshoots: clip the result where its range counts.
+    Bicubic interpolation overshoots at edges. Clip the result if its range counts.
+
+    Args:
+        picture: [H, W].
+        shape: rows and columns of the result.
+
+    Returns:
+        [rows, columns], float32; a copy if the shape stays.
     """
     picture = np.ascontiguousarray(picture, dtype=np.float32)
     if picture.shape == shape:
@@ -64,8 +71,8 @@ def resize(picture: NDArray[np.floating[Any]], shape: tuple[int, ...]) -> NDArra
 def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[np.float32], Placement]:
     """Make a picture into the model's input.
 
-    CLAHE, where the preprocessing asks for it, runs on the resized picture: there its tiles hold the same number of
-    pixels whatever detector the source came from.
+    CLAHE runs on the resized picture, if the preprocessing has it. So its tiles hold the same number of pixels for
+    every detector.
 
     Args:
         cxr: [H, W], float32, in [0, 1].
@@ -75,7 +82,7 @@ def to_network(cxr: NDArray[np.float32], prep: Preprocessing) -> tuple[NDArray[n
         [size, size], float32, in [-1, 1], and where the picture lies in it.
     """
     placement = place(cxr.shape, prep.size)
-    picture = unit(resize(cxr, (placement.height, placement.width)))  # enlarging overshoots at edges
+    picture = clip_to_unit(resize(cxr, (placement.height, placement.width)))  # enlarging overshoots at edges
     if prep.clahe_clip_limit > 0:
         picture = equalize(picture, prep.clahe_clip_limit, prep.clahe_tiles)
     bottom = prep.size - placement.height - placement.top
@@ -94,21 +101,21 @@ def from_network(image: NDArray[np.float32], placement: Placement) -> NDArray[np
         [H, W], float32, in [0, 1], with H, W the source's matrix.
     """
     picture = resize(crop(image, placement), (placement.rows, placement.columns))
-    return unit((picture + np.float32(1)) / np.float32(2))
+    return clip_to_unit((picture + np.float32(1)) / np.float32(2))
 
 
-def unit(picture: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Clipped to [0, 1], float32."""
+def clip_to_unit(picture: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Return a picture clipped to [0, 1], float32."""
     return np.asarray(np.clip(picture, 0, 1), dtype=np.float32)
 
 
-def shown(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The picture's part of a square in [-1, 1], in [0, 1]."""
-    return unit((crop(square, placement) + 1) / 2)
+def view_picture(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """Return the picture's part of a square in [-1, 1], in [0, 1]."""
+    return clip_to_unit((crop(square, placement) + 1) / 2)
 
 
 def crop(square: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The picture's part of the square, [height, width]."""
+    """Return the picture's part of the square, [height, width]."""
     bottom, right = placement.top + placement.height, placement.left + placement.width
     return square[placement.top : bottom, placement.left : right]
 

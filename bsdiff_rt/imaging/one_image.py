@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.config import DetailName, Preprocessing
 from bsdiff_rt.errors import InputFailed
 from bsdiff_rt.imaging.detail import add_fine_detail
-from bsdiff_rt.imaging.network_input import Placement, from_network, shown, to_network, without_mirror
+from bsdiff_rt.imaging.network_input import Placement, from_network, to_network, view_picture, without_mirror
 from bsdiff_rt.imaging.probe import PICTURES, Nodule, Retention, add_nodules, measure_retention, place_nodules
 from bsdiff_rt.imaging.view import View, find_view, looks_negative
 
@@ -34,7 +34,7 @@ class Prepared:
         placement: where the view lies in that square.
         preprocessing: the bundle's, which made `cxr_net`.
         warnings: what a user should know about the picture, one sentence each.
-        probe: virtual nodules, one list for each further picture that the model is given; empty without `--probe`.
+        probe: virtual nodules, one list for each further picture that the model is given; empty if nothing is probed.
     """
 
     cxr: Image
@@ -53,7 +53,7 @@ class Finished:
     Attributes:
         soft_tissue: [H, W], float32, in [0, 1].
         uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None for a single sample.
-        retention: how much of a small nodule would survive at each place; None without `--probe`.
+        retention: how much of a small nodule would survive at each place; None if nothing was probed.
     """
 
     soft_tissue: Image
@@ -75,7 +75,7 @@ def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False,
     """
     view = find_view(cxr, trim=not raw_view, least_span=preprocessing.least_span)
     cxr_net, placement = to_network(view.crop(cxr), preprocessing)
-    warnings = (INVERTED,) if looks_negative(shown(cxr_net, placement)) else ()
+    warnings = (INVERTED,) if looks_negative(view_picture(cxr_net, placement)) else ()
     cxr_net = view.hide_marks(cxr_net, placement)
     nodules = tuple(place_nodules(cxr[view.top : view.bottom, view.left : view.right])) if probe else ()
     return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings, nodules)

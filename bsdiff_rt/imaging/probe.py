@@ -1,4 +1,4 @@
-"""Measure how much of a small nodule would survive at each place of an X-ray (`--probe`). Torch-free.
+"""Measure how much of a small nodule would survive at each place of an X-ray. Torch-free.
 
 Virtual nodules are put into the X-ray on a grid, and the model is run without and with them. Neighbours go into
 different pictures, so that they do not touch each other's response. With n the nodule and r the change of the result,

@@ -19,7 +19,7 @@ TONE_PERCENTILE = 25
 BONES_WINDOW_PX = 15  # px of that square; wider than any bone
 
 
-def tone_of(bone: NDArray[np.float32], side: int, window_px: int) -> NDArray[np.float32]:
+def measure_tone(bone: NDArray[np.float32], side: int, window_px: int) -> NDArray[np.float32]:
     """Return the change of tone in a layer X-ray - soft tissue: its smooth lower envelope.
 
     What rises above the envelope is bone. A mean would not do: bone only ever adds, so a mean would leave a part of

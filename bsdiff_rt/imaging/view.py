@@ -118,7 +118,7 @@ class View:
 
     @property
     def mark_pixels(self) -> int:
-        """Number of pixels that burned-in letters cover."""
+        """Return the number of pixels that burned-in letters cover."""
         return 0 if self.marks is None else int(self.marks.sum())
 
     def _place(self, inside: Image, around: Image) -> Image:

@@ -80,11 +80,29 @@ def describe_processor() -> tuple[str, str]:
     Compiled code may use any of the features. The name alone is not enough: virtual machines show the same name for
     different processors.
     """
+    name, features = _find_processor_field("model name"), _find_processor_field("flags|Features")
+    digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:8] if features else "unknown"
+    return name or platform.processor() or platform.machine(), digest
+
+
+def read_processor_clock() -> float | None:
+    """Return the first processor's clock now, in MHz; None if the system does not report it."""
+    clock = _find_processor_field("cpu MHz")
+    return float(clock) if clock else None
+
+
+def _find_processor_field(name: str) -> str | None:
+    """Return the first value of a field that Linux reports for its processors.
+
+    Args:
+        name: of the field, as a regular expression.
+
+    Returns:
+        The value; None if there is no such field, or the system is not Linux.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        text = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    features = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    digest = hashlib.sha256(" ".join(sorted(features[1].split())).encode()).hexdigest()[:8] if features else "unknown"
-    return (name[1] if name else platform.processor() or platform.machine()), digest
+    except OSError:
+        return None
+    found = re.search(rf"^(?:{name})\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else None

@@ -28,7 +28,7 @@ class EagerRunner(Runner):
         denoiser: (x_t, cxr, t) -> [B, 1, H, W].
         enhancer: x -> [B, 1, H, W].
         image_size: side of the square images, in px.
-        device: where to run. The networks are moved there.
+        device: where to run. Both networks are moved there.
     """
 
     name = "eager"

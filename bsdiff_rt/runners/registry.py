@@ -205,7 +205,7 @@ def find_batch_limit(name: str, manifest: Manifest) -> int | None:
 
 
 def resolve_precision(name: str, precision: str, device: torch.device) -> Precision:
-    """Return the precision in which a runner without engines computes on a device.
+    """Return the precision in which a runner computes on a device; of a runner with engines, that of a new engine.
 
     Args:
         name: the runner.

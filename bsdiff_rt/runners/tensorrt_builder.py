@@ -157,9 +157,9 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
         try:
             profile.set_shape(tensor.name, min=smallest, opt=largest, max=largest)
         except RuntimeError as error:
-            raise _refused(graph, batch) from error
+            raise _describe_refusal(graph, batch) from error
     if config.add_optimization_profile(profile) < 0:
-        raise _refused(graph, batch)
+        raise _describe_refusal(graph, batch)
     path = locate_timing_cache(device)
     cache = _open_timing_cache(config, path)
 
@@ -183,7 +183,7 @@ def _plan(graph: Path, batch: tuple[int, int], tf32: bool, device: torch.device,
     return plan
 
 
-def _refused(graph: Path, batch: tuple[int, int]) -> EngineError:
+def _describe_refusal(graph: Path, batch: tuple[int, int]) -> EngineError:
     return EngineError(f"{graph.name}: TensorRT refuses batches of {batch[0]} to {batch[1]}{LOGGER.take_errors()}")
 
 

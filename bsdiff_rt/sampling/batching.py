@@ -135,7 +135,7 @@ class Suppressor:
             noise: one stream per image.
 
         Returns:
-            The batch, from which each result is taken: [S, S] float32, in [-1, 1], or NaN if the networks failed.
+            The batch, from which each result is taken: [S, S] float32, in [-1, 1], or NaN if the model failed.
 
         Raises:
             EngineError: the runner does not take this batch or image size.
@@ -211,11 +211,11 @@ class _Clock:
         self.busy_s = 0.0
 
     def start(self) -> None:
-        """Note that the networks begin."""
+        """Note that the model begins."""
         self.busy_s = -time.perf_counter()
 
     def stop(self) -> None:
-        """Note that the networks end."""
+        """Note that the model ends."""
         self.busy_s += time.perf_counter()
 
     def arrive(self) -> None:
@@ -292,7 +292,7 @@ def suppress(
         enhance: whether stage 2 runs.
 
     Returns:
-        [B, 1, S, S] float32, in [-1, 1], or NaN if the networks failed; on the host.
+        [B, 1, S, S] float32, in [-1, 1], or NaN if the model failed; on the host.
     """
     size = (cxr.shape[-2], cxr.shape[-1])
     x_0 = sample(

@@ -38,7 +38,9 @@ class ImageNoise:
 
     def __init__(self, seed: int, pixel_digest: bytes) -> None:
         if not 0 <= seed < _SEED_LIMIT:
-            raise SettingsError(f"seed {seed} is out of range; give a whole number from 0 to {_SEED_LIMIT - 1}")
+            raise SettingsError(
+                f"{seed} is out of range. Give a whole number from 0 to {_SEED_LIMIT - 1}.", setting="seed"
+            )
         digest = hashlib.sha256(b"bsdiff-rt noise" + seed.to_bytes(8, "little") + pixel_digest).digest()
         self._key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 

@@ -62,7 +62,7 @@ class Table:
 
     @property
     def steps(self) -> int:
-        """Number of rows and of denoiser calls."""
+        """Return the number of rows and of denoiser calls."""
         return len(self.t)
 
 
@@ -111,7 +111,7 @@ def sampler_table(schedule: Schedule, name: str, steps: int) -> Table:
         SettingsError: the sampler, objective or schedule is unknown, or steps are outside 1 to T.
     """
     if name not in SAMPLERS:
-        raise SettingsError(f"unknown sampler {name!r}. Use one of {', '.join(SAMPLERS)}")
+        raise SettingsError(f"unknown sampler {name!r}. Use one of {', '.join(SAMPLERS)}.", setting="sampler")
     abar = alpha_bar(schedule)
     t = timesteps(schedule.train_steps, steps)
     abar_s = abar[t]

@@ -23,7 +23,7 @@ from bsdiff_rt.engines import select as choice
 from bsdiff_rt.engines.cache import list_engines
 from bsdiff_rt.engines.manifest import MANIFEST, Engine
 from bsdiff_rt.engines.select import Choice, RunnerRequest, load_first
-from bsdiff_rt.errors import EngineError, SettingsError
+from bsdiff_rt.errors import EngineError, SettingsError, describe_error
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import RUNNERS
@@ -123,8 +123,12 @@ def test_auto_takes_an_engine_of_the_batch_asked_for_or_says_why_not(three, smal
     chosen = choose(small, "auto", batch=8)
     assert (chosen.runner, chosen.engine) == ("onnxruntime", None)
     assert f"{three[1].name} takes at most 1 images at once, not 8" in chosen.why
-    with pytest.raises(EngineError, match=rf"build-engine {small.folder} --runner aoti --precision fp32 --batch 1:8$"):
+    with pytest.raises(EngineError) as caught:
         find(small, "fp32", 8)
+    assert "--" not in str(caught.value)
+    assert describe_error(caught.value).endswith(
+        f"Build one. Run: bsdiff-rt build-engine {small.folder} --runner aoti --precision fp32 --batch 1:8"
+    )
 
 
 def test_half_built_engines_are_not_looked_at(three, small, cache):
@@ -138,12 +142,13 @@ def test_none_fits(three, small, tmp_path):
         find(small, "fp16")
     assert str(caught.value) == (
         f"no engine for this bundle and device in fp16 ({three[1].name} is in bf16, not fp16; {three[0].name} is "
-        f"in fp32, not fp16; {three[2].name} is in fp32, not fp16). "
-        f"Build one: bsdiff-rt build-engine {small.folder} --runner aoti --precision fp16"
+        f"in fp32, not fp16; {three[2].name} is in fp32, not fp16). Build one."
     )
+    assert caught.value.build == {"bundle": str(small.folder), "runner": "aoti", "precision": "fp16"}
     other = write_bundle(tmp_path / "other", seed=2)
-    with pytest.raises(EngineError, match=r"no engine for this bundle and device\. Build one: bsdiff-rt .*/other"):
+    with pytest.raises(EngineError, match=r"^no engine for this bundle and device\. Build one\.$") as caught:
         find(other, "auto")
+    assert caught.value.build["bundle"].endswith("/other")
     for folder in three:
         change(folder, versions={"torch": "2.12.0", "cuda": "none"})
     with pytest.raises(EngineError, match=r"device \(.*torch: built for 2\.12\.0, this is 2\.13\.0.*\)\. Build one"):
@@ -158,8 +163,9 @@ def test_without_a_cache(small, cache):
 
 
 def test_a_bundle_of_the_package_is_called_by_its_name(cache):
-    with pytest.raises(EngineError, match=r"build-engine demo --runner aoti --device cuda:1$"):
+    with pytest.raises(EngineError) as caught:
         find(open_bundle("demo"), device=torch.device("cuda", 1))
+    assert describe_error(caught.value).endswith("build-engine demo --runner aoti --device cuda:1")
 
 
 def test_auto_takes_an_engine_that_was_built(three, small):
@@ -172,10 +178,7 @@ def test_auto_takes_an_engine_that_was_built(three, small):
 def test_auto_without_engines_says_how_to_build_one(small, cache):
     chosen = choose(small, "auto")
     assert (chosen.runner, chosen.precision, chosen.engine) == ("onnxruntime", "fp32", None)
-    assert (
-        f"not aoti: no engine for this bundle and device. Build one: bsdiff-rt build-engine {small.folder}"
-        in chosen.why
-    )
+    assert "not aoti: no engine for this bundle and device. Build one." in chosen.why
 
 
 def test_auto_passes_over_an_engine_that_does_not_fit_and_says_why(built, small):
@@ -186,9 +189,8 @@ def test_auto_passes_over_an_engine_that_does_not_fit_and_says_why(built, small)
 
 
 def test_a_precision_nobody_has(built, small):
-    with pytest.raises(
-        EngineError, match=r"no runner can be used in precision fp16 here: not tensorrt: .*; not aoti: no en"
-    ):
+    reason = r"no runner can be used in precision fp16 here: not tensorrt: .*; not aoti: it computes in fp32 or bf16"
+    with pytest.raises(EngineError, match=reason):
         choose(small, "auto", "fp16")
 
 
@@ -350,7 +352,7 @@ def test_infer_refuses_an_engine_that_does_not_fit(infer, in_cache, tmp_path):
     ("arguments", "code", "message"),
     [
         (["--precision", "bf16"], 2, "bf16 was requested, but the engine .* is in fp32"),
-        (["--batch", "4"], 2, "batch 4 is more than the aoti runner's 3"),
+        (["--batch", "4"], 2, "--batch: 4 is more than the aoti runner's 3"),
     ],
 )
 def test_infer_refuses_what_contradicts_the_engine(infer, tiny_engine, tmp_path, arguments, code, message):

@@ -298,11 +298,11 @@ def test_force_takes_what_the_header_speaks_against(run, toy, tmp_path):
         ({"steps": 1001}, SettingsError, "1001 sampling steps requested"),
         ({"steps": -5}, SettingsError, "-5 sampling steps"),
         ({"sampler": "euler", "steps": 3}, SettingsError, "unknown sampler 'euler'"),
-        ({"seed": -1}, SettingsError, "seed -1 is out of range"),
-        ({"seed": 2**64}, SettingsError, "seed 18446744073709551616 is out of range"),
+        ({"seed": -1}, SettingsError, "-1 is out of range"),
+        ({"seed": 2**64}, SettingsError, "18446744073709551616 is out of range"),
         ({"device": "tpu"}, SettingsError, "'tpu' is not a device"),
         ({"runner": "tensorrt"}, EngineError, "runner tensorrt cannot be used"),
-        ({"precision": "fp16"}, EngineError, "--precision fp16"),
+        ({"precision": "fp16"}, EngineError, "no runner can be used in precision fp16 here"),
         ({"bundle": "/nowhere"}, BundleError, "no bundle '/nowhere'"),
     ],
 )
@@ -810,7 +810,7 @@ def test_the_report_names_the_runner_that_loaded(run, tmp_path, monkeypatch):
 def test_a_batch_larger_than_the_engine_is_refused(run, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     toy.batch_range = (2, 4)
-    with pytest.raises(SettingsError, match=r"batch 5 is more than the toy runner's 4\. Use 4, or build"):
+    with pytest.raises(SettingsError, match=r"5 is more than the toy runner's 4\. Use 4, or build"):
         run(batch=5)
 
 

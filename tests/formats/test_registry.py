@@ -11,7 +11,7 @@ from synthetic import chest, dataset, save, stored
 
 from bsdiff_rt import formats
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
-from bsdiff_rt.formats.base import Derivation, Format
+from bsdiff_rt.formats.base import Derivation, Format, Identity
 from bsdiff_rt.formats.radiograph import Radiograph, hash_pixels
 
 PICTURE = chest(48, 60)
@@ -82,9 +82,30 @@ def test_a_dicom_result_needs_a_dicom_x_ray_and_a_derivation(tmp_path):
         formats.write(tmp_path / "o.dcm", PICTURE, like=raster, kind="dicom", derivation=DERIVATION)
     with pytest.raises(SettingsError, match="needs a Derivation"):
         formats.write(tmp_path / "o.dcm", PICTURE, like=formats.read(dicom(tmp_path / "a.dcm")))
-    with pytest.raises(SettingsError, match="unknown kind of result 'gif'; use one of auto, dicom"):
+    with pytest.raises(SettingsError, match=r"unknown kind of result 'gif'\. Use one of auto, dicom"):
         formats.write(tmp_path / "o.gif", PICTURE, like=raster, kind="gif")
     assert not list(tmp_path.glob("o.*"))
+
+
+def test_pictures_read_together_have_one_grey_scale(tmp_path):
+    values = np.rint(PICTURE * 1000).astype(np.uint16)  # 10 bits
+    for name, factor in (("bright.png", 4), ("dark.png", 1)):
+        cv2.imwrite(str(tmp_path / name), values * factor)
+    bright, dark = formats.read_together([tmp_path / "bright.png", tmp_path / "dark.png"])
+    assert [bright.bits_stored, dark.bits_stored] == [12, 12]
+    np.testing.assert_allclose(dark.cxr * 4, bright.cxr, atol=1e-6)
+    source = dicom(tmp_path / "a.dcm")  # 12 bits, stated
+    assert [one.bits_stored for one in formats.read_together([source, tmp_path / "dark.png"])] == [12, 12]
+    assert [one.bits_stored for one in formats.read_together([tmp_path / "dark.png", source])] == [10, 12]
+    with pytest.raises(InputFailed, match=r"none\.png: cannot be read"):
+        formats.read_together([source, tmp_path / "none.png"])
+
+
+def test_whom_a_file_belongs_to(tmp_path):
+    found = formats.read_identity(dicom(tmp_path / "a", StudyInstanceUID="1.2.3", PatientID="P 1"))
+    assert (found.study, found.patient) == ("1.2.3", "P 1")
+    for path in (png(tmp_path / "a.png"), tmp_path / "none", tmp_path / "none.dcm"):
+        assert formats.read_identity(path) == Identity()
 
 
 def test_files_of_no_known_format(tmp_path):

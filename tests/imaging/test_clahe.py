@@ -36,10 +36,10 @@ def test_clahe_does_not_depend_on_the_source_depth():
 
 def test_the_curves_of_a_picture_at_another_resolution():
     picture = chest(200, 170)
-    here, finer = (EqualizingCurves.of(picture, 2.0, 8, matrix) for matrix in (None, (800, 680)))
+    here, finer = (EqualizingCurves.measure(picture, 2.0, 8, matrix) for matrix in (None, (800, 680)))
     large = np.repeat(np.repeat(picture, 4, axis=0), 4, axis=1)
     # A pixel's curve lies between those of the four that share it: no further off than its neighbours' are.
     np.testing.assert_allclose(resize(finer.apply(large), (200, 170)), here.apply(picture), atol=5e-3)
     np.testing.assert_array_equal(
-        EqualizingCurves.of(picture, 2.0, 8, picture.shape).apply(picture), here.apply(picture)
+        EqualizingCurves.measure(picture, 2.0, 8, picture.shape).apply(picture), here.apply(picture)
     )

@@ -54,6 +54,6 @@ def test_what_is_added_is_equalised_as_the_networks_saw_it(shape):
     source, prep = np.clip(chest(*shape) * 0.9 + 0.05 + fine, 0, 1), Preprocessing(size=256, clahe_clip_limit=2.0)
     cxr_net, placement = to_network(source, prep)
     small = resize(source, (placement.height, placement.width))
-    expected = EqualizingCurves.of(small, 2.0, 8, shape).apply(source)
+    expected = EqualizingCurves.measure(small, 2.0, 8, shape).apply(source)
     result = add_fine_detail(source, cxr_net, cxr_net, placement, prep)
     np.testing.assert_allclose(result, expected, atol=1e-5)

@@ -16,12 +16,12 @@ from bsdiff_rt.imaging.metrics import (
     bsr,
     bsr_release,
     bsr_tone_matched,
+    match_tone,
     mean_quality,
     mse,
     psnr,
     quality,
     ssim,
-    tone_matched,
 )
 
 SOFT_TISSUE = chest(48, 60, seed=1)
@@ -116,11 +116,11 @@ def test_tone_matching_is_the_least_squares_fit():
     design = np.stack([PREDICTED.ravel(), np.ones(PREDICTED.size)], axis=1).astype(np.float64)
     solution = np.linalg.lstsq(design, SOFT_TISSUE.ravel().astype(np.float64))[0]
     fitted = (design @ solution).reshape(PREDICTED.shape)
-    np.testing.assert_allclose(tone_matched(PREDICTED, SOFT_TISSUE), fitted, atol=1e-9)
+    np.testing.assert_allclose(match_tone(PREDICTED, SOFT_TISSUE), fitted, atol=1e-9)
 
 
 def test_tone_matching_of_one_grey_level_is_the_mean():
-    np.testing.assert_array_equal(tone_matched(np.full_like(CXR, 0.3), SOFT_TISSUE), SOFT_TISSUE.mean(dtype=np.float64))
+    np.testing.assert_array_equal(match_tone(np.full_like(CXR, 0.3), SOFT_TISSUE), SOFT_TISSUE.mean(dtype=np.float64))
 
 
 @pytest.mark.parametrize("form", [bsr, bsr_tone_matched, bsr_release])
@@ -150,7 +150,7 @@ def test_three_images_of_different_shapes(form, wrong):
         form(*images)
 
 
-@pytest.mark.parametrize("form", [mse, psnr, ssim, tone_matched])
+@pytest.mark.parametrize("form", [mse, psnr, ssim, match_tone])
 def test_two_images_of_different_shapes(form):
     with pytest.raises(SettingsError, match=r"differ in shape: \(48, 60\), \(60, 48\)"):
         form(CXR, CXR.T)

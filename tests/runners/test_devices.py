@@ -11,7 +11,13 @@ import torch
 from bsdiff_rt import open_model
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.runners import devices
-from bsdiff_rt.runners.devices import count_threads, describe_processor, resolve_device, set_threads
+from bsdiff_rt.runners.devices import (
+    count_threads,
+    describe_processor,
+    read_processor_clock,
+    resolve_device,
+    set_threads,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -45,7 +51,10 @@ def test_no_device(gpus, name):
     assert caught.value.setting == "device"
 
 
-CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t\t: fpu avx2 {}\n\nprocessor\t: 1\nmodel name\t: 2\n"
+CPUINFO = (
+    "processor\t: 0\nmodel name\t: AMD EPYC 9B14\ncpu MHz\t\t: 2600.5\nflags\t\t: fpu avx2 {}\n\n"
+    "processor\t: 1\nmodel name\t: 2\n"
+)
 
 
 def test_processor(monkeypatch):
@@ -53,6 +62,7 @@ def test_processor(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     name, features = describe_processor()
     assert name == "AMD EPYC 9B14"
+    assert read_processor_clock() == 2600.5
     text = CPUINFO.format("avx512f amx_tile")  # a processor of the same name, elsewhere
     assert describe_processor()[0] == name
     assert describe_processor()[1] != features
@@ -66,6 +76,7 @@ def test_a_processor_without_cpuinfo(monkeypatch):
     name, features = describe_processor()
     assert name
     assert features == "unknown"
+    assert read_processor_clock() is None
 
 
 @pytest.fixture

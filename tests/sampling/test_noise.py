@@ -90,7 +90,5 @@ def test_a_buffer_for_another_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seed_out_of_range(seed: int) -> None:
-    with pytest.raises(
-        SettingsError, match=f"^seed {seed} is out of range; give a whole number from 0 to {2**64 - 1}$"
-    ):
+    with pytest.raises(SettingsError, match=rf"^{seed} is out of range\. Give a whole number from 0 to {2**64 - 1}\.$"):
         ImageNoise(seed, DIGEST)

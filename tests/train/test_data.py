@@ -374,7 +374,7 @@ def test_a_pair_in_a_frame_is_read_without_it(tmp_path):
 def test_inserts_are_added_alike_to_x_ray_and_truth(pair, pool):
     """Without a tone curve and noise both images change by the same picture, and the weight lies on it."""
     augmentation = replace(PLAIN, inserts=1.0)
-    batch = Batches([pair], pool, 0.5, augmentation, 0).paired(3, 4, 64, 64)
+    batch = Batches([pair], pool, 0.5, augmentation, 0).draw_pairs(3, 4, 64, 64)
     assert batch.shape == (4, 5, 64, 64)
     cxr, truth, cxr_with, truth_with, weight = batch.swapaxes(0, 1)
     np.testing.assert_allclose(cxr_with - cxr, truth_with - truth, atol=1e-5)
@@ -388,9 +388,9 @@ def test_inserts_are_added_alike_to_x_ray_and_truth(pair, pool):
 
 def test_a_batch_shows_the_images_with_inserts_of_the_pairs(pair, pool):
     batches = Batches([pair], pool, 0.5, Augmentation(inserts=1.0), 5)
-    paired = batches.paired(2, 3, 64, 64)
+    paired = batches.draw_pairs(2, 3, 64, 64)
     np.testing.assert_array_equal(batches.batch(2, 3, 64, 64), paired[:, 2:4])
-    without = Batches([pair], pool, 0.5, replace(Augmentation(), inserts=0.0), 5).paired(2, 3, 64, 64)
+    without = Batches([pair], pool, 0.5, replace(Augmentation(), inserts=0.0), 5).draw_pairs(2, 3, 64, 64)
     np.testing.assert_array_equal(without[:, 0:2], without[:, 2:4])
     assert not without[:, 4].any()
 
@@ -400,7 +400,7 @@ def test_both_images_of_a_sample_are_blurred_and_toned_alike(pair):
     augmentation = Augmentation(foreign=1.0, blur_noise=1.0, inserts=1.0)
     batches = Batches([pair], np.empty((0, 2, 64, 64), np.uint8), 1.0, augmentation, 0)
     for step in range(6):
-        cxr, _, cxr_with, _, weight = batches.paired(step, 1, 64, 64)[0]
+        cxr, _, cxr_with, _, weight = batches.draw_pairs(step, 1, 64, 64)[0]
         far = cv2.dilate((weight > 0).astype(np.uint8), np.ones((15, 15))) == 0
         np.testing.assert_allclose(cxr[far], cxr_with[far], atol=0.02)
 

@@ -54,7 +54,7 @@ def test_what_is_wanted_with_an_insert_follows_from_the_same_noise(objective):
     diffusion = Diffusion(Schedule(objective=objective), torch.device("cpu"))
     made = paired_samples(diffusion, samples, np.random.default_rng(4))
     for number, pair in enumerate((samples[:, 0:2], samples[:, 2:4])):
-        alone_x_t, alone_cxr, alone_t, alone_wanted, _ = diffusion.noised(pair, np.random.default_rng(4))
+        alone_x_t, alone_cxr, alone_t, alone_wanted, _ = diffusion.add_noise(pair, np.random.default_rng(4))
         torch.testing.assert_close(made.x_t[:, number], alone_x_t)
         torch.testing.assert_close(made.cxr[:, number], alone_cxr)
         torch.testing.assert_close(made.t, alone_t)

@@ -1,4 +1,4 @@
-"""The networks that BS-Diff is compared with in the paper's Table 1: shape, loss and discriminator of each.
+"""The models that BS-Diff is compared with in the paper's Table 1: shape, loss and discriminator of each.
 
 They are written from the papers and, for sizes the papers leave out, from published code. All map an X-ray to soft
 tissue, [B, 1, H, W] float32 in [-1, 1]. All are trained by the same loop on the same pairs for the same number of

@@ -70,7 +70,7 @@ def coarsen(volume: Volume, voxel_mm: float) -> Volume:
     rows, columns = (max(1, round(n * f)) for n, f in zip(volume.hu.shape[1:], (factor_y, factor_x), strict=True))
     count = len(volume.hu) // together
 
-    def reduced(values: NDArray[np.int16] | NDArray[np.bool_]) -> NDArray[np.float32]:
+    def reduce(values: NDArray[np.int16] | NDArray[np.bool_]) -> NDArray[np.float32]:
         result = np.empty((count, rows, columns), np.float32)
         for k in range(count):
             plane = values[k * together : (k + 1) * together].mean(axis=0, dtype=np.float32)
@@ -82,5 +82,5 @@ def coarsen(volume: Volume, voxel_mm: float) -> Volume:
         volume.spacing[1] * volume.hu.shape[1] / rows,
         volume.spacing[2] * volume.hu.shape[2] / columns,
     )
-    labels = None if volume.labels is None else reduced(volume.labels) >= 0.5
-    return Volume(volume.name, np.rint(reduced(volume.hu)).astype(np.int16), spacing, labels)
+    labels = None if volume.labels is None else reduce(volume.labels) >= 0.5
+    return Volume(volume.name, np.rint(reduce(volume.hu)).astype(np.int16), spacing, labels)

@@ -147,7 +147,7 @@ def display(cxr: Array, soft: Array, shown: Display, pixel_mm: float) -> tuple[A
         cxr, soft = (image + np.float32(shown.sharpen) * (image - _blur(image, sigma)) for image in (cxr, soft))
     cxr, soft = (_tone(image, shown) for image in (cxr, soft))
     if shown.local:
-        curves = EqualizingCurves.of(cxr, shown.clip, shown.tiles)
+        curves = EqualizingCurves.measure(cxr, shown.clip, shown.tiles)
         share = np.float32(shown.local)
         cxr, soft = (image * (1 - share) + share * curves.apply(image) for image in (cxr, soft))
     scale = np.float32(shown.white - shown.black)

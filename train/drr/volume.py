@@ -83,7 +83,7 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
     return sorted(found, key=lambda source: source.name)
 
 
-def stem_of(path: Path) -> str:
+def strip_suffixes(path: Path) -> str:
     """Return a file's name without the suffix of its format; `scan.nii.gz` is `scan`."""
     for suffix in (*ITK_SUFFIXES, NPZ_SUFFIX):
         if path.name.lower().endswith(suffix):
@@ -136,7 +136,7 @@ def _import_simpleitk() -> ModuleType:
 
 def _source_of_file(path: Path) -> Source:
     if path.name.lower().endswith((*ITK_SUFFIXES, NPZ_SUFFIX)):
-        return Source(stem_of(path), (path,))
+        return Source(strip_suffixes(path), (path,))
     raise SettingsError(f"{path}: not a CT volume; give a folder of DICOM slices, {', '.join(ITK_SUFFIXES)} or npz")
 
 
@@ -147,7 +147,7 @@ def _sources_of_folder(folder: Path) -> list[Source]:
         folders.sort()
         paths = [Path(place) / name for name in sorted(files) if not name.startswith(".")]
         volumes = [path for path in paths if path.name.lower().endswith((*ITK_SUFFIXES, NPZ_SUFFIX))]
-        found += [Source(stem_of(path), (path,)) for path in volumes]
+        found += [Source(strip_suffixes(path), (path,)) for path in volumes]
         series: dict[str, list[Path]] = defaultdict(list)
         for path in paths:
             if path not in volumes and (header := _read_header(path)) is not None:
