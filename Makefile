@@ -12,10 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 .PHONY: demo test quick check wheel install install-dev clean
 
 demo: install
-	$(BIN)/bsdiff-rt infer examples/ --output out/ --preview --overwrite
+	$(BIN)/bsdiff-rt infer examples/ --output out/ --preview --html --overwrite
 	$(BIN)/bsdiff-rt evaluate out/ benchmarks/examples_truth/ --cxr examples/
 	@echo
-	@echo "Look at out/preview.png: X-ray | soft tissue | bone. Above: quality against the phantoms' known truth."
+	@echo "Open out/report.html in a browser. Above: quality against the phantoms' known truth."
 
 test: install-dev check
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90

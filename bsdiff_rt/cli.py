@@ -105,6 +105,9 @@ def infer(
     preview: Annotated[
         bool, _flag("--preview", help="Write preview.png: X-ray, soft tissue and bone side by side.", group=FILES)
     ] = False,
+    html: Annotated[
+        bool, _flag("--html", help="Write report.html: a page to look at every image, without a network.", group=FILES)
+    ] = False,
     overwrite: Annotated[
         bool,
         _flag(
@@ -252,6 +255,7 @@ def infer(
         raw_view=raw_view,
         format=output_format,
         preview=preview,
+        html=html,
         overwrite=overwrite,
         any_view=any_view,
     )

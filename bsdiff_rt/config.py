@@ -156,6 +156,7 @@ class InferSettings(ModelSettings):
         output: folder of the results and of report.json.
         format: of the results; auto writes DICOM for DICOM input and PNG otherwise.
         preview: whether preview.png is written.
+        html: whether report.html is written.
         overwrite: whether finished files are done again.
         any_view: whether lateral views and other body parts are taken, too.
     """
@@ -163,6 +164,7 @@ class InferSettings(ModelSettings):
     output: Path
     format: FormatName = "auto"
     preview: bool = False
+    html: bool = False
     overwrite: bool = False
     any_view: bool = False
 

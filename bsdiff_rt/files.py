@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def file_sha256(path: Path) -> str:
@@ -21,9 +24,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the folder does not exist, is full or not writable.
     """
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write it in parts. It is put into place at the end, complete; after an error it is as it was.
+
+    Raises:
+        OSError: the folder does not exist, is full or not writable.
+    """
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            yield file
         os.replace(part, path)
     except BaseException:  # also KeyboardInterrupt: leave no part behind
         part.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ TORCH_FREE = [
     *(f"imaging.{name}" for name in ("detail", "tone", "metrics", "lungs")),
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
-    *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview")),
+    *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview", "html")),
     *(f"folder.{name}" for name in ("progress", "evaluate")),
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from bsdiff_rt import formats
 from bsdiff_rt.bundle import Bundle, list_bundles, open_bundle
 from bsdiff_rt.errors import BsdiffError, BundleError, SettingsError
-from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
-from bsdiff_rt.folder.report import FILE_NAME, MAPS
+from bsdiff_rt.folder.report import FILE_NAME, MAPS, PREVIEW
 from bsdiff_rt.folder.search import is_input, strip_suffix
 from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.imaging.lungs import find_lungs

@@ -21,8 +21,8 @@ from bsdiff_rt.folder.report import (
     Report,
     locate_map,
     now,
+    read_name,
     read_planned,
-    read_preview_name,
     read_rates,
     read_results,
 )
@@ -97,8 +97,8 @@ class Ledger:
         self._before, self._earlier = before, read_results(folder)
         self._results = {*self._earlier, *outputs.values()}
         self._earlier_rates = read_rates(folder) if before else (0.0, 0.0)
-        if report.preview is None:
-            report.preview = read_preview_name(folder)
+        report.preview = report.preview or read_name(folder, "preview")
+        report.page = report.page or read_name(folder, "page")
         planned = read_planned(folder)  # nothing else knows what a killed run has written
         self._planned = {
             name: str(path)

@@ -20,10 +20,19 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.engines.select import Choice, choose
 from bsdiff_rt.errors import SettingsError, one_line, out_of_memory
+from bsdiff_rt.folder.html import write_page
 from bsdiff_rt.folder.ledger import Ledger, only_run
-from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
 from bsdiff_rt.folder.reading import Reader, Ready, make_not_done
-from bsdiff_rt.folder.report import FileEntry, Report, describe_environment, digest_path, list_maps, read_finished
+from bsdiff_rt.folder.report import (
+    PAGE,
+    PREVIEW,
+    FileEntry,
+    Report,
+    describe_environment,
+    digest_path,
+    list_maps,
+    read_finished,
+)
 from bsdiff_rt.folder.tasks import Task, find_tasks
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
@@ -72,13 +81,16 @@ class Inference:
         bundle = self.bundle.identity | {"licence": self.bundle.manifest.licence}
         report = Report(bundle, decisive, describe_environment(str(self.device)))
         report.preview = PREVIEW if self.settings.preview else None
+        report.page = PAGE if self.settings.html else None
         if isinstance(chosen, Choice) and chosen.engine:
             report.environment["engine"] = chosen.engine.sha256
         return report
 
     def find_tasks(self, inputs: Iterable[Path]) -> list[Task]:
         """Return every file to do, with the place of its result."""
-        reserved = {*list_maps(self.settings)} | ({PREVIEW} if self.settings.preview else set())
+        reserved = {*list_maps(self.settings)}
+        reserved |= {PREVIEW} if self.settings.preview else set()
+        reserved |= {PAGE} if self.settings.html else set()
         settings = self.settings
         return find_tasks(inputs, settings.output, settings.format, reserved, overwrite=settings.overwrite)
 
@@ -132,6 +144,8 @@ class Inference:
             ledger.save(model.busy_s)
         if self.settings.preview:
             writer.write_preview(self.report.files)
+        if self.settings.html:
+            write_page(self.report, folder)
         return self.report
 
     def _make_reader(self) -> Reader:

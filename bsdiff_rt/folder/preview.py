@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt.files import write_atomically
+from bsdiff_rt.folder.pictures import BONE_GAIN, DEVIATION_SHOWN, draw_bone, draw_deviation
+from bsdiff_rt.folder.report import PREVIEW
 from bsdiff_rt.imaging.network_input import place, resize
 
-FILE_NAME = "preview.png"
 SIDE_PX = 320
 ROWS = 40  # a larger picture would not open in many viewers
-BONE_GAIN = 2.0
-DEVIATION_SHOWN = 0.05  # a standard deviation of this share of the grey levels, or more, is shown in full red
 GAP_PX = 4
 TITLE_PX = 28  # height of the line of column titles
 NAME_PX = 20  # height of the line with an image's name, above its row
@@ -52,13 +51,10 @@ class Preview:
         if len(self._rows) >= ROWS:
             return
         xray, suppressed = _make_thumbnail(cxr), _make_thumbnail(soft_tissue)
-        # Black where nothing was taken away, as on a dual-energy bone image.
-        bone = np.clip((xray - suppressed) * BONE_GAIN, 0, 1)
         gap = np.ones((SIDE_PX, GAP_PX), np.float32)
-        row = np.hstack([xray, gap, suppressed, gap, bone])
+        row = np.hstack([xray, gap, suppressed, gap, draw_bone(xray, suppressed)])
         if deviation is not None:
-            red = np.clip(_make_thumbnail(deviation) / DEVIATION_SHOWN, 0, 1)[..., None]
-            overlay = suppressed[..., None] * (1 - red) + red * np.array([0, 0, 1], np.float32)  # blue, green, red
+            overlay = draw_deviation(suppressed, _make_thumbnail(deviation))
             row = np.hstack([cv2.cvtColor(row, cv2.COLOR_GRAY2BGR), np.ones((SIDE_PX, GAP_PX, 3), np.float32), overlay])
         self._rows.append((name, np.rint(row * 255).astype(np.uint8)))
 
@@ -82,8 +78,8 @@ class Preview:
             line = np.full((NAME_PX, *shape[1:]), 255, np.uint8)
             _draw_text(line, name, 0, shape[1], 0.45)
             parts += [line, row]
-        write_atomically(folder / FILE_NAME, cv2.imencode(".png", np.vstack(parts))[1].tobytes())
-        return folder / FILE_NAME
+        write_atomically(folder / PREVIEW, cv2.imencode(".png", np.vstack(parts))[1].tobytes())
+        return folder / PREVIEW
 
 
 def _draw_text(line: NDArray[np.uint8], text: str, left: int, width: int, scale: float) -> None:

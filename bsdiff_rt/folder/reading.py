@@ -6,11 +6,11 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
@@ -24,6 +24,9 @@ from bsdiff_rt.imaging.one_image import Prepared, prepare
 logger = logging.getLogger(__name__)
 
 READERS = 2
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,7 @@ class Reader:
 
     def read_ahead(self, tasks: list[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
         """Yield the outcome of reading each task, in order, reading up to `depth` files ahead."""
-        pending: deque[Future[Ready | FileEntry]] = deque()
-        with ThreadPoolExecutor(READERS) as threads:
-            try:
-                for task in tasks:
-                    pending.append(threads.submit(self.read, task))
-                    if len(pending) > depth:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+        return read_ahead(self.read, tasks, depth)
 
     def read(self, task: Task) -> Ready | FileEntry:
         """Read one file for the model, or return the report entry that says why not. Never raises for a bad file."""
@@ -117,6 +110,21 @@ class Reader:
     def _has_map(self, kind: str, output: Path, entry: FileEntry) -> bool:
         path = locate_map(self._settings.output, kind, output)
         return path.is_file() and file_sha256(path) == entry.maps.get(kind)
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R, None, None]:
+    """Yield `read(item)` for each item, in order. Threads read up to `depth` items ahead of the caller."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(READERS) as threads:
+        try:
+            for item in items:
+                pending.append(threads.submit(read, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def make_not_done(

@@ -22,6 +22,7 @@ from bsdiff_rt.files import write_atomically
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.json"
+PREVIEW, PAGE = "preview.png", "report.html"
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the standard deviations of several samples
 RETENTION = "retention"  # folder of the pictures of the probe
 MAPS = (UNCERTAINTY, RETENTION)
@@ -90,6 +91,7 @@ class Report:
         images_per_second: images written per second of this run. A run that writes none keeps the earlier figure.
         model_busy: share of the run's time in which the model computed, 0 to 1; kept in the same way.
         preview: name of the preview picture of this or an earlier run; None if no run made one.
+        page: name of the page of this or an earlier run; None if no run made one.
         files: the inputs of this run, and finished files of earlier runs with the same settings.
         earlier: results of other runs that are still in the folder.
         planned: results that did not exist when the run began, and are not in `files` yet.
@@ -104,6 +106,7 @@ class Report:
     images_per_second: float = 0.0
     model_busy: float = 0.0
     preview: str | None = None
+    page: str | None = None
     files: list[FileEntry] = field(default_factory=list)
     earlier: list[FileEntry] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
@@ -125,6 +128,7 @@ class Report:
             "images_per_second": round(self.images_per_second, 4),
             "model_busy": round(self.model_busy, 4),
             "preview": self.preview,
+            "page": self.page,
             "files": [asdict(entry) for entry in self.files],
             "earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier],
             "planned": self.planned,
@@ -214,10 +218,10 @@ def read_planned(folder: Path) -> set[Path]:
         return set()
 
 
-def read_preview_name(folder: Path) -> str | None:
-    """Return the name of the preview that the report in `folder` names, or None."""
+def read_name(folder: Path, key: Literal["preview", "page"]) -> str | None:
+    """Return the name of the preview or the page that the report in `folder` names, or None."""
     try:
-        name = _load(folder)["preview"]
+        name = _load(folder)[key]
         return name if isinstance(name, str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -233,15 +237,16 @@ def read_rates(folder: Path) -> tuple[float, float]:
 
 
 def read_named(folder: Path) -> set[Path]:
-    """Return every file that the report in `folder` names, relative to it: results, their maps and the preview.
+    """Return every file that the report in `folder` names, relative to it.
 
-    Only these may be replaced by a later run. Maps of an unfinished run are included, because it may have written them.
+    These are results, their maps, the preview and the page. A later run may replace no other file. Maps of an
+    unfinished run are included, because it may have written them.
     """
-    results, planned, preview = read_results(folder), read_planned(folder), read_preview_name(folder)
+    results, planned = read_results(folder), read_planned(folder)
     maps = {locate_map(Path(), kind, path) for path, entry in results.items() for kind in entry.maps}
     maps |= {locate_map(Path(), kind, path) for path in planned for kind in MAPS}
-    named = {*results, *planned, *maps}
-    return named | ({Path(preview)} if preview else set())
+    pictures = {Path(name) for name in (read_name(folder, "preview"), read_name(folder, "page")) if name}
+    return {*results, *planned, *maps, *pictures}
 
 
 def list_maps(settings: InferSettings) -> tuple[str, ...]:

@@ -16,19 +16,16 @@ from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import BsdiffError
 from bsdiff_rt.files import file_sha256, write_atomically
-from bsdiff_rt.folder.evaluate import read_result
-from bsdiff_rt.folder.preview import FILE_NAME as PREVIEW
+from bsdiff_rt.folder.pictures import DEVIATION_BITS, read_pictures
 from bsdiff_rt.folder.preview import ROWS, Preview
 from bsdiff_rt.folder.reading import Ready, describe_error, make_not_done
-from bsdiff_rt.folder.report import RETENTION, UNCERTAINTY, FileEntry, digest_path, locate_map
+from bsdiff_rt.folder.report import PREVIEW, RETENTION, UNCERTAINTY, FileEntry, digest_path, locate_map
 from bsdiff_rt.folder.retention_map import draw_retention
 from bsdiff_rt.formats.raster import write_png
 from bsdiff_rt.imaging.one_image import Finished, finish
 from bsdiff_rt.model import describe_derivation
 
 logger = logging.getLogger(__name__)
-
-DEVIATION_BITS = 16  # of a deviation map: 65535 is the whole range of grey levels
 
 
 class Writer:
@@ -106,14 +103,11 @@ class Writer:
         preview = Preview()
         for entry in shown[:ROWS]:
             try:
-                radiograph = formats.read(Path(entry.input), any_view=True)
-                result = read_result(self._settings.output / str(entry.output), radiograph.bits_stored)
-                path = locate_map(self._settings.output, UNCERTAINTY, str(entry.output))
-                deviation = read_result(path, DEVIATION_BITS) if self._settings.samples > 1 else None
+                pictures = read_pictures(self._settings.output, entry)
             except BsdiffError as error:  # changed since it was done
                 logger.warning("%s is not in the preview: %s", entry.input, error)
                 continue
-            preview.add(str(entry.output), radiograph.cxr, result, deviation)
+            preview.add(str(entry.output), pictures.cxr, pictures.soft_tissue, pictures.deviation)
         try:
             written = preview.write(self._settings.output)
         except OSError as error:

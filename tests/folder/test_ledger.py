@@ -208,7 +208,7 @@ def test_a_run_that_skips_everything_keeps_the_earlier_rates(tmp_path, monkeypat
 def test_the_preview_of_an_earlier_run_stays_named(tmp_path):
     dataclasses.replace(make(), preview="preview.png").write(tmp_path)
     Ledger(make(), tmp_path, OUTPUTS, {}, lambda _: None).save()
-    assert report.read_preview_name(tmp_path) == "preview.png"
+    assert report.read_name(tmp_path, "preview") == "preview.png"
 
 
 def test_anothers_result_stays_where_an_input_gives_none(tmp_path):

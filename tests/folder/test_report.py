@@ -39,7 +39,7 @@ def make(files=(), **changes) -> Report:
 
 def test_the_document():
     document = json.loads(make([DONE, FAILED]).to_json())
-    run = ["started", "ended", "images_per_second", "model_busy", "preview"]
+    run = ["started", "ended", "images_per_second", "model_busy", "preview", "page"]
     assert list(document) == ["bsdiff_rt", "bundle", "settings", "environment", *run, "files", "earlier", "planned"]
     assert document["bsdiff_rt"] == __version__
     assert document["bundle"] == BUNDLE
