@@ -11,7 +11,6 @@ use the model's own weights:
   compiling takes minutes, so it is measured only on request (`--peer "published compiled"`).
 - `diffusers loop`: whole images by diffusers' scheduler around this project's eager network, with the same noise. Its
   dpmpp-2m does not clamp x0, so its images may differ.
-- `openvino`: the bundle's ONNX graphs in OpenVINO, on the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from bsdiff_rt.sampling.sampler import Draw, sample
 from bsdiff_rt.sampling.schedule import Table, alpha_bar
 from bsdiff_rt.tables import print_table
 
-PUBLISHED, COMPILED, DIFFUSERS, OPENVINO = "published eager", "published compiled", "diffusers loop", "openvino"
+PUBLISHED, COMPILED, DIFFUSERS = "published eager", "published compiled", "diffusers loop"
 
 
 class PublishedDenoiser(nn.Module):
@@ -204,64 +203,10 @@ def _convert_schedule(schedule: Schedule) -> dict[str, Any]:
     return {"timestep_spacing": "trailing", "prediction_type": kind, "trained_betas": betas}
 
 
-class OpenVinoRunner(Runner):
-    """The bundle's ONNX graphs in OpenVINO, fp32, on the CPU.
-
-    Raises:
-        ImportError: openvino is not installed.
-    """
-
-    name = "openvino"
-
-    def __init__(self, denoiser: Path, enhancer: Path, image_size: int) -> None:
-        super().__init__(device=torch.device("cpu"), precision="fp32", batch_range=(1, None), image_size=image_size)
-        import openvino
-
-        core = openvino.Core()
-        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        self._tensor = openvino.Tensor
-        self._denoiser, self._enhancer = (
-            core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
-            for graph in (denoiser, enhancer)
-        )
-
-    def denoise(self, x_t: Tensor, cxr: Tensor, t: Tensor, out: Tensor) -> None:
-        """Run stage 1 (see `Runner.denoise`)."""
-        self.check(x_t, cxr, out, t=t)
-        self._run(self._denoiser, {"x_t": x_t, "cxr": cxr, "t": t}, out)
-
-    def enhance(self, x: Tensor, out: Tensor) -> None:
-        """Run stage 2 (see `Runner.enhance`)."""
-        self.check(x, out)
-        self._run(self._enhancer, {"x": x}, out)
-
-    def _run(self, request: Any, inputs: dict[str, Tensor], out: Tensor) -> None:
-        for name, tensor in inputs.items():
-            request.set_tensor(name, self._tensor(tensor.numpy(), shared_memory=True))
-        request.infer()
-        out.copy_(torch.from_numpy(request.get_output_tensor().data))
-
-
-def load_openvino(model: BenchModel, device: torch.device, _: Candidate) -> Candidate:
-    """Load the bundle's graphs into OpenVINO.
-
-    Raises:
-        ImportError: it is not installed.
-        EngineError: the device is no CPU, or the model has no bundle on disk.
-    """
-    if device.type != "cpu":
-        raise EngineError(f"it is measured on a CPU, not on {device}")
-    if model.bundle is None:
-        raise EngineError("it needs a bundle on disk: `python -m export random paper -o DIR` makes one")
-    denoiser, enhancer = (model.bundle.file(f"{stage}.onnx") for stage in ("denoiser", "enhancer"))
-    return load_candidate(OPENVINO, lambda: OpenVinoRunner(denoiser, enhancer, model.size), device)
-
-
 PEERS: dict[str, Callable[[BenchModel, torch.device, Candidate], Candidate]] = {
     PUBLISHED: load_published,
     COMPILED: load_compiled,
     DIFFUSERS: load_diffusers_loop,
-    OPENVINO: load_openvino,
 }
 
 

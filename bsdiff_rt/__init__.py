@@ -9,6 +9,7 @@ with bsdiff_rt.open_model("demo") as model:
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ __all__ = ["Model", "Result", "__version__", "open_model"]
 # ONNX Runtime's packages from 1.29 on send Microsoft what they run, and where, with an identifier kept in the user's
 # cache (its docs/Privacy.md). Nothing leaves a hospital by default. A user who sets the variable decides.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# Importing openvino sends Google Analytics an event, with an identifier kept in the user's home folder. If its package
+# for that cannot be imported, openvino takes a stand-in that sends nothing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None is documented to block an import
 
 
 def __getattr__(name: str) -> object:

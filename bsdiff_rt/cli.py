@@ -206,8 +206,8 @@ def infer(
         str,
         typer.Option(
             metavar="NAME|DIR",
-            help="auto, eager, onnxruntime, aoti or tensorrt, or the folder of a built engine. auto: the fastest one "
-            "that can be used.",
+            help="auto, eager, onnxruntime, openvino, aoti or tensorrt, or the folder of a built engine. auto: the "
+            "fastest one that can be used.",
             rich_help_panel=SPEED,
         ),
     ] = "auto",
@@ -366,8 +366,8 @@ def bench(
             "-r",
             metavar="NAME or ENGINE_FOLDER",
             show_default="all that can be used",
-            help="Runner to measure: eager, onnxruntime, aoti, tensorrt, or the folder of an engine. Repeat it, or "
-            "separate names by commas. The first row is always eager fp32.",
+            help="Runner to measure: eager, onnxruntime, openvino, aoti, tensorrt, or the folder of an engine. Repeat "
+            "it, or separate names by commas. The first row is always eager fp32.",
         ),
     ] = None,
     precision: Annotated[

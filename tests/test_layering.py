@@ -125,6 +125,7 @@ def test_the_product_needs_only_what_it_declares():
     # Extras, each imported by the runner that needs it, and by the registry to find it.
     optional = {
         "onnxruntime": {"bsdiff_rt/runners/onnxruntime.py", "bsdiff_rt/runners/registry.py"},
+        "openvino": {"bsdiff_rt/runners/openvino.py"},
         "tensorrt": {"bsdiff_rt/runners/tensorrt_builder.py"},
         "matplotlib": {"bsdiff_rt/bench/plot.py"},
     }

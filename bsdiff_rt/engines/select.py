@@ -123,8 +123,8 @@ def _list_build(request: RunnerRequest, runner: str) -> dict[str, str]:
 def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) -> Choice:
     """Choose the runner for a request. Nothing is loaded.
 
-    "auto" takes the first runner of the registry that can be used. An engine that was slower than a runner without an
-    engine, when it was built, is used only if nothing else can be.
+    "auto" takes the first automatic runner of the registry that can be used. An engine that was slower than a runner
+    without an engine, when it was built, is used only if nothing else can be.
 
     Args:
         request: what is requested.
@@ -146,7 +146,7 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
     for at_least in (1.0, 0.0):
         reasons: list[str] = []
         builds: list[Mapping[str, str]] = []
-        for name in RUNNERS:
+        for name in (name for name, entry in RUNNERS.items() if entry.automatic):
             try:
                 if reason := (not_loaded or {}).get(name):
                     raise EngineError(reason)

@@ -49,6 +49,7 @@ class RunnerEntry:
         package: the optional package it needs; "" for none.
         install: the command that installs the package.
         largest_tensor: the most elements a tensor may have on a GPU; None for any number.
+        automatic: whether runner `auto` may take it. Otherwise it is used only when it is named.
     """
 
     name: str
@@ -59,6 +60,7 @@ class RunnerEntry:
     package: str = ""
     install: str = ""
     largest_tensor: int | None = None
+    automatic: bool = True
 
     def list_precisions(self, device: torch.device) -> tuple[Precision, ...]:
         """Return the precisions on a device, the default first."""
@@ -127,7 +129,7 @@ class RunnerEntry:
         return problem
 
 
-# Fastest first: `auto` takes the first one that can be used.
+# Fastest first: `auto` takes the first automatic one that can be used.
 RUNNERS: dict[str, RunnerEntry] = {
     entry.name: entry
     for entry in (
@@ -157,6 +159,15 @@ RUNNERS: dict[str, RunnerEntry] = {
             largest_tensor=LARGEST_TENSOR,  # its CUDA kernels count elements in 32 bits in places
         ),
         RunnerEntry("eager", "bsdiff_rt.runners.eager"),
+        RunnerEntry(
+            "openvino",
+            "bsdiff_rt.runners.openvino",
+            cpu=ALL_PRECISIONS,
+            cuda=(),
+            automatic=False,  # OpenVINO converts the graph itself, and no parity gate has compared the result
+            package="openvino",
+            install="pip install 'bsdiff-rt[openvino]'",
+        ),
     )
 }
 
@@ -178,8 +189,8 @@ def list_engine_runners() -> tuple[str, ...]:
 
 
 def list_bundle_runners() -> tuple[str, ...]:
-    """Return the names of the runners that need no engine, fastest first."""
-    return tuple(name for name, entry in RUNNERS.items() if entry.builder is None)
+    """Return the names of the automatic runners that need no engine, fastest first."""
+    return tuple(name for name, entry in RUNNERS.items() if entry.builder is None and entry.automatic)
 
 
 def find_batch_limit(name: str, manifest: Manifest) -> int | None:

@@ -51,7 +51,8 @@ def test_default_steps():
 def test_without_a_bundle_only_eager_runs():
     found, absent = load_candidates(make_random_model("tiny", 16), Wanted(), CPU)
     assert [candidate.name for candidate in found] == [BASELINE]
-    assert [(entry.name, entry.exit_code) for entry in absent] == [("onnxruntime", 0), ("aoti", 0), ("tensorrt", 0)]
+    names = ("openvino", "onnxruntime", "aoti", "tensorrt")
+    assert [(entry.name, entry.exit_code) for entry in absent] == [(name, 0) for name in names]
     assert all(f"ask for runner {entry.runner} by name" in entry.reason for entry in absent)
     _, absent = load_candidates(make_random_model("tiny", 16), Wanted(("tensorrt",)), CPU)
     assert [(entry.name, entry.precision, entry.exit_code) for entry in absent] == [("tensorrt", "auto", 4)]
@@ -112,7 +113,8 @@ def fake_engines(monkeypatch):
 def test_every_engine_that_is_built_is_a_candidate(fake_engines, tiny_bundle):
     found, absent = load_candidates(open_bench_model(str(tiny_bundle)), Wanted(), CPU)
     assert [candidate.name for candidate in found] == [BASELINE, "onnxruntime", "aoti bf16", "aoti fp16"]
-    assert [(entry.name, entry.reason, entry.exit_code) for entry in absent] == [("tensorrt", "no tensorrt in fp32", 0)]
+    reasons = [("openvino", "no openvino in fp32", 0), ("tensorrt", "no tensorrt in fp32", 0)]
+    assert [(entry.name, entry.reason, entry.exit_code) for entry in absent] == reasons
 
 
 def test_what_is_asked_for_by_name_and_missing_fails_the_run(fake_engines, tiny_bundle):

@@ -13,7 +13,6 @@ from benchmarks import peers
 from benchmarks.peers import (
     COMPILED,
     DIFFUSERS,
-    OPENVINO,
     PUBLISHED,
     add_ratios,
     app,
@@ -26,7 +25,6 @@ from bsdiff_rt.bench.measure import measure_batches
 from bsdiff_rt.bench.networks import make_random_model
 from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.config import SAMPLERS, SamplerSettings, Schedule
-from bsdiff_rt.errors import EngineError
 
 CPU = torch.device("cpu")
 
@@ -106,7 +104,7 @@ def test_every_other_sampler_is_named(quick):
 
 
 def test_what_is_not_asked_for_and_not_here_has_its_reason(monkeypatch):
-    for package in ("generative.networks.nets", "diffusers", "openvino"):
+    for package in ("generative.networks.nets", "diffusers"):
         monkeypatch.setitem(sys.modules, package, None)
     model = make_random_model("tiny", 16)
     found, absent = load_peers((), model, CPU, Candidate("eager", ToyRunner(16)))
@@ -118,28 +116,6 @@ def test_what_is_not_asked_for_and_not_here_has_its_reason(monkeypatch):
     )
     assert reasons[DIFFUSERS] == "the package diffusers is not installed; `pip install 'bsdiff-rt[peers]'`"
     assert reasons[COMPILED].startswith("compiling takes minutes on a CPU; request it with --peer")
-    assert reasons[OPENVINO].startswith("it needs a bundle on disk")
-
-
-def test_openvino(tiny_bundle, monkeypatch):
-    model = bench_document.open_bench_model(str(tiny_bundle))
-    eager = Candidate("eager", ToyRunner(64))
-    with pytest.raises(EngineError, match="it is measured on a CPU, not on cuda"):
-        peers.load_openvino(model, torch.device("cuda", 0), eager)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    _, (absent,) = load_peers((OPENVINO,), model, CPU, eager)
-    assert absent.reason == "the package openvino is not installed; `pip install 'bsdiff-rt[peers]'`"
-    assert absent.exit_code == 4
-
-
-def test_openvino_makes_eagers_picture(tiny_bundle, quick):
-    pytest.importorskip("openvino")
-    model = bench_document.open_bench_model(str(tiny_bundle))
-    eager = bench_document.load_candidates(model, bench_document.Wanted(("eager",)), CPU)[0][0]
-    (candidate,), _ = load_peers((OPENVINO,), model, CPU, eager)
-    ((rows, failed),) = measure_batches(Plan(model, CPU, 2, 1, 1), [eager, candidate], [2])
-    assert failed == []
-    assert rows[1].psnr_vs_eager > 90
 
 
 def test_a_peer_that_breaks_is_no_reason_to_stop(monkeypatch):

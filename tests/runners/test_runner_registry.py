@@ -44,6 +44,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("aoti", GPU, None),
         ("onnxruntime", CPU, None),
         ("tensorrt", CPU, "it runs on NVIDIA GPUs, not on cpu"),
+        ("openvino", GPU, "it runs on CPUs, not on cuda:0"),
     ],
 )
 def test_what_runs_where(name, device, reason):
@@ -51,7 +52,8 @@ def test_what_runs_where(name, device, reason):
 
 
 def test_names():
-    assert list(RUNNERS) == ["tensorrt", "aoti", "onnxruntime", "eager"]  # fastest first
+    assert list(RUNNERS) == ["tensorrt", "aoti", "onnxruntime", "eager", "openvino"]  # `auto` takes them in this order
+    assert [name for name, entry in RUNNERS.items() if not entry.automatic] == ["openvino"]
     assert list_engine_runners() == ("tensorrt", "aoti")
     assert list_bundle_runners() == ("onnxruntime", "eager")
     with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, aoti, onnx"):

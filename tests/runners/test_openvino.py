@@ -1,0 +1,292 @@
+"""OpenVINO against eager, its cache, its devices, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.engines.select import RunnerRequest, choose
+from bsdiff_rt.errors import EngineError
+from bsdiff_rt.imaging.metrics import psnr
+from bsdiff_rt.runners.registry import RUNNERS, load_runner
+from bsdiff_rt.sampling.sampler import sample
+from bsdiff_rt.sampling.schedule import sampler_table
+
+ov = pytest.importorskip("openvino", reason="openvino is not installed")
+
+from bsdiff_rt.runners import openvino as module  # noqa: E402 - it imports openvino
+from bsdiff_rt.runners.openvino import OpenVinoRunner, locate_model_cache  # noqa: E402
+
+SIZE = 64
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of the largest output; both compute in fp32 with sums in another order
+CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HALF = [
+    pytest.param(
+        precision,
+        largest,
+        marks=pytest.mark.skipif(capability not in CAPABILITIES, reason=f"no {precision} on this processor"),
+    )
+    for precision, capability, largest in (("bf16", "BF16", 5e-2), ("fp16", "FP16", 1e-2))
+]
+
+
+@pytest.fixture(scope="module")
+def runners(tiny_bundle):
+    bundle = open_bundle(tiny_bundle)
+    with load_runner(bundle, "eager", CPU) as eager, load_runner(bundle, "openvino", CPU) as candidate:
+        yield eager, candidate
+
+
+@pytest.fixture
+def load(bundle_copy):
+    """Loads the copy of the tiny bundle."""
+
+    def load(**options):
+        return OpenVinoRunner(bundle_copy / "denoiser.onnx", bundle_copy / "enhancer.onnx", SIZE, **options)
+
+    return load
+
+
+def images(count, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, batch, 1, SIZE, SIZE, generator=generator).clamp(-1, 1)
+
+
+def assert_equal(actual, expected, tolerance=TOLERANCE):
+    assert expected.abs().max() > 0.01  # a comparison of zeros proves nothing
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("time", [0, 500, 999])
+def test_denoiser_equals_eager(runners, batch, time):
+    x_t, cxr, expected, actual = images(4, batch)
+    t = torch.full((batch,), float(time))
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        out.fill_(float("nan"))
+        runner.denoise(3 * x_t, cxr, t, out)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_enhancer_equals_eager(runners, batch):
+    x, expected, actual = images(3, batch)
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        out.fill_(float("nan"))
+        runner.enhance(x, out)
+    assert_equal(actual, expected)
+
+
+def test_timesteps_may_differ_within_a_batch(runners):
+    x_t, cxr, expected, actual = images(4, 3)
+    t = torch.tensor([0.0, 400.0, 999.0])
+    for runner, out in zip(runners, (expected, actual), strict=True):
+        runner.denoise(x_t, cxr, t, out)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), HALF)
+def test_half_precision(runners, load, precision, tolerance):
+    x_t, cxr, expected, actual, other = images(5, 2)
+    t = torch.tensor([3.0, 998.0])
+    runners[0].denoise(x_t, cxr, t, expected)
+    with load(precision=precision) as runner:
+        assert runner.precision == precision
+        runner.denoise(x_t, cxr, t, actual)
+        assert_equal(actual, expected, tolerance)
+        assert not torch.equal(actual, expected)
+        # Neighbouring timesteps: OpenVINO's own conversion rounds 998 and 999 to the same number.
+        runner.denoise(x_t, cxr, t + 1, other)
+        assert not torch.equal(other[1], actual[1])
+        runners[0].enhance(cxr, expected)
+        runner.enhance(cxr, actual)
+        assert_equal(actual, expected)  # the enhancer stays fp32
+
+
+PICTURES = [("fp32", 80), *(pytest.param(it.values[0], 45, marks=it.marks) for it in HALF)]
+
+
+@pytest.mark.parametrize(("precision", "limit_db"), PICTURES)
+def test_whole_pictures_pass_the_gates_limits(load, runners, bundle_copy, precision, limit_db):
+    table = sampler_table(open_bundle(bundle_copy).manifest.schedule, "ddim", 10)
+    cxr = images(1, 2)[0]
+
+    def draw(number):
+        return images(1, 2, seed=number)[0]
+
+    with load(precision=precision) as runner:
+        expected, actual = (sample(each, cxr, table, draw).numpy() for each in (runners[0], runner))
+    assert psnr(expected, actual, 2.0) > limit_db
+
+
+def test_the_callers_buffers_are_used(runners):
+    """Nothing is copied: a slice of a larger buffer is filled where it lies, and inputs stay."""
+    cxr, *_ = images(1, 3)
+    before, large = cxr.clone(), torch.full((5, 1, SIZE, SIZE), 7.0)
+    runners[1].enhance(cxr, large[1:4])
+    assert torch.equal(cxr, before)
+    assert (large[0] == 7).all()
+    assert (large[4] == 7).all()
+    assert not (large[1:4] == 7).any()
+
+
+def test_the_same_call_gives_the_same_bits(runners):
+    x, first, second = images(3, 3)
+    runners[1].enhance(x, first)
+    runners[1].enhance(x, second)
+    assert torch.equal(first, second)
+
+
+def test_what_it_says_of_itself(runners):
+    runner = runners[1]
+    assert isinstance(runner, OpenVinoRunner)
+    assert (runner.name, runner.precision, runner.image_size) == ("openvino", "fp32", SIZE)
+    assert (runner.device, runner.batch_range) == (CPU, (1, None))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, SIZE, SIZE).double()])
+def test_buffers_it_cannot_use(runners, wrong):
+    good = torch.zeros(1, 1, SIZE, SIZE)
+    with pytest.raises(EngineError, match="given to the openvino runner"):
+        runners[1].enhance(wrong, good)
+    with pytest.raises(EngineError, match="given to the openvino runner"):
+        runners[1].denoise(good, wrong, torch.zeros(1), good.clone())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no graph"])
+def test_a_graph_it_cannot_load(load, bundle_copy, content):
+    graph = bundle_copy / "enhancer.onnx"
+    graph.unlink() if content is None else graph.write_bytes(content)
+    with pytest.raises(EngineError, match=r"enhancer\.onnx: OpenVINO [\d.]+\S* cannot load it: "):
+        load()
+
+
+def test_weights_that_are_missing(load, bundle_copy):
+    (bundle_copy / "denoiser.safetensors").unlink()
+    with pytest.raises(EngineError, match=r"denoiser\.onnx: OpenVINO [\d.]+\S* cannot load it: "):
+        load()
+
+
+def test_compiled_models_are_kept(load, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x, first, second = images(3, 1)
+    with load() as runner:
+        runner.enhance(x, first)
+    kept = {path: path.stat().st_mtime_ns for path in locate_model_cache().iterdir()}
+    assert len(kept) == 2
+    assert locate_model_cache().stat().st_mode & 0o777 == 0o700
+    with load() as runner:
+        runner.enhance(x, second)
+    assert {path: path.stat().st_mtime_ns for path in locate_model_cache().iterdir()} == kept
+    assert torch.equal(first, second)
+
+
+def test_other_weights_are_not_taken_from_the_cache(load, bundle_copy, monkeypatch, tmp_path):
+    """The cache goes by content: the same graph with other weights beside it is compiled again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x, first, second = images(3, 1)
+    with load() as runner:
+        runner.enhance(x, first)
+    weights = bundle_copy / "enhancer.safetensors"
+    content, status = bytearray(weights.read_bytes()), weights.stat()
+    content[-400:] = bytes(400)
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with load() as runner:
+        runner.enhance(x, second)
+    assert not torch.equal(first, second)
+
+
+def test_a_device_that_is_not_here(load, monkeypatch):
+    monkeypatch.setenv(module.DEVICE_VARIABLE, "GPU.7")
+    problem = RUNNERS["openvino"].find_problem(CPU)
+    assert problem is not None
+    assert problem.startswith("OpenVINO has no device GPU.7 here, only CPU")
+    assert problem.endswith("Change BSDIFF_RT_OPENVINO_DEVICE")
+    with pytest.raises(EngineError, match=r"OpenVINO has no device GPU\.7 here"):
+        load()
+
+
+class FakeCore:
+    """An OpenVINO with an Intel GPU, which computes in fp32 and fp16. The processor does its work."""
+
+    available_devices = ("CPU", "GPU")
+    options: list  # of every network compiled
+
+    def __init__(self, real=ov.Core):
+        self.real = real()
+
+    def get_property(self, device, name):
+        return {"OPTIMIZATION_CAPABILITIES": ["FP32", "FP16", "INT8"], "FULL_DEVICE_NAME": "Intel Arc"}[name]
+
+    def read_model(self, graph):
+        return self.real.read_model(graph)
+
+    def compile_model(self, model, device, options):
+        FakeCore.options.append((device, options))
+        return self.real.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def test_an_intel_gpu(load, runners, monkeypatch, tmp_path):
+    monkeypatch.setenv(module.DEVICE_VARIABLE, "GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    core = FakeCore
+    monkeypatch.setattr(module.ov, "Core", core)
+    monkeypatch.setattr(core, "options", [], raising=False)
+    assert RUNNERS["openvino"].find_problem(CPU) is None
+    x_t, cxr, expected, actual = images(4, 1)
+    t = torch.tensor([999.0])
+    with load(precision="fp16") as runner:
+        runner.denoise(x_t, cxr, t, actual)
+    runners[0].denoise(x_t, cxr, t, expected)
+    assert_equal(actual, expected)
+    common = {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": str(tmp_path / "cache" / "bsdiff-rt" / "openvino")}
+    hints = ("f16", "f32")  # the enhancer stays fp32
+    assert core.options == [("GPU", common | {"INFERENCE_PRECISION_HINT": hint}) for hint in hints]
+    with pytest.raises(EngineError, match="OpenVINO computes in fp32 or fp16 on this GPU, not in bf16"):
+        load(precision="bf16")
+
+
+def test_threads(load, monkeypatch):
+    seen = []
+    real = module._compile
+    monkeypatch.setattr(module, "_compile", lambda *given: seen.append(given[3]) or real(*given))
+    load(threads=1)
+    assert [options["INFERENCE_NUM_THREADS"] for options in seen] == [1, 1]
+
+
+def test_its_threads_rest_after_a_call(load):
+    with load(threads=3) as runner:
+        x, out = images(2, 3)
+        for _ in range(2):
+            runner.enhance(x, out)
+            before = time.process_time()
+            time.sleep(0.1)
+            assert time.process_time() - before < 0.03
+
+
+def test_auto_never_takes_it(tiny_bundle):
+    """It has no parity gate. A precision that only OpenVINO has here must be asked for with its name."""
+    bundle = open_bundle(tiny_bundle)
+    assert choose(RunnerRequest(bundle, "auto", CPU)).runner == "onnxruntime"
+    with pytest.raises(EngineError, match="no runner can be used in precision bf16 here"):
+        choose(RunnerRequest(bundle, "auto", CPU, "bf16"))
+    named = choose(RunnerRequest(bundle, "openvino", CPU, "bf16"))
+    assert (named.runner, named.precision, named.engine) == ("openvino", "bf16", None)
+
+
+def test_nothing_is_sent_to_anybody(tmp_path):
+    """OpenVINO's package for telemetry would note an identifier in the home folder."""
+    code = "import sys; from bsdiff_rt.runners.openvino import OpenVinoRunner as R; from pathlib import Path; "
+    code += "folder = Path(sys.argv[1]); R(folder / 'denoiser.onnx', folder / 'enhancer.onnx', 256).close()"
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code, open_bundle("demo").folder], env=environment, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"bsdiff-rt"}
