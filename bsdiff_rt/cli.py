@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,123 @@ Verbose = Annotated[bool, _flag("--verbose", "-v", help="Print decisions and det
 AsJson = Annotated[bool, _flag("--json", help="Print the result as one JSON document.", group=RUN)]
 
 
+# Options of `infer` that `watch` has as well.
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Folder for the results and report.json.", rich_help_panel=FILES
+    ),
+]
+Format = Annotated[
+    FormatName,
+    typer.Option(
+        "--format",
+        help="File format of the results. auto: DICOM for DICOM, PNG for others, with 16 bits if the X-ray has "
+        "more than 8. dicom-sc: Secondary Capture. dicom-j2k: JPEG 2000 lossless.",
+        rich_help_panel=FILES,
+    ),
+]
+AnyView = Annotated[bool, _flag("--any-view", help="Process lateral views and other body parts, too.", group=FILES)]
+BundleName = Annotated[
+    str,
+    typer.Option(
+        "--bundle", "-b", metavar="NAME|DIR", help="Model: demo, or the folder of a bundle.", rich_help_panel=MODEL
+    ),
+]
+Sampler = Annotated[
+    SamplerName | None,
+    typer.Option(
+        show_default="the bundle's",
+        help="Sampler. ddpm with 1000 steps is the paper's; release is the published code's.",
+        rich_help_panel=MODEL,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        "-n",
+        metavar="N",
+        show_default="the bundle's",
+        help="Denoiser steps per image, 1 to 1000.",
+        rich_help_panel=MODEL,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(metavar="N", help="Random seed. The same image and seed give the same result.", rich_help_panel=MODEL),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=64,
+        help="Samples per image. The result is their mean; their standard deviation goes to uncertainty/.",
+        rich_help_panel=MODEL,
+    ),
+]
+Enhance = Annotated[
+    bool | None,
+    typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Run stage 2.", rich_help_panel=MODEL),
+]
+Mirror = Annotated[
+    bool | None,
+    typer.Option(
+        "--mirror/--no-mirror",
+        show_default="the bundle's",
+        help="Average with the result of the mirrored X-ray. Better, and takes twice as long.",
+        rich_help_panel=MODEL,
+    ),
+]
+Probe = Annotated[
+    bool,
+    _flag(
+        "--probe",
+        help="Measure how much of an 8 mm nodule would survive at each place; pictures go to retention/. Takes "
+        "five times as long.",
+        group=MODEL,
+    ),
+]
+Detail = Annotated[
+    DetailName,
+    typer.Option(
+        help="full: the model's picture plus fine detail from the X-ray that is not bone. "
+        "model: the model's picture, enlarged.",
+        rich_help_panel=MODEL,
+    ),
+]
+RawView = Annotated[
+    bool,
+    _flag(
+        "--raw-view",
+        help="Show uniform borders and burned-in text to the model, too. By default they are hidden from it, and "
+        "reappear unchanged in the result.",
+        group=MODEL,
+    ),
+]
+RunnerName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|DIR",
+        help="auto, eager, onnxruntime, openvino, aoti or tensorrt, or the folder of a built engine. auto: the "
+        "fastest one that can be used.",
+        rich_help_panel=SPEED,
+    ),
+]
+PrecisionName = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="Precision of weights and activations.", rich_help_panel=SPEED),
+]
+Batch = Annotated[str, typer.Option(metavar="N|auto", help="Images per batch.", rich_help_panel=SPEED)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, show_default="all processors", help="CPU threads of the model.", rich_help_panel=SPEED
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use."""
@@ -87,21 +205,8 @@ def infer(
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT", help="Files, or folders, which are searched recursively.")
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder for the results and report.json.", rich_help_panel=FILES
-        ),
-    ],
-    output_format: Annotated[
-        FormatName,
-        typer.Option(
-            "--format",
-            help="File format of the results. auto: DICOM for DICOM, PNG for others, with 16 bits if the X-ray has "
-            "more than 8. dicom-sc: Secondary Capture. dicom-j2k: JPEG 2000 lossless.",
-            rich_help_panel=FILES,
-        ),
-    ] = "auto",
+    output: Output,
+    output_format: Format = "auto",
     preview: Annotated[
         bool, _flag("--preview", help="Write preview.png: X-ray, soft tissue and bone side by side.", group=FILES)
     ] = False,
@@ -116,113 +221,25 @@ def infer(
             group=FILES,
         ),
     ] = False,
-    any_view: Annotated[
-        bool, _flag("--any-view", help="Process lateral views and other body parts, too.", group=FILES)
-    ] = False,
+    any_view: AnyView = False,
     dry_run: Annotated[
         bool, _flag("--dry-run", help="List what would be written or refused, and why. Write nothing.", group=FILES)
     ] = False,
-    bundle: Annotated[
-        str,
-        typer.Option(
-            "--bundle", "-b", metavar="NAME|DIR", help="Model: demo, or the folder of a bundle.", rich_help_panel=MODEL
-        ),
-    ] = "demo",
-    sampler: Annotated[
-        SamplerName | None,
-        typer.Option(
-            show_default="the bundle's",
-            help="Sampler. ddpm with 1000 steps is the paper's; release is the published code's.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps",
-            "-n",
-            metavar="N",
-            show_default="the bundle's",
-            help="Denoiser steps per image, 1 to 1000.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Random seed. The same image and seed give the same result.", rich_help_panel=MODEL
-        ),
-    ] = 0,
-    samples: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=64,
-            help="Samples per image. The result is their mean; their standard deviation goes to uncertainty/.",
-            rich_help_panel=MODEL,
-        ),
-    ] = 1,
-    enhance: Annotated[
-        bool | None,
-        typer.Option("--enhance/--no-enhance", show_default="the bundle's", help="Run stage 2.", rich_help_panel=MODEL),
-    ] = None,
-    mirror: Annotated[
-        bool | None,
-        typer.Option(
-            "--mirror/--no-mirror",
-            show_default="the bundle's",
-            help="Average with the result of the mirrored X-ray. Better, and takes twice as long.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    probe: Annotated[
-        bool,
-        _flag(
-            "--probe",
-            help="Measure how much of an 8 mm nodule would survive at each place; pictures go to retention/. Takes "
-            "five times as long.",
-            group=MODEL,
-        ),
-    ] = False,
-    detail: Annotated[
-        DetailName,
-        typer.Option(
-            help="full: the model's picture plus fine detail from the X-ray that is not bone. "
-            "model: the model's picture, enlarged.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "full",
-    raw_view: Annotated[
-        bool,
-        _flag(
-            "--raw-view",
-            help="Show uniform borders and burned-in text to the model, too. By default they are hidden from it, and "
-            "reappear unchanged in the result.",
-            group=MODEL,
-        ),
-    ] = False,
-    runner: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|DIR",
-            help="auto, eager, onnxruntime, openvino, aoti or tensorrt, or the folder of a built engine. auto: the "
-            "fastest one that can be used.",
-            rich_help_panel=SPEED,
-        ),
-    ] = "auto",
+    bundle: BundleName = "demo",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    samples: Samples = 1,
+    enhance: Enhance = None,
+    mirror: Mirror = None,
+    probe: Probe = False,
+    detail: Detail = "full",
+    raw_view: RawView = False,
+    runner: RunnerName = "auto",
     device: Device = "auto",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Precision of weights and activations.", rich_help_panel=SPEED),
-    ] = "auto",
-    batch: Annotated[str, typer.Option(metavar="N|auto", help="Images per batch.", rich_help_panel=SPEED)] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, show_default="all processors", help="CPU threads of the model.", rich_help_panel=SPEED
-        ),
-    ] = None,
+    precision: PrecisionName = "auto",
+    batch: Batch = "auto",
+    threads: Threads = None,
     fail_on: Annotated[
         Literal["failed", "refused", "never"],
         typer.Option(
@@ -284,6 +301,90 @@ def infer(
     counted = {"failed": {"failed"}, "refused": {"refused", "failed"}, "never": set[str]()}[fail_on]
     if any(entry.status in counted for entry in entries):
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command(cls=GroupedCommand)
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder to watch, with everything below it.")],
+    output: Output,
+    every: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            max=3600,
+            help="Time between two looks. A file is processed once it is the same in two of them.",
+            rich_help_panel=FILES,
+        ),
+    ] = 2.0,
+    output_format: Format = "auto",
+    any_view: AnyView = False,
+    bundle: BundleName = "demo",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    samples: Samples = 1,
+    enhance: Enhance = None,
+    mirror: Mirror = None,
+    probe: Probe = False,
+    detail: Detail = "full",
+    raw_view: RawView = False,
+    runner: RunnerName = "auto",
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    batch: Batch = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Process X-rays as they arrive in a folder, with the model kept loaded, until Ctrl-C or SIGTERM."""
+    _log(quiet, verbose)
+    settings = InferSettings(
+        output=output,
+        bundle=bundle,
+        runner=runner,
+        device=device,
+        precision=precision,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+        samples=samples,
+        batch=_parse_batch(batch),
+        threads=threads,
+        enhance=enhance,
+        mirror=mirror,
+        detail=detail,
+        probe=probe,
+        raw_view=raw_view,
+        format=output_format,
+        any_view=any_view,
+    )
+    from bsdiff_rt.folder.search import check_inputs
+
+    check_inputs([folder], output)
+    if not folder.is_dir():
+        raise SettingsError(f"{folder}: not a folder. Name one to watch, or use infer.")
+    from bsdiff_rt.folder.pipeline import Inference
+    from bsdiff_rt.folder.watching import Once
+
+    logging.getLogger("bsdiff_rt.folder.search").addFilter(Once())
+    inference = Inference(settings)
+    if not quiet:
+        print_line(f"watching {folder}; stop with Ctrl-C or SIGTERM")
+
+    def show(entry: FileEntry) -> None:
+        if entry.reason is not None or not quiet:
+            print_line(f"{entry.status}: {entry.input}" + (f": {entry.reason}" if entry.reason else ""))
+
+    try:
+        inference.watch(folder, show, wait=lambda: time.sleep(every))
+    except _Interrupted:
+        report = inference.report  # every entry stands in it: the interruption is passed on when all is written
+    if as_json:
+        _print(report.to_json().rstrip())
+    elif not quiet:
+        _print(_summarise(report, output))
 
 
 @app.command()

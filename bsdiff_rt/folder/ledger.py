@@ -92,23 +92,36 @@ class Ledger:
     ) -> None:
         self.report = report
         self._folder = folder
-        self._outputs = outputs
-        self._place = {name: number for number, name in enumerate(outputs)}
-        self._before, self._earlier = before, read_results(folder)
-        self._results = {*self._earlier, *outputs.values()}
+        self._before = before
         self._earlier_rates = read_rates(folder) if before else (0.0, 0.0)
         report.preview = report.preview or read_name(folder, "preview")
         report.page = report.page or read_name(folder, "page")
-        planned = read_planned(folder)  # nothing else knows what a killed run has written
-        self._planned = {
-            name: str(path)
-            for name, path in outputs.items()
-            if path and (path in planned or not os.path.exists(folder / path))
-        }
         self._on_file = on_file
         self._lock = threading.RLock()
         self._started = time.monotonic()
         self._next_save = self._started + SAVE_EVERY_S
+        self._outputs: dict[str, Path | None] = {}
+        self._planned: dict[str, str] = {}
+        self.expect(outputs)
+
+    def expect(self, outputs: Mapping[str, Path | None]) -> None:
+        """Expect further inputs. One that was done by this run is done again: its entry leaves the report.
+
+        Args:
+            outputs: the inputs and the places of their results, as in the constructor.
+        """
+        with self._lock:
+            self._outputs |= outputs
+            self._place = {name: number for number, name in enumerate(self._outputs)}
+            self._earlier = read_results(self._folder)
+            self._results = {*self._earlier, *self._outputs.values()}
+            self.report.files = [entry for entry in self.report.files if entry.input not in outputs]
+            planned = read_planned(self._folder)  # nothing else knows what a killed run has written
+            self._planned |= {
+                name: str(path)
+                for name, path in outputs.items()
+                if path and (path in planned or not os.path.exists(self._folder / path))
+            }
 
     def begin(self) -> None:
         """Save which results will be written. If the run is killed, some exist that its report does not list yet.
@@ -135,17 +148,18 @@ class Ledger:
                 ended = time.monotonic()
                 self._next_save = ended + max(SAVE_EVERY_S, (ended - started) / SAVE_SHARE)
 
-    def save(self, busy_s: float = 0.0) -> None:
-        """Write the report at the end of a run.
+    def save(self, busy_s: float = 0.0, *, ended: bool = True) -> None:
+        """Write the report at the end of a run, or while a run waits for further inputs.
 
         Args:
             busy_s: seconds in which the model computed.
+            ended: whether the run has ended.
 
         Raises:
             SettingsError: the report cannot be written.
         """
         with self._lock:
-            self.report.ended = now()
+            self.report.ended = now() if ended else None
             self._save(busy_s)
 
     def _save(self, busy_s: float = 0.0) -> None:

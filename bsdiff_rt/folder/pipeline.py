@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from bsdiff_rt.folder.report import (
     read_finished,
 )
 from bsdiff_rt.folder.tasks import Task, find_tasks
+from bsdiff_rt.folder.watching import Watcher
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
     Model,
@@ -123,6 +125,53 @@ class Inference:
             EngineError: the runner does not load.
             BaseException: an interruption is passed on, after what was being written is finished and reported.
         """
+        with self._begin(on_file) as do:
+            do(tasks, True)
+        if self.settings.preview:
+            Writer(self.settings, self.bundle, self.report.settings).write_preview(self.report.files)
+        if self.settings.html:
+            write_page(self.report, self.settings.output)
+        return self.report
+
+    def watch(
+        self,
+        folder: Path,
+        on_file: Callable[[FileEntry], None] = lambda _: None,
+        *,
+        wait: Callable[[], None],
+    ) -> NoReturn:
+        """Do the files of a folder as they arrive, with the model kept loaded, until interrupted.
+
+        A file is done when it has kept size and time between two looks, and again when it changes. The report lists the
+        files of the whole time. Trouble with a folder is logged, and the files are tried again.
+
+        Args:
+            folder: the folder to watch, with everything below it.
+            on_file: called with each file's entry when it is done.
+            wait: called between two looks. What it raises ends the watch.
+
+        Raises:
+            SettingsError: the output folder cannot be written at the start.
+            EngineError: the runner does not load.
+            BaseException: an interruption is passed on, after what was being written is finished and reported.
+        """
+        watcher = Watcher(folder, self.settings.output)
+        with self._begin(on_file) as do:
+            while True:
+                if ready := watcher.poll():
+                    try:
+                        do([task for task in self.find_tasks([folder]) if task.input in ready], False)
+                    except SettingsError as error:  # a full disk, a drive that is away
+                        logger.error("%s", error)
+                        watcher.forget(ready)
+                wait()
+
+    @contextmanager
+    def _begin(self, on_file: Callable[[FileEntry], None]) -> Iterator[Callable[[list[Task], bool], None]]:
+        """Load the model, and yield a function that does tasks and saves the report.
+
+        Its second argument states whether the run ends with these tasks. An interruption ends it anyway.
+        """
         folder = self.settings.output
         _make_output_folder(folder)
         choice, runner = (None, self._runner) if self._runner else load_runner_for(self.bundle, self.settings)
@@ -130,23 +179,22 @@ class Inference:
         with runner, only_run(folder), Model(self.bundle, runner, self.settings, choice) as model:
             self.report = self._begin_report(choice or runner)
             reader, writer = self._make_reader(), Writer(self.settings, self.bundle, self.report.settings)
-            outputs = {str(task.input): task.output for task in tasks}
-            ledger = Ledger(self.report, folder, outputs, reader.before, on_file)
-            ledger.begin()
+            ledger = Ledger(self.report, folder, {}, reader.before, on_file)
             work = _Work(model, writer, ledger)
-            try:
+
+            def do(tasks: list[Task], last: bool) -> None:
+                ledger.expect({str(task.input): task.output for task in tasks})
+                ledger.begin()
                 with closing(reader.read_ahead(tasks, work.in_flight)) as outcomes:
                     work.do(outcomes)
+                ledger.save(model.busy_s, ended=last)
+
+            try:
+                yield do
             except BaseException:
                 with suppress(SettingsError):  # what ended the run is worth more words
                     ledger.save(model.busy_s)
                 raise
-            ledger.save(model.busy_s)
-        if self.settings.preview:
-            writer.write_preview(self.report.files)
-        if self.settings.html:
-            write_page(self.report, folder)
-        return self.report
 
     def _make_reader(self) -> Reader:
         before = {} if self.settings.overwrite else read_finished(self.settings.output, self.report)
