@@ -38,7 +38,7 @@ class Augmentation:
     """
 
     geometry: float = 1.0
-    foreign: float = 0.5
+    foreign: float = 0.4
     swap_bones: float = 0.35
     blur_noise: float = 0.3
     phantoms: float = 0.3
