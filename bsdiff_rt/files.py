@@ -7,9 +7,11 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_PART = ".bsdiff-rt-part-"  # how the name of a file begins that is being written
 
 
 def file_sha256(path: Path) -> str:
@@ -35,7 +37,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder does not exist, is full or not writable.
     """
-    part = path.parent / f".{secrets.token_hex(8)}.part"
+    part = path.parent / f"{_PART}{secrets.token_hex(8)}"
     try:
         with part.open("wb") as file:
             yield file
@@ -43,6 +45,15 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     except BaseException:  # also KeyboardInterrupt: leave no part behind
         part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the half-written files that a killed process left below a folder. Nobody else may be writing there."""
+    for here, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(_PART):
+                with suppress(OSError):
+                    os.unlink(os.path.join(here, name))
 
 
 def put_in_place(made: Path, target: Path, aside: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
+from bsdiff_rt.files import file_sha256, open_atomically, put_in_place, remove_parts, write_atomically
 
 
 def test_file_sha256(tmp_path):
@@ -28,6 +28,33 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_written_in_parts_appears_whole(tmp_path):
+    path = tmp_path / "a.html"
+    with open_atomically(path) as file:
+        file.write(b"one ")
+        assert not path.exists()
+        file.write(b"two")
+    assert path.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "sub").mkdir()
+    kept = {tmp_path / "a.png", tmp_path / ".hidden", tmp_path / "sub" / "b.part"}
+    for path in kept:
+        path.write_bytes(b"mine")
+    never_ended = [open_atomically(folder / "x.png") for folder in (tmp_path, tmp_path / "sub")]
+    for each in never_ended:
+        each.__enter__().write(b"half")
+    assert len(list_files(tmp_path)) == len(kept) + 2
+    remove_parts(tmp_path)
+    assert list_files(tmp_path) == kept
+
+
+def list_files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
 
 
 def folder_of(path: Path, content: str) -> Path:

@@ -61,7 +61,7 @@ def write_page(report: Report, folder: Path) -> None:
                 # Bytes of a file name that are no text become JSON's escapes.
                 file.write(part.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        logger.warning("%s cannot be written (%s). The results are complete.", PAGE, error.strerror)
+        logger.warning("%s cannot be written (%s). The results do not depend on it.", PAGE, error.strerror)
         return
     logger.info("wrote %s with %d files", folder / PAGE, len(report.files))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.files import file_sha256
+from bsdiff_rt.files import file_sha256, remove_parts
 from bsdiff_rt.folder.report import (
     FILE_NAME,
     FileEntry,
@@ -36,7 +36,9 @@ SAVE_SHARE = 0.05  # at most this share of the time, however many files the repo
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs out of an output folder. Otherwise the last one to end would replace the others' reports.
+    """Keep other runs out of an output folder, and remove what a killed one left half written.
+
+    Without this, the last run to end would replace the reports of the others.
 
     The lock belongs to the process and ends with it. Windows and some network drives have no such locks; there, other
     runs are not kept out.
@@ -58,6 +60,8 @@ def only_run(folder: Path) -> Iterator[None]:
             raise SettingsError(message, setting="output") from error
         except OSError as error:
             logger.debug("%s cannot be locked: %s", folder, error)
+        else:
+            remove_parts(folder)
         yield
     finally:
         os.close(descriptor)

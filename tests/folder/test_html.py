@@ -244,7 +244,7 @@ def test_a_page_that_cannot_be_written_is_reported(run, tmp_path, monkeypatch, c
     monkeypatch.setattr(html, "open_atomically", full)
     with pytest.raises(FileNotFoundError):
         run()
-    assert "report.html cannot be written (No space left on device). The results are complete." in caplog.text
+    assert "report.html cannot be written (No space left on device). The results do not depend on it." in caplog.text
     assert report_of(tmp_path / "out")["files"][0]["status"] == "ok"
 
 
