@@ -174,8 +174,8 @@ RunnerName = Annotated[
     str,
     typer.Option(
         metavar="NAME|DIR",
-        help="auto, eager, onnxruntime, openvino, aoti or tensorrt, or the folder of a built engine. auto: the "
-        "fastest one that can be used.",
+        help="auto, eager, onnxruntime, openvino, aoti, tensorrt, tensorrt-rtx, or the folder of a built engine. "
+        "auto: the fastest one that can be used.",
         rich_help_panel=SPEED,
     ),
 ]
@@ -391,7 +391,7 @@ def watch(
 def build_engine(
     bundle: Annotated[str, typer.Argument(help="Model: demo, or the folder of a bundle.")] = "demo",
     runner: Annotated[
-        Literal["auto", "aoti", "tensorrt"],
+        Literal["auto", "aoti", "tensorrt", "tensorrt-rtx"],
         typer.Option(help="Runner that the engine is for. auto: the fastest whose builder is installed."),
     ] = "auto",
     precision: Annotated[

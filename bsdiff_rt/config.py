@@ -101,12 +101,14 @@ class Preprocessing:
 class EngineOptions:
     """What `build-engine` was asked for.
 
-    `batch` is the smallest and largest batch the engine takes; equal for an engine of one batch size.
+    `batch` is the smallest and largest batch the engine takes; equal for an engine of one batch size. `capabilities`
+    are the compute capabilities of the GPUs to build for, such as ("8.9",); () for the device of this machine.
     """
 
     runner: str
     precision: Precision
     batch: tuple[int, int]
+    capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

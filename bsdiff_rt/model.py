@@ -70,7 +70,7 @@ def open_model(
 
     Args:
         bundle: name of a shipped bundle, or a bundle's folder.
-        runner: auto, eager, onnxruntime, aoti or tensorrt, or the folder of a built engine.
+        runner: auto, eager, onnxruntime, openvino, aoti, tensorrt, tensorrt-rtx, or the folder of a built engine.
         device: auto, cpu, cuda or cuda:N.
         **options: further fields of `bsdiff_rt.config.ModelSettings`, which are the options of `bsdiff-rt infer`:
             precision, batch, threads, sampler, steps, seed, samples, enhance, mirror, detail, raw_view, probe.

@@ -67,6 +67,29 @@ def tree(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
+def put_channels_first(model: Any) -> int:
+    """Move the channels before rows and columns are separated, as bundles did before. Return how many were changed."""
+    import onnx
+    from onnx import helper
+
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    count = 0
+    for turn in [node for node in model.graph.node if node.op_type == "Transpose"]:
+        split = made_by.get(turn.input[0])
+        if split is None or split.op_type != "Reshape" or made_by[split.input[0]].op_type != "Squeeze":
+            continue
+        batch, height, width, channels = onnx.numpy_helper.to_array(constants[split.input[1]]).tolist()
+        shape = np.array([batch, channels, height, width], np.int64)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(shape, f"old {turn.output[0]}"))
+        result, between = turn.output[0], split.output[0]
+        split.CopyFrom(helper.make_node("Transpose", [split.input[0]], [between], perm=[0, 2, 1]))
+        turn.CopyFrom(helper.make_node("Reshape", [between, f"old {result}"], [result], allowzero=1))
+        count += 1
+    del model.graph.value_info[:]
+    return count
+
+
 class ToyRunner(Runner):
     """A pixelwise stand-in for both networks: milliseconds to build, the same bits at every batch size.
 

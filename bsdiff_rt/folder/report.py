@@ -26,7 +26,10 @@ PREVIEW, PAGE = "preview.png", "report.html"
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the standard deviations of several samples
 RETENTION = "retention"  # folder of the pictures of the probe
 MAPS = (UNCERTAINTY, RETENTION)
-PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy", "opencv-python-headless", "pydicom")
+PACKAGES = (
+    *("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13-libs"),
+    *("numpy", "opencv-python-headless", "pydicom"),
+)
 
 # What is kept of an entry when a later run, with other settings or inputs, writes its own report.
 EARLIER = ("output", "sha256", "input", "input_sha256", "path_sha256", "maps")

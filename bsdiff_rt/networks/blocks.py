@@ -88,7 +88,10 @@ class SelfAttention(nn.Module):
         query, key, value = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         attended = self.attend(query, key, value).squeeze(1)  # [B, H*W, channels]
         # x comes first: the sum takes its memory format, so channels_last stays channels_last and NCHW stays NCHW.
-        return x + attended.transpose(1, 2).reshape(x.shape)
+        # Rows and columns are separated before the channels move. In the other order TensorRT does not recognise the
+        # attention, and stores the score of every pair of pixels.
+        image: Tensor = attended.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return x + image
 
 
 class Upsample(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError, one_line
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.devices import make_current
 
 DENOISER, ENHANCER = "denoiser.pt2", "enhancer.pt2"
 
@@ -81,11 +81,6 @@ load_engine = AotiRunner
 def list_versions() -> dict[str, str]:
     """Return the versions of the libraries that an engine is tied to: its packages call torch's own libraries."""
     return {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-
-
-def make_current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one in this block. Code without a device index uses the current one."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _count_ooms(device: torch.device) -> int:

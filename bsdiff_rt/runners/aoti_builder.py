@@ -24,9 +24,9 @@ from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
-from bsdiff_rt.runners.aoti import DENOISER, ENHANCER, make_current
+from bsdiff_rt.runners.aoti import DENOISER, ENHANCER
 from bsdiff_rt.runners.base import Progress
-from bsdiff_rt.runners.devices import computes_bf16
+from bsdiff_rt.runners.devices import computes_bf16, make_current
 from bsdiff_rt.runners.eager import load_networks
 from bsdiff_rt.runners.timing import time_in_turn
 

@@ -6,7 +6,9 @@ import hashlib
 import os
 import platform
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +41,11 @@ def resolve_device(name: str) -> torch.device:
                 setting="device",
             )
     return device
+
+
+def make_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one in this block. Code without a device index uses the current one."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """Rewrite the attention of an exported graph in the form that a backend knows.
 
 The bundle's graphs contain attention as MatMul, Softmax, MatMul, as TensorRT's fusions expect it. But they transpose
-the keys in three steps, where TensorRT looks for one (`transpose_keys`).
+the keys in three steps, and older ones the result in another order than TensorRT looks for (`simplify_attention`).
 
 ONNX Runtime's CPU kernels run the graph literally: at 16,384 tokens the scores take 1 GiB, which is written and read
 three times. Its operator `com.microsoft.MultiHeadAttention` computes the same block by block in the processor's cache
@@ -52,11 +52,19 @@ def fuse_attention(graph: Path) -> ModelProto:
     return model
 
 
-def transpose_keys(model: ModelProto) -> None:
-    """Let every attention transpose its keys with one Transpose, in place. The result stays the same.
+def simplify_attention(model: ModelProto) -> None:
+    """Rewrite every attention so that TensorRT recognises it, in place. The result stays the same.
 
-    The exporter writes Reshape, Transpose, Reshape to shapes that are computed while the graph runs. A compiler that
-    looks for attention may not see through them.
+    Without fused attention TensorRT stores the score of every pair of pixels: gigabytes, and seconds for each image.
+    """
+    _transpose_keys(model)
+    _move_channels_last(model)
+
+
+def _transpose_keys(model: ModelProto) -> None:
+    """Let every attention transpose its keys with one Transpose.
+
+    The exporter writes Reshape, Transpose, Reshape to shapes that are computed while the graph runs.
     """
     made_by = {name: node for node in model.graph.node for name in node.output}
     replaced: dict[str, NodeProto] = {}
@@ -70,6 +78,40 @@ def transpose_keys(model: ModelProto) -> None:
         if key is not None:
             replaced[turned] = helper.make_node("Transpose", list(key.output), [turned], perm=[0, 1, 3, 2])
     _replace(model, replaced)
+
+
+def _move_channels_last(model: ModelProto) -> None:
+    """Let every attention separate rows and columns before it moves the channels, as networks/blocks.py does.
+
+    Bundles of earlier versions have Transpose and Reshape to [-1, C, H, W] behind Squeeze. They get Reshape to
+    [-1, H, W, C] and Transpose.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    replaced: dict[str, NodeProto] = {}
+    for image in model.graph.node:
+        squeeze = _find_source(made_by, image.output[0], "Reshape", "Transpose", "Squeeze")
+        softmax = _find_source(made_by, squeeze.input[0], "MatMul", "Softmax") if squeeze is not None else None
+        if squeeze is None or softmax is None or image.input[1] not in constants:
+            continue
+        batch, *size = numpy_helper.to_array(constants[image.input[1]]).tolist()
+        if len(size) != 3:
+            continue
+        rows = f"{image.output[0]}.rows"
+        channels, height, width = size
+        shape = np.array([batch, height, width, channels], np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(shape, f"{rows}.shape"))
+        replaced[image.input[0]] = helper.make_node(
+            "Reshape", [squeeze.output[0], f"{rows}.shape"], [image.input[0]], name=rows
+        )
+        replaced[image.output[0]] = helper.make_node(
+            "Transpose", [image.input[0]], list(image.output), name=f"{rows}.transpose", perm=[0, 3, 1, 2]
+        )
+    _replace(model, replaced)
+    # The shapes that the file states for the tensors between them no longer hold.
+    stated = [value for value in model.graph.value_info if value.name not in replaced]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(stated)
 
 
 def _find_attention(squeeze: NodeProto, made_by: dict[str, NodeProto]) -> tuple[str, str, str, str] | None:

@@ -6,8 +6,8 @@ So there is a Cast wherever two types meet. Inputs and outputs stay float32. The
 - InstanceNormalization, the statistics of each group norm: it sums up to a million activations.
 - The time embedding up to its first Linear: the angles reach 999 rad, where neighbouring fp16 numbers differ by 0.5.
 - The sum that forms the output of a network with a residual: it is the picture itself, in [-1, 1].
-- Attention from the scaled query and key to its result, if requested. TensorRT 11.3 reads Casts around attention as a
-  fused fp16 kernel with fp32 sums. Before 11.3 the same Casts prevent fused attention.
+- The softmax of attention, if requested: a sum over 16,384 pixels has few digits in fp16. TensorRT from 11.3 fuses
+  attention with Casts around its softmax. It does not fuse it with Casts around the two products as well.
 - Resize in bf16: TensorRT has no bf16 kernel for it. Nearest neighbour only copies values, so nothing is lost.
 
 The operator set stays 18. Its Conv does not list bf16, which ONNX allows from operator set 22 on, but TensorRT takes
@@ -25,11 +25,11 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bsdiff_rt.errors import EngineError
-from bsdiff_rt.runners.onnx_attention import transpose_keys
+from bsdiff_rt.runners.onnx_attention import simplify_attention
 
 ReducedPrecision = Literal["fp16", "bf16"]
 
-CONVERSION = 2  # increased with every change of the conversion; recorded with every engine
+CONVERSION = 3  # increased with every change of the conversion; recorded with every engine
 TIME_INPUT = "t"
 _TYPES = {"fp16": (TensorProto.FLOAT16, torch.float16), "bf16": (TensorProto.BFLOAT16, torch.bfloat16)}
 _SUFFIX: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -42,14 +42,22 @@ _OPERATORS = (
 _FP32_INPUTS = {"Resize": (1, 2)}  # region and scales are float32 for every type of image
 
 
-def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision, *, attention_fp32: bool) -> None:
+def reduce_precision(
+    graph: Path,
+    destination: Path,
+    precision: ReducedPrecision,
+    *,
+    softmax_fp32: bool = False,
+    attention_only: bool = False,
+) -> None:
     """Convert a graph to another precision, and write it in one file with its weights.
 
     Args:
         graph: an fp32 graph of a bundle, with its weights beside it.
         destination: the file to write, below 2 GiB. Larger networks need external data.
         precision: of weights and activations.
-        attention_fp32: whether attention's products and softmax are computed in float32.
+        softmax_fp32: whether the softmax of attention is computed in float32.
+        attention_only: whether everything but the attention stays float32. In float32 no fused attention exists.
 
     Raises:
         EngineError: the graph cannot be read, it has an operator that this conversion does not know, or a weight is
@@ -57,7 +65,7 @@ def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision
     """
     try:
         model = onnx.load(graph)
-        transpose_keys(model)
+        simplify_attention(model)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     except Exception as error:  # protobuf, onnx and the file system share no base class
         raise EngineError(
@@ -66,14 +74,57 @@ def reduce_precision(graph: Path, destination: Path, precision: ReducedPrecision
     for node in model.graph.node:
         if node.op_type not in _OPERATORS or node.domain not in ("", "ai.onnx"):
             raise EngineError(f"{graph}: operator {node.op_type} has no rule for {precision}. Use precision fp32.")
-    _Conversion(model, precision, attention_fp32).run()
+    nodes = list(model.graph.node)
+    kept = _choose_fp32(nodes, {output.name for output in model.graph.output}, precision, softmax_fp32)
+    if attention_only:
+        kept = [
+            position for position in range(len(nodes)) if position not in _find_attention(nodes) or position in kept
+        ]
+    _Conversion(model, precision, set(kept)).run()
     onnx.save(model, destination)
 
 
-class _Conversion:
-    """Conversion of one graph. `run` rewrites `model` in place."""
+def _choose_fp32(
+    nodes: list[NodeProto], outputs: set[str], precision: ReducedPrecision, softmax_fp32: bool
+) -> list[int]:
+    """Return the positions of the nodes that compute in float32."""
+    found: list[int] = []
+    timed = {TIME_INPUT}
+    for position, node in enumerate(nodes):
+        if node.op_type == "InstanceNormalization" or (node.op_type == "Resize" and precision == "bf16"):
+            found.append(position)
+        if node.op_type == "Add" and outputs & set(node.output):
+            found.append(position)
+        if timed & set(node.input):
+            found.append(position)
+            if node.op_type not in ("Gemm", "MatMul"):
+                timed |= set(node.output)
+        if node.op_type == "Softmax" and softmax_fp32:
+            found.append(position)
+    return found
 
-    def __init__(self, model: ModelProto, precision: ReducedPrecision, attention_fp32: bool) -> None:
+
+def _find_attention(nodes: list[NodeProto]) -> set[int]:
+    """Return the positions of the softmax and of both products of every attention."""
+    made_by = {name: position for position, node in enumerate(nodes) for name in node.output}
+    found = set()
+    for position, node in enumerate(nodes):
+        if node.op_type == "Softmax":
+            found |= {made_by[node.input[0]], position}
+            found |= {other for other, reader in enumerate(nodes) if node.output[0] in reader.input}
+    return found
+
+
+class _Conversion:
+    """Conversion of one graph. `run` rewrites `model` in place.
+
+    Args:
+        model: after shape inference.
+        precision: the new one.
+        fp32_nodes: positions of the nodes that stay float32.
+    """
+
+    def __init__(self, model: ModelProto, precision: ReducedPrecision, fp32_nodes: set[int]) -> None:
         self._graph: GraphProto = model.graph
         self._precision = precision
         self._type, self._torch_type = _TYPES[precision]
@@ -81,7 +132,7 @@ class _Conversion:
         self._floats = {name for name, kind in _element_types(model.graph) if kind == TensorProto.FLOAT}
         # Type of each float tensor, as far as nodes have been converted.
         self._now: dict[str, int] = dict.fromkeys(self._floats, TensorProto.FLOAT)
-        self._fp32_nodes = set(self._choose(attention_fp32))
+        self._fp32_nodes = fp32_nodes
         self._nodes: list[NodeProto] = []
         self._converted: dict[str, TensorProto | None] = {}  # name to weight, or None for the result of a Cast
 
@@ -99,29 +150,6 @@ class _Conversion:
             del field[:]
         self._graph.node.extend(self._nodes)
         self._graph.initializer.extend(kept)
-
-    def _choose(self, attention_fp32: bool) -> Iterator[int]:
-        """Yield the positions of the nodes that compute in float32."""
-        nodes = list(self._graph.node)
-        made_by = {name: position for position, node in enumerate(nodes) for name in node.output}
-        outputs = {output.name for output in self._graph.output}
-        timed = {TIME_INPUT}
-        for position, node in enumerate(nodes):
-            if node.op_type == "InstanceNormalization" or (node.op_type == "Resize" and self._precision == "bf16"):
-                yield position
-            if node.op_type == "Add" and outputs & set(node.output):
-                yield position
-            if timed & set(node.input):
-                yield position
-                if node.op_type not in ("Gemm", "MatMul"):
-                    timed |= set(node.output)
-            if node.op_type == "Softmax" and attention_fp32:
-                scores = made_by[node.input[0]]
-                yield from (position, scores)
-                yield from (
-                    at for at in map(made_by.get, nodes[scores].input) if at is not None and nodes[at].op_type == "Mul"
-                )
-                yield from (other for other, reader in enumerate(nodes) if node.output[0] in reader.input)
 
     def _convert(self, node: NodeProto, kind: int) -> None:
         """Append `node` after its float inputs have been converted to type `kind`."""

@@ -74,7 +74,7 @@ class OnnxRuntimeRunner(Runner):
         with tempfile.TemporaryDirectory() as work:
             if precision == "fp16":
                 # Its CUDA softmax sums in float32 whatever the type of its input.
-                reduce_precision(denoiser, Path(work, denoiser.name), precision, attention_fp32=False)
+                reduce_precision(denoiser, Path(work, denoiser.name), precision)
                 denoiser = Path(work, denoiser.name)
             self._denoiser = _session(denoiser, threads, provider)
         self._enhancer = _session(enhancer, threads, provider)

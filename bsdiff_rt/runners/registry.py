@@ -138,10 +138,20 @@ RUNNERS: dict[str, RunnerEntry] = {
             "bsdiff_rt.runners.tensorrt",
             cpu=(),
             cuda=ALL_PRECISIONS,
-            builder="bsdiff_rt.runners.tensorrt_builder",
+            builder="bsdiff_rt.runners.tensorrt",
             package="tensorrt",
             install="pip install 'bsdiff-rt[tensorrt]'",
             largest_tensor=LARGEST_TENSOR,  # NvInfer.h, ITensor; documents differ on whether the newest versions insist
+        ),
+        RunnerEntry(
+            "tensorrt-rtx",
+            "bsdiff_rt.runners.tensorrt_rtx",
+            cpu=(),
+            cuda=ALL_PRECISIONS,
+            builder="bsdiff_rt.runners.tensorrt_rtx",
+            package="tensorrt_rtx_bindings",
+            install="pip install 'bsdiff-rt[tensorrt-rtx]'",
+            largest_tensor=LARGEST_TENSOR,
         ),
         RunnerEntry(
             "aoti",

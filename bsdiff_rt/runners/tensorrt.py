@@ -1,8 +1,13 @@
-"""Runner `tensorrt`: the engines of tensorrt_builder.py, on the caller's buffers and stream."""
+"""Runner `tensorrt`: the engines of tensorrt_builder.py, on the caller's buffers and stream.
+
+Runner `tensorrt-rtx` (tensorrt_rtx.py) is the same with another library.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,9 +15,11 @@ from bsdiff_rt.config import Precision
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.streams import in_order
-from bsdiff_rt.runners.tensorrt_builder import INPUTS, LOGGER, list_versions, make, trt
+from bsdiff_rt.runners.tensorrt_builder import INPUTS, build_plans
+from bsdiff_rt.runners.tensorrt_library import TENSORRT, Library
 
-__all__ = ["TensorRTRunner", "list_versions", "load_engine"]
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 ALIGNMENT_BYTES = 256  # of every address that a context takes
 
@@ -23,7 +30,8 @@ class TensorRTRunner(Runner):
     On the default stream TensorRT would synchronise. There it runs on a stream of its own, ordered with the caller's.
 
     Args:
-        folder: holds denoiser.plan and enhancer.plan, built for this GPU and TensorRT. They are native code: the
+        library: TensorRT, or TensorRT for RTX.
+        folder: holds denoiser.plan and enhancer.plan, built for this GPU and library. They are native code: the
             caller has verified them (engines/manifest.py).
         device, precision, batch_range, image_size: what the engines were built for.
 
@@ -31,10 +39,9 @@ class TensorRTRunner(Runner):
         EngineError: an engine cannot be loaded, or it is not one of this bundle's networks.
     """
 
-    name = "tensorrt"
-
     def __init__(
         self,
+        library: Library,
         folder: Path,
         *,
         device: torch.device,
@@ -43,13 +50,17 @@ class TensorRTRunner(Runner):
         image_size: int,
     ) -> None:
         super().__init__(device=device, precision=precision, batch_range=batch_range, image_size=image_size)
+        self.name = library.runner  # type: ignore[misc]  # one class for both runners
+        trt = library.trt
         with torch.cuda.device(self.device):
             self._own_stream = torch.cuda.Stream(self.device)
-            self._runtime = make("runtime", lambda: trt.Runtime(LOGGER))  # must outlive its engines
-            engines = {name: _load_plan(self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
+            self._runtime = library.make("runtime", lambda: trt.Runtime(library.logger))  # must outlive its engines
+            engines = {name: _load_plan(library, self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
             scratch_bytes = max(engine.device_memory_size_v2 for engine in engines.values())
             scratch = torch.empty(max(scratch_bytes, 1), dtype=torch.uint8, device=self.device)
-            self._networks = {name: _Network(name, engine, scratch) for name, engine in engines.items()}
+            self._networks = {
+                name: _Network(library, name, engine, scratch, batch_range[0]) for name, engine in engines.items()
+            }
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
         """Run stage 1 (`Runner.denoise`)."""
@@ -75,24 +86,25 @@ class TensorRTRunner(Runner):
             self._networks[name].run(buffers, stream.cuda_stream)
 
 
-load_engine = TensorRTRunner
+load_engine = partial(TensorRTRunner, TENSORRT)
+list_versions = TENSORRT.list_versions
+build = partial(build_plans, TENSORRT)
 
 
-def _load_plan(runtime: trt.Runtime, path: Path, name: str) -> trt.ICudaEngine:
+def _load_plan(library: Library, runtime: trt.Runtime, path: Path, name: str) -> trt.ICudaEngine:
     """Load the engine in a file, and check that its inputs and output are those of network `name`, in float32.
 
     Raises:
         EngineError: the file cannot be read or loaded, or it is another network's engine.
     """
-    LOGGER.take_errors()
+    trt = library.trt
+    library.logger.take_errors()
     try:
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({type(error).__name__}). Build the engine again.") from error
     if engine is None:
-        raise EngineError(
-            f"{path}: TensorRT {trt.__version__} cannot load it{LOGGER.take_errors()}. Build the engine again."
-        )
+        raise EngineError(f"{path}: {library} cannot load it{library.logger.take_errors()}. Build the engine again.")
     tensors = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     if set(tensors) != {*INPUTS[name], "out"} or any(
         engine.get_tensor_dtype(it) != trt.DataType.FLOAT for it in tensors
@@ -111,8 +123,11 @@ class _Network:
     are small, because they share the working memory.
     """
 
-    def __init__(self, name: str, engine: trt.ICudaEngine, scratch: torch.Tensor) -> None:
-        self._name, self._engine, self._scratch = name, engine, scratch
+    def __init__(
+        self, library: Library, name: str, engine: trt.ICudaEngine, scratch: torch.Tensor, smallest_batch: int
+    ) -> None:
+        self._library, self._name, self._engine, self._scratch = library, name, engine, scratch
+        self._smallest_batch = smallest_batch  # it has the first profile, every other batch the last
         self._recorded: dict[tuple[int, ...], trt.IExecutionContext] = {}
         self._context: trt.IExecutionContext | None = self._make_context()
         self._batch = 0  # the batch that `_context` is set to; 0 for none
@@ -130,11 +145,15 @@ class _Network:
         """
         batch = next(iter(buffers.values())).shape[0]
         key = (batch, *(buffer.data_ptr() for buffer in buffers.values()))
-        context = self._recorded.get(key) or self._prepare_context(buffers, key)
+        context = self._recorded.get(key) or self._prepare_context(buffers, key, stream)
         if not context.execute_async_v3(stream):
-            raise RuntimeError(f"TensorRT cannot run the {self._name} at batch {batch}{LOGGER.take_errors()}")
+            raise RuntimeError(
+                f"{self._library.title} cannot run the {self._name} at batch {batch}{self._take_errors()}"
+            )
 
-    def _prepare_context(self, buffers: dict[str, torch.Tensor], key: tuple[int, ...]) -> trt.IExecutionContext:
+    def _prepare_context(
+        self, buffers: dict[str, torch.Tensor], key: tuple[int, ...], stream: int
+    ) -> trt.IExecutionContext:
         """Return a context set to these buffers, which no graph has recorded.
 
         If a graph is recording now, the context is kept for these buffers alone.
@@ -148,26 +167,31 @@ class _Network:
             self._context, self._batch, self._key = None, 0, ()
         elif key != self._key:
             self._context, self._key = context, ()
-            self._set(context, buffers, key[0])
+            self._set(context, buffers, key[0], stream)
             self._key = key
         return context
 
-    def _set(self, context: trt.IExecutionContext, buffers: dict[str, torch.Tensor], batch: int) -> None:
-        """Set the addresses of a context, and its shapes if the batch changed."""
+    def _set(self, context: trt.IExecutionContext, buffers: dict[str, torch.Tensor], batch: int, stream: int) -> None:
+        """Set the addresses of a context, and its profile and shapes if the batch changed."""
         if batch != self._batch:
             self._batch = 0
+            profile = 0 if batch == self._smallest_batch else self._engine.num_optimization_profiles - 1
+            if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
+                profile, stream
+            ):
+                raise EngineError(f"the {self._name}'s engine has no profile for batch {batch}{self._take_errors()}")
             for name in INPUTS[self._name]:
                 if not context.set_input_shape(name, tuple(buffers[name].shape)):
-                    raise EngineError(f"the {self._name}'s engine does not take batch {batch}{LOGGER.take_errors()}")
+                    raise EngineError(f"the {self._name}'s engine does not take batch {batch}{self._take_errors()}")
             try:
                 missing = context.infer_shapes()
             except RuntimeError as error:
                 raise EngineError(
-                    f"the {self._name}'s engine cannot work out its shapes at batch {batch}{LOGGER.take_errors()}"
+                    f"the {self._name}'s engine cannot work out its shapes at batch {batch}{self._take_errors()}"
                 ) from error
             if missing:
                 raise EngineError(
-                    f"the {self._name}'s engine leaves {', '.join(missing)} undefined{LOGGER.take_errors()}"
+                    f"the {self._name}'s engine leaves {', '.join(missing)} undefined{self._take_errors()}"
                 )
             self._batch = batch
         for name, buffer in buffers.items():
@@ -175,16 +199,21 @@ class _Network:
             if address % ALIGNMENT_BYTES:
                 raise EngineError(
                     f"{name}: its address {address:#x} is not a multiple of {ALIGNMENT_BYTES}. "
-                    "Give the tensorrt runner a whole buffer, not a slice of another."
+                    f"Give the {self._library.runner} runner a whole buffer, not a slice of another."
                 )
             if not context.set_tensor_address(name, address):
-                raise EngineError(f"the {self._name}'s engine does not take the buffer {name}{LOGGER.take_errors()}")
+                raise EngineError(f"the {self._name}'s engine does not take the buffer {name}{self._take_errors()}")
 
     def _make_context(self) -> trt.IExecutionContext:
-        LOGGER.take_errors()
+        trt = self._library.trt
+        self._take_errors()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = make("execution context", lambda: self._engine.create_execution_context(strategy))
+        context = self._library.make("execution context", lambda: self._engine.create_execution_context(strategy))
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
-        if errors := LOGGER.take_errors():  # the call itself returns nothing
-            raise EngineError(f"TensorRT {trt.__version__} does not take its working memory{errors}")
+        if errors := self._take_errors():  # the call itself returns nothing
+            raise EngineError(f"{self._library} does not take its working memory{errors}")
         return context
+
+    def _take_errors(self) -> str:
+        errors: str = self._library.logger.take_errors()
+        return errors

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from helpers import put_channels_first
 from onnx import helper
 
-from bsdiff_rt.runners.onnx_attention import DOMAIN, fuse_attention, transpose_keys
+from bsdiff_rt.runners.onnx_attention import DOMAIN, fuse_attention, simplify_attention
 
 PARTS = ("denoiser", "enhancer")
 
@@ -60,7 +61,7 @@ def test_nothing_that_is_not_needed_is_left(tiny_bundle):
 def test_keys_are_turned_in_one_step_to_the_same_bits(part, tiny_bundle):
     plain = onnx.load(tiny_bundle / f"{part}.onnx", load_external_data=False)
     turned = onnx.load(tiny_bundle / f"{part}.onnx", load_external_data=False)
-    transpose_keys(turned)
+    simplify_attention(turned)
     made_by = {name: node for node in turned.graph.node for name in node.output}
     softmaxes = [node for node in turned.graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) > 1
@@ -74,6 +75,25 @@ def test_keys_are_turned_in_one_step_to_the_same_bits(part, tiny_bundle):
     assert all(used.intersection(node.output) for node in turned.graph.node)
     assert all(tensor.name in used for tensor in turned.graph.initializer)
     np.testing.assert_array_equal(*(run(model, tiny_bundle, inputs_of(part)) for model in (plain, turned)))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_results_are_arranged_as_in_new_bundles(part, tiny_bundle):
+    """TensorRT recognises attention only if rows and columns are separated before the channels move."""
+    plain, old = (onnx.load(tiny_bundle / f"{part}.onnx", load_external_data=False) for _ in range(2))
+    assert put_channels_first(old) == kinds(plain)["Softmax"] > 1
+    mended = onnx.ModelProto()
+    mended.CopyFrom(old)
+    simplify_attention(mended)
+    for model in (plain, mended):
+        used = {name: node for node in model.graph.node for name in node.input}
+        for squeeze in (node for node in model.graph.node if node.op_type == "Squeeze"):
+            split = used[squeeze.output[0]]
+            assert (split.op_type, used[split.output[0]].op_type) == ("Reshape", "Transpose")
+    onnx.shape_inference.infer_shapes(mended, strict_mode=True)
+    expected, *found = (run(model, tiny_bundle, inputs_of(part)) for model in (plain, old, mended))
+    for each in found:  # ONNX Runtime fuses transposes with products, and sums in another order
+        np.testing.assert_allclose(each, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
 def changed(bundle, tmp_path, change):
@@ -120,6 +140,6 @@ def test_a_graph_without_attention_is_unchanged(tmp_path):
     onnx.save(model, tmp_path / "g.onnx")
     fused = fuse_attention(tmp_path / "g.onnx")
     assert kinds(fused) == {"Relu": 1}
-    transpose_keys(model)
+    simplify_attention(model)
     assert kinds(model) == {"Relu": 1}
     assert DOMAIN not in {entry.domain for entry in fused.opset_import}

@@ -35,10 +35,10 @@ def convert(tiny_bundle, tmp_path_factory):
     """Converts one of the tiny networks, once for each way; gives the file."""
     work = tmp_path_factory.mktemp("reduced")
 
-    def convert(network, precision, attention_fp32=False):
-        path = work / f"{network}-{precision}-{attention_fp32}.onnx"
+    def convert(network, precision, softmax_fp32=False):
+        path = work / f"{network}-{precision}-{softmax_fp32}.onnx"
         if not path.exists():
-            reduce_precision(tiny_bundle / f"{network}.onnx", path, precision, attention_fp32=attention_fp32)
+            reduce_precision(tiny_bundle / f"{network}.onnx", path, precision, softmax_fp32=softmax_fp32)
         return path
 
     return convert
@@ -119,9 +119,9 @@ def test_no_integer_reaches_a_backend(exported):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("attention_fp32", [False, True])
-def test_types_meet_only_in_casts(convert, network, precision, attention_fp32):
-    graph, kinds = inferred(convert(network, precision, attention_fp32))
+@pytest.mark.parametrize("softmax_fp32", [False, True])
+def test_types_meet_only_in_casts(convert, network, precision, softmax_fp32):
+    graph, kinds = inferred(convert(network, precision, softmax_fp32))
     seen = Counter()
     for node in graph.node:
         floats = {kinds[name] for name in (*node.input, *node.output) if kinds.get(name) in (FLOAT, FLOAT16, BFLOAT16)}
@@ -146,18 +146,18 @@ def test_inputs_and_outputs_stay(convert, tiny_bundle, network, precision):
     assert {entry.version for entry in after.opset_import} == {18}
 
 
-@pytest.mark.parametrize("attention_fp32", [False, True])
+@pytest.mark.parametrize("softmax_fp32", [False, True])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_what_is_computed_in_float32(convert, tiny_bundle, precision, attention_fp32):
-    graph, kinds = inferred(convert("denoiser", precision, attention_fp32))
+def test_what_is_computed_in_float32(convert, tiny_bundle, precision, softmax_fp32):
+    graph, kinds = inferred(convert("denoiser", precision, softmax_fp32))
     computed = Counter(node.op_type for node in graph.node if node.op_type != "Cast" and kinds[node.output[0]] == FLOAT)
     whole = Counter(node.op_type for node in graph.node)
     assert whole["InstanceNormalization"] == 21
     expected = {"InstanceNormalization": 21, "Unsqueeze": 1, "Mul": 1, "Cos": 1, "Sin": 1, "Concat": 1, "Gemm": 1}
     if precision == "bf16":
         expected["Resize"] = 1
-    if attention_fp32:
-        expected |= {"Mul": 1 + 8, "MatMul": 8, "Softmax": 4}  # of each attention: two scales, two products
+    if softmax_fp32:
+        expected["Softmax"] = 4
     assert computed == expected
     (first_linear,) = (node for node in graph.node if "time_embed.0.weight" in node.input)
     assert maker(graph, first_linear.input[0]).op_type == "Concat"  # the sinusoids, with no Cast between
@@ -167,18 +167,26 @@ def test_what_is_computed_in_float32(convert, tiny_bundle, precision, attention_
     assert sum(len(tensor.dims) > 1 for tensor in kept) == 1  # of the matrices and kernels, that one only
 
 
-def test_attention_in_float32_is_cast_at_its_edges_alone(convert):
-    """Query, key and value up, the result down: what TensorRT reads as one fused kernel with float32 sums."""
+def test_a_softmax_in_float32_is_cast_at_its_edges_alone(convert):
+    """Its input up, its result down, the products in fp16: what TensorRT reads as one fused kernel."""
     graph, kinds = inferred(convert("denoiser", "fp16", True))
     for softmax in (node for node in graph.node if node.op_type == "Softmax"):
-        scores = maker(graph, softmax.input[0])
-        (attended,) = readers(graph, softmax.output[0])
-        value = next(name for name in attended.input if name != softmax.output[0])
-        edges = [maker(graph, side).input[0] for side in scores.input] + [value]
-        assert [maker(graph, name).op_type for name in edges] == ["Cast"] * 3
-        assert [reader.op_type for reader in readers(graph, attended.output[0])] == ["Cast"]
-        inside = [softmax.output[0], scores.output[0], *scores.input, attended.output[0]]
-        assert {kinds[name] for name in inside} == {FLOAT}
+        up, (down,) = maker(graph, softmax.input[0]), readers(graph, softmax.output[0])
+        assert (up.op_type, down.op_type) == ("Cast", "Cast")
+        (attended,) = readers(graph, down.output[0])
+        assert maker(graph, up.input[0]).op_type == attended.op_type == "MatMul"
+        assert kinds[up.input[0]] == kinds[attended.output[0]] == FLOAT16
+
+
+def test_attention_alone(tiny_bundle, tmp_path):
+    """Both products and the softmax in fp16, everything else in float32."""
+    reduce_precision(tiny_bundle / "enhancer.onnx", tmp_path / "out.onnx", "fp16", attention_only=True)
+    graph, kinds = inferred(tmp_path / "out.onnx")
+    half = Counter(node.op_type for node in graph.node if node.op_type != "Cast" and kinds[node.output[0]] == FLOAT16)
+    count = sum(node.op_type == "Softmax" for node in graph.node)
+    assert half == {"MatMul": 2 * count, "Softmax": count}
+    assert count > 1
+    assert FLOAT16 not in {tensor.data_type for tensor in graph.initializer}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -204,9 +212,9 @@ def test_weights_are_rounded_to_the_nearest(convert, tiny_bundle, network, preci
     assert changed > 40
 
 
-@pytest.mark.parametrize("attention_fp32", [False, True])
+@pytest.mark.parametrize("softmax_fp32", [False, True])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_fp16_computes_the_same(convert, tiny_bundle, network, attention_fp32):
+def test_fp16_computes_the_same(convert, tiny_bundle, network, softmax_fp32):
     """ONNX Runtime on the CPU against eager fp32; it has few fp16 kernels there and casts for the others."""
     generator = torch.Generator().manual_seed(3)
     x_t, cxr = torch.randn(2, 3, 1, SIZE, SIZE, generator=generator)
@@ -217,7 +225,7 @@ def test_fp16_computes_the_same(convert, tiny_bundle, network, attention_fp32):
         else:
             eager.enhance(cxr, expected)
     inputs = {"x_t": x_t, "cxr": cxr, "t": t} if network == "denoiser" else {"x": cxr}
-    session = onnxruntime.InferenceSession(convert(network, "fp16", attention_fp32), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(convert(network, "fp16", softmax_fp32), providers=["CPUExecutionProvider"])
     (actual,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     assert actual.dtype == np.float32
     difference = np.abs(actual - expected.numpy()).max() / expected.abs().max().item()
@@ -239,7 +247,7 @@ def test_a_weight_that_the_precision_cannot_hold(bundle_copy, tmp_path, value, p
         rf"weight middle_block\.resnet_1\.conv1\.weight holds a value beyond {precision}, .* {re.escape(largest)}\."
     )
     with pytest.raises(EngineError, match=message):
-        reduce_precision(bundle_copy / "denoiser.onnx", tmp_path / "out.onnx", precision, attention_fp32=False)
+        reduce_precision(bundle_copy / "denoiser.onnx", tmp_path / "out.onnx", precision)
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -248,7 +256,7 @@ def test_the_largest_number_of_fp16(bundle_copy, tmp_path):
     weights = load_file(path)
     weights["middle_block.resnet_1.conv1.weight"][3, 2, 1, 1] = 65519.0
     save_file(weights, path)
-    reduce_precision(bundle_copy / "denoiser.onnx", tmp_path / "out.onnx", "fp16", attention_fp32=False)
+    reduce_precision(bundle_copy / "denoiser.onnx", tmp_path / "out.onnx", "fp16")
 
 
 @pytest.mark.parametrize("change", ["graph", "weights", "content"])
@@ -259,7 +267,7 @@ def test_a_graph_that_cannot_be_read(bundle_copy, tmp_path, change):
     else:
         graph.with_suffix(".onnx" if change == "graph" else ".safetensors").unlink()
     with pytest.raises(EngineError, match=r"enhancer\.onnx: cannot be read as an ONNX graph with its weights \(\w+\)"):
-        reduce_precision(graph, tmp_path / "out.onnx", "fp16", attention_fp32=False)
+        reduce_precision(graph, tmp_path / "out.onnx", "fp16")
 
 
 # --- graphs made here ---
@@ -279,7 +287,7 @@ def save(path: Path, nodes, outputs) -> Path:
 def test_an_operator_without_a_rule(tmp_path):
     path = save(tmp_path / "g.onnx", [helper.make_node("Erf", ["x"], ["out"])], ["out"])
     with pytest.raises(EngineError, match=r"g\.onnx: operator Erf has no rule for bf16\. Use precision fp32"):
-        reduce_precision(path, tmp_path / "out.onnx", "bf16", attention_fp32=False)
+        reduce_precision(path, tmp_path / "out.onnx", "bf16")
 
 
 def test_a_weight_in_both_types_and_an_output_that_is_read_again(tmp_path):
@@ -290,7 +298,7 @@ def test_a_weight_in_both_types_and_an_output_that_is_read_again(tmp_path):
         helper.make_node("Sigmoid", ["first"], ["second"]),
     ]
     path = save(tmp_path / "g.onnx", nodes, ["first", "second"])
-    reduce_precision(path, tmp_path / "out.onnx", "fp16", attention_fp32=False)
+    reduce_precision(path, tmp_path / "out.onnx", "fp16")
     graph, kinds = inferred(tmp_path / "out.onnx")
     assert {name: kinds[name] for name in ("w", "w.fp16", "k.fp16")} == {
         "w": FLOAT,
@@ -316,7 +324,7 @@ def test_the_residual_is_added_in_float32(tmp_path):
         helper.make_node("Add", ["middle", "middle"], ["twice"]),
         helper.make_node("Add", ["x", "twice"], ["out"]),
     ]
-    reduce_precision(save(tmp_path / "g.onnx", nodes, ["out"]), tmp_path / "out.onnx", "fp16", attention_fp32=False)
+    reduce_precision(save(tmp_path / "g.onnx", nodes, ["out"]), tmp_path / "out.onnx", "fp16")
     graph, kinds = inferred(tmp_path / "out.onnx")
     assert list(maker(graph, "out").input) == ["x", "twice.fp32"]
     assert kinds["twice"] == FLOAT16

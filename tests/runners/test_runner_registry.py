@@ -52,11 +52,18 @@ def test_what_runs_where(name, device, reason):
 
 
 def test_names():
-    assert list(RUNNERS) == ["tensorrt", "aoti", "onnxruntime", "eager", "openvino"]  # `auto` takes them in this order
+    assert list(RUNNERS) == [
+        "tensorrt",
+        "tensorrt-rtx",
+        "aoti",
+        "onnxruntime",
+        "eager",
+        "openvino",
+    ]  # `auto` takes them in this order
     assert [name for name, entry in RUNNERS.items() if not entry.automatic] == ["openvino"]
-    assert list_engine_runners() == ("tensorrt", "aoti")
+    assert list_engine_runners() == ("tensorrt", "tensorrt-rtx", "aoti")
     assert list_bundle_runners() == ("onnxruntime", "eager")
-    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, aoti, onnx"):
+    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, tensorrt-rtx, aoti"):
         find_entry("abacus")
 
 

@@ -28,7 +28,7 @@ from bsdiff_rt.errors import EngineError
 
 SIZE = 64
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-MODULES = ("bsdiff_rt.runners.tensorrt_builder", "bsdiff_rt.runners.tensorrt")
+MODULES = tuple(f"bsdiff_rt.runners.tensorrt{part}" for part in ("_library", "_builder", ""))
 
 
 class FakeStream:
@@ -72,7 +72,9 @@ def load(monkeypatch, cuda, tmp_path):
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / "cache")
-        return importlib.import_module(MODULES[1]), recorder
+        runner = importlib.import_module(MODULES[2])
+        assert isinstance(runner.TENSORRT.logger, module.ILogger)
+        return runner, recorder
 
     yield load
     for name in MODULES:  # bound to the stand-in
@@ -92,7 +94,7 @@ def build(load, tiny_bundle, tmp_path):
         folder.mkdir(exist_ok=True)
         options = EngineOptions("tensorrt", precision, batch)
         tell = progress or (lambda phase, share: heard.append((phase, share)))
-        return sys.modules[MODULES[0]].build(open_bundle(tiny_bundle), options, device, folder, tell), recorder, heard
+        return sys.modules[MODULES[2]].build(open_bundle(tiny_bundle), options, device, folder, tell), recorder, heard
 
     return build
 
@@ -107,7 +109,7 @@ def runner(load, tmp_path):
             if tensors is not None:
                 (tmp_path / f"{name}.plan").write_text(str(tensors).replace("'", '"'))
         recorder.fails = set(fails)
-        made = module.TensorRTRunner(tmp_path, device=CPU, precision="fp16", batch_range=batch_range, image_size=SIZE)
+        made = module.load_engine(tmp_path, device=CPU, precision="fp16", batch_range=batch_range, image_size=SIZE)
         return made, recorder
 
     return runner
@@ -156,26 +158,35 @@ def test_the_stand_in_has_nothing_that_the_bindings_have_not():
 def test_build(build, tiny_bundle, tmp_path):
     options, recorder, heard = build()
     assert options == {
-        "attention_fp32": True,
-        "conversion": 2,
-        "enhancer": "tf32",
+        "conversion": 3,
+        "enhancer": "tf32 with fp16 attention",
         "max_aux_streams": 0,
         "optimization_level": 3,
-        "optimized_batch": 4,
+        "softmax_fp32": True,
     }
     assert (tmp_path / "engine/denoiser.plan").read_bytes() == b'["x_t", "cxr", "t", "out"]'
     assert (tmp_path / "engine/enhancer.plan").read_bytes() == b'["x", "out"]'
-    image = [(1, 1, SIZE, SIZE), (4, 1, SIZE, SIZE), (4, 1, SIZE, SIZE)]
+    # Kernels are chosen for the middle one of three shapes: batch 1, which is the common one, has a profile of its own.
+    one, more = [(1, 1, SIZE, SIZE)] * 3, [(2, 1, SIZE, SIZE), (4, 1, SIZE, SIZE), (4, 1, SIZE, SIZE)]
     assert recorder.of("set_shape") == [
-        ["x_t", *image],
-        ["cxr", *image],
-        ["t", (1,), (4,), (4,)],
-        ["x", *image],
+        ["x_t", *one],
+        ["cxr", *one],
+        ["t", (1,), (1,), (1,)],
+        ["x_t", *more],
+        ["cxr", *more],
+        ["t", (2,), (4,), (4,)],
+        ["x", *one],
+        ["x", *more],
     ]
     assert recorder.of("options") == [[3, 0], [3, 0]]
     assert {logger for (logger,) in recorder.of("Builder")} == {recorder.logger}
     assert heard[:3] == [("denoiser: Building", 0.0), ("denoiser: Building", 0.5), ("denoiser: Building", 1.0)]
     assert heard[3:] == [(phase.replace("denoiser", "enhancer"), share) for phase, share in heard[:3]]
+
+
+def test_one_batch_size_has_one_profile(build):
+    _, recorder, _ = build(batch=(2, 2))
+    assert recorder.of("set_shape")[3] == ["x", *[(2, 1, SIZE, SIZE)] * 3]
 
 
 @pytest.mark.parametrize(("version", "flags"), [("10.16.1.11", 2), ("11.4.0.106", 1)])
@@ -197,14 +208,17 @@ def test_precision_is_in_the_denoisers_graph(build, tiny_bundle, precision, kind
         onnx.TensorProto.FLOAT,
         onnx.TensorProto.INT64,
     }
-    assert enhancer_path == tiny_bundle / "enhancer.onnx"
+    # In float32 no attention is fused, and the scores of every pair of pixels take gigabytes.
+    half = {node.attribute[0].i for node in enhancer.graph.node if node.op_type == "Cast"}
+    assert half == (set() if precision == "fp32" else {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16})
+    assert (enhancer_path == tiny_bundle / "enhancer.onnx") == (precision == "fp32")
     assert (denoiser_path == tiny_bundle / "denoiser.onnx") == (precision == "fp32")
     assert denoiser_path.exists() == (precision == "fp32")  # what was made for the build is gone
     # fp32 is fp32; next to an fp16 denoiser the enhancer's products may be TF32, which has as many digits.
     expected = ("clear_flag", "set_flag") if precision == "fp32" else ("set_flag", "clear_flag")
     assert [str(flag) for (flag,) in recorder.of(expected[0])] == ["BuilderFlag.TF32"] * 2
     assert recorder.of(expected[1]) == []
-    assert options["enhancer"] == ("fp32" if precision == "fp32" else "tf32")
+    assert options["enhancer"] == ("fp32" if precision == "fp32" else "tf32 with fp16 attention")
 
 
 @pytest.mark.parametrize(
@@ -218,15 +232,13 @@ def test_precision_is_in_the_denoisers_graph(build, tiny_bundle, precision, kind
         ("11.4.0.106", "fp32", False),  # nothing to cast
     ],
 )
-def test_attention_in_fp32_from_the_version_that_fuses_it(build, version, precision, expected):
+def test_a_softmax_in_fp32_from_the_version_that_fuses_it(build, version, precision, expected):
     options, recorder, _ = build(precision, version=version)
     nodes = recorder.of("parse_from_file")[0][1].graph.node
     cast = {name for node in nodes if node.op_type == "Cast" for name in node.output}
-    scores = next(node for node in nodes if node.op_type == "Softmax").input[0]
-    (product,) = (node for node in nodes if scores in node.output)
-    scaled = [node for node in nodes if set(node.output) & set(product.input)]
-    assert all(cast & set(node.input) for node in scaled) == expected
-    assert options["attention_fp32"] == expected
+    softmaxes = [node for node in nodes if node.op_type == "Softmax"]
+    assert all((node.input[0] in cast) == expected for node in softmaxes)
+    assert options["softmax_fp32"] == expected
 
 
 @pytest.mark.parametrize(
@@ -237,8 +249,8 @@ def test_attention_in_fp32_from_the_version_that_fuses_it(build, version, precis
         ("OnnxParser", r"gives no parser: TypeError: factory .*; TensorRT says: OnnxParser failed"),
         (
             "parse_from_file",
-            r"^denoiser\.onnx: TensorRT 11\S+ cannot read it: Conv node_3: unsupported; Conv node_3: unsupported; "
-            r"Conv node_3: unsupported; TensorRT says: parse_from_file failed",
+            r"^denoiser\.onnx: TensorRT 11\S+ cannot read it: Conv node_3: not supported; Conv node_3: not supported; "
+            r"Conv node_3: not supported; TensorRT says: parse_from_file failed",
         ),
         ("create_builder_config", r"gives no builder configuration; TensorRT says: "),
         ("create_optimization_profile", r"gives no optimization profile; TensorRT says: "),
@@ -397,6 +409,23 @@ def test_shapes_and_addresses_are_set_only_where_they_change(runner):
     assert counts() == (3, 4)
 
 
+def test_every_batch_has_its_profile(runner, monkeypatch):
+    """The smallest batch the first, larger ones the second. It is set before the shapes, and only where it changes."""
+    made, recorder = runner()
+    for batch in (1, 2, 3, 1):
+        made.denoise(*images(batch))
+    names = [name for name, *_ in recorder.calls if name in ("set_optimization_profile_async", "set_input_shape")]
+    assert (
+        names
+        == ["set_input_shape"] * 3
+        + (["set_optimization_profile_async"] + ["set_input_shape"] * 3)
+        + ["set_input_shape"] * 3
+        + ["set_optimization_profile_async"]
+        + ["set_input_shape"] * 3
+    )
+    assert [(index, stream) for _, index, stream in recorder.of("set_optimization_profile_async")] == [(1, 7), (0, 7)]
+
+
 def test_on_the_default_stream_it_uses_its_own_in_order(runner, cuda):
     made, recorder = runner()
     cuda.current = FakeStream(0)
@@ -475,6 +504,11 @@ def test_a_plan_of_another_network(runner):
 @pytest.mark.parametrize(
     ("fails", "kind", "message"),
     [
+        (
+            "set_optimization_profile_async",
+            EngineError,
+            "the denoiser's engine has no profile for batch 2; TensorRT says",
+        ),
         ("set_input_shape", EngineError, "the denoiser's engine does not take batch 2; TensorRT says: set_input_shape"),
         (
             "infer_shapes raises",
@@ -548,14 +582,14 @@ def test_close_waits_for_the_device(runner, cuda):
 def test_engines_equal_eager(tiny_bundle, tmp_path, precision, tolerance):
     """Of the largest output. fp16 as in tests/test_onnx_precision.py, bf16 has three bits less; fp32 has TF32 off."""
     from bsdiff_rt.runners.eager import EagerRunner, load_networks
-    from bsdiff_rt.runners.tensorrt import TensorRTRunner, build
+    from bsdiff_rt.runners.tensorrt import build, load_engine
 
     bundle = open_bundle(tiny_bundle)
     build(bundle, EngineOptions("tensorrt", precision, (1, 4)), CUDA, tmp_path, lambda phase, share: None)
     eager = EagerRunner(*load_networks(bundle), SIZE, CPU)
     generator = torch.Generator().manual_seed(0)
     settings = {"device": CUDA, "precision": precision, "batch_range": (1, 4), "image_size": SIZE}
-    with TensorRTRunner(tmp_path, **settings) as made:
+    with load_engine(tmp_path, **settings) as made:
         for batch in (1, 2, 4, 2):
             x_t, cxr = torch.randn(2, batch, 1, SIZE, SIZE, generator=generator).clamp(-2, 2)
             t, expected = torch.linspace(0, 999, batch).round(), torch.empty_like(x_t)
@@ -577,12 +611,12 @@ def test_engines_equal_eager(tiny_bundle, tmp_path, precision, tolerance):
 @pytest.mark.tensorrt
 def test_a_recorded_run_equals_a_plain_one(tiny_bundle, tmp_path):
     """Two CUDA graphs of one runner, replayed in turn and after plain calls: no graph disturbs another."""
-    from bsdiff_rt.runners.tensorrt import TensorRTRunner, build
+    from bsdiff_rt.runners.tensorrt import build, load_engine
 
     build(open_bundle(tiny_bundle), EngineOptions("tensorrt", "fp16", (1, 4)), CUDA, tmp_path, lambda *_: None)
     side = torch.cuda.Stream()
     settings = {"device": CUDA, "precision": "fp16", "batch_range": (1, 4), "image_size": SIZE}
-    with TensorRTRunner(tmp_path, **settings) as made, torch.cuda.stream(side):
+    with load_engine(tmp_path, **settings) as made, torch.cuda.stream(side):
         graphs = []
         for batch in (1, 3):
             buffers = [torch.randn(batch, 1, SIZE, SIZE, device=CUDA) for _ in range(2)]

@@ -82,7 +82,7 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
             return "node_3"
 
         def desc(self) -> str:
-            return "unsupported"
+            return "not\n  supported"
 
     class OnnxParser:
         num_errors = 5
@@ -167,10 +167,15 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
     class Context:
         def __init__(self) -> None:
             self.shapes: dict[str, tuple[int, ...]] = {}
+            self.active_optimization_profile = 0
             self.addresses: dict[str, int] = {}
 
         def set_device_memory(self, memory: int, size: int) -> None:
             recorder.call("set_device_memory", memory, size)
+
+        def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+            self.active_optimization_profile = profile_index
+            return recorder.call("set_optimization_profile_async", self, profile_index, stream_handle)
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             self.shapes[name] = shape
@@ -201,6 +206,7 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
             self.names = names
             self.device_memory_size_v2 = 1000 * len(names)
 
+        num_optimization_profiles = 2
         num_io_tensors = property(lambda self: len(self.names))
 
         def get_tensor_name(self, index: int) -> str:

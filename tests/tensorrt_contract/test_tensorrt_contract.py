@@ -20,7 +20,7 @@ import pytest
 from tensorrt_contract.bindings import declarations, environment, version
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("tensorrt_builder.py", "tensorrt.py")
+SOURCES = ("tensorrt_library.py", "tensorrt_builder.py", "tensorrt.py")
 RECORDED = next(Path(__file__).parent.glob("declarations-10.*.txt"))  # two majors cannot be installed side by side
 # Left out: the bindings take tuples for Dims and any buffer for bytes, which their declarations do not say.
 NOT_COUNTED = ("arg-type", "override", "assignment")
@@ -39,6 +39,16 @@ def installed(tmp_path_factory):
     return environment(folder, int(release.split(".")[0])), folder
 
 
+def bind(source: str) -> str:
+    """Let a source use the declarations of `tensorrt` where it uses the library that it is given."""
+    source = re.sub(r"\n +trt = (self\._)?library\.trt(?=\n)", "", source)
+    source = re.sub(r"(self\._)?library\.trt\b", "trt", source).replace(
+        "def make_monitor(trt: Any, ", "def make_monitor("
+    )
+    source = source.replace("make_monitor(trt, ", "make_monitor(")
+    return source.replace("\nimport torch\n", "\nimport tensorrt as trt\nimport torch\n", 1)
+
+
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
     """Runs mypy on the runner's source, changed as asked, against declarations; returns its findings."""
@@ -51,7 +61,7 @@ def check(tmp_path_factory):
         stub.write_text(text)
         package = work / "bsdiff_rt" / "runners"
         package.mkdir(parents=True, exist_ok=True)
-        sources = {name: (ROOT / "bsdiff_rt/runners" / name).read_text() for name in SOURCES}
+        sources = {name: bind((ROOT / "bsdiff_rt/runners" / name).read_text()) for name in SOURCES}
         assert not old or sum(source.count(old) for source in sources.values()) == 1, f"{old} is not there once"
         for name, source in sources.items():
             (package / name).write_text(source.replace(old, new) if old else source)
@@ -99,8 +109,8 @@ def test_the_runner_against_11(check, installed, declarations_11):
         ("ignore_mismatch=False", "ignore=False", 'Unexpected keyword argument "ignore"'),
         ("Flag.STRONGLY_TYPED", "Flag.STRONG_TYPES", 'has no attribute "STRONG_TYPES"'),
         ("config.set_flag(trt.BuilderFlag.TF32", "config.set_flag(trt.BuilderFlag.TF23", 'has no attribute "TF23"'),
-        ("trt.OnnxParser(network, LOGGER)", "trt.OnnxParser(network)", 'Missing positional argument "logger"'),
-        ("trt.Runtime(LOGGER)", "trt.Runner(LOGGER)", 'has no attribute "Runner"'),
+        ("trt.OnnxParser(network, library.logger)", "trt.OnnxParser(network)", 'Missing positional argument "logger"'),
+        ("trt.Runtime(library.logger)", "trt.Runner(library.logger)", 'has no attribute "Runner"'),
         ("error.desc()", "error.description()", '"ParserError" has no attribute "description"'),
         ("device_memory_size_v2", "device_memory_size_v3", '"ICudaEngine" has no attribute "device_memory_size_v3"'),
         ("context.infer_shapes()", "context.infer_shape()", '"IExecutionContext" has no attribute "infer_shape"'),
@@ -130,20 +140,21 @@ import tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners import tensorrt, tensorrt_builder as builder
-trt = builder.trt
+from bsdiff_rt.runners.tensorrt_library import TENSORRT
+trt = TENSORRT.trt
 heard = []
-monitor = builder._Monitor("denoiser", lambda phase, share: heard.append((phase, share)))
+monitor = builder.make_monitor(trt, "denoiser", lambda phase, share: heard.append((phase, share)))
 assert isinstance(monitor, trt.IProgressMonitor)
 monitor.phase_start("Building", None, 2)
 assert monitor.step_complete("Building", 0) is True
 assert heard == [("denoiser: Building", 0.0), ("denoiser: Building", 0.5)], heard
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(levelname)s %(message)s")
 for severity in trt.ILogger.Severity.__members__.values():
-    builder.LOGGER.log(severity, "hello")
-assert builder.LOGGER.take_errors() == "; TensorRT says: hello; hello"
+    TENSORRT.logger.log(severity, "hello")
+assert TENSORRT.logger.take_errors() == "; TensorRT says: hello; hello"
 for what, create in (("builder", trt.Builder), ("runtime", trt.Runtime)):
     try:
-        builder.make(what, lambda: create(builder.LOGGER))
+        TENSORRT.make(what, lambda: create(TENSORRT.logger))
         raise SystemExit("an empty library made a " + what)
     except EngineError as error:
         print(error)
@@ -165,8 +176,9 @@ def test_without_the_package():
 import sys
 sys.modules["tensorrt"] = None
 from bsdiff_rt.errors import EngineError
+from bsdiff_rt.runners import tensorrt
 try:
-    import bsdiff_rt.runners.tensorrt
+    tensorrt.list_versions()
 except EngineError as error:
     print(error)
 """
