@@ -277,6 +277,7 @@ def infer(
         any_view=any_view,
     )
     from bsdiff_rt.folder.search import check_inputs
+    from bsdiff_rt.formats.dicom_checks import ACCEPT_ANY_VIEW
 
     check_inputs(inputs, output)
     from bsdiff_rt.folder.pipeline import Inference
@@ -298,6 +299,8 @@ def infer(
             _print(report.to_json().rstrip())
         elif not quiet:
             _print(_summarise(report, output))
+    if not quiet and any(ACCEPT_ANY_VIEW in (entry.reason or "") for entry in entries):
+        print_line("--any-view processes lateral views and other body parts, too.")
     counted = {"failed": {"failed"}, "refused": {"refused", "failed"}, "never": set[str]()}[fail_on]
     if any(entry.status in counted for entry in entries):
         raise typer.Exit(EXIT_SOME_FAILED)

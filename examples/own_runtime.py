@@ -1,8 +1,8 @@
 """Run a bundle without bsdiff_rt: onnxruntime, numpy and the steps of the sampler `ddim`.
 
-Use it as a start for another language or runtime. docs/bundle.md explains the inputs and the formulas. This is stage 1 of
-a bundle with the schedule `cosine`, on the whole picture. `bsdiff-rt infer` also hides borders and burned-in text, averages
-with the mirrored X-ray, runs stage 2 if the bundle has it on, and adds fine detail.
+Use it as a start for another language or runtime. docs/bundle.md explains the inputs and the formulas.
+This is stage 1 of a bundle with the schedule `cosine`, on the whole picture. `bsdiff-rt infer` also hides borders and
+burned-in text, averages with the mirrored X-ray, runs stage 2 if the bundle has it on, and adds fine detail.
 
     python examples/own_runtime.py bsdiff_rt/bundles/demo examples/phantom10000001_cxr.png out.png
 """

@@ -189,6 +189,15 @@ def test_which_outcomes_fail_the_command(infer, toy, tmp_path, fail_on, codes):
     assert infer("--fail-on", fail_on).code == codes[1]
 
 
+def test_a_refused_view_names_the_option_that_accepts_it(infer, toy, tmp_path):
+    hint = "--any-view processes lateral views and other body parts, too."
+    dicom(tmp_path / "in" / "a.dcm", ViewPosition="LL")
+    for more in ((), ("--dry-run",)):
+        assert lines(infer(*more).err).count(hint) == 1
+    assert hint not in infer("-q").err
+    assert hint not in infer("--any-view").err
+
+
 def test_dry_run_writes_nothing(infer, toy, tmp_path):
     png(tmp_path / "in" / "a.png")
     dicom(tmp_path / "in" / "b")

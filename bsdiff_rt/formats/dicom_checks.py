@@ -44,6 +44,7 @@ SOP_CLASSES = (
 )
 MODALITIES = ("CR", "DX", "RG")  # RG: conventional film, digitised
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2")
+ACCEPT_ANY_VIEW = "Accept any view to process it all the same."  # the end of each such refusal
 
 
 def _words(terms: str) -> frozenset[str]:
@@ -181,27 +182,23 @@ def check_view(dataset: Dataset) -> None:
     """
     view = read_term(dataset, "ViewPosition")
     if other := _find_other_view(view):
-        raise InputRefused(f"not a frontal view (View Position {other}). {_ACCEPT_ANY}")
+        raise InputRefused(f"not a frontal view (View Position {other}). {ACCEPT_ANY_VIEW}")
     for item in dataset.get("ViewCodeSequence") or ():
         if read_term(item, "CodeValue") in _OTHER_VIEW_CODES:
-            raise InputRefused(f"not a frontal view (View Code Sequence). {_ACCEPT_ANY}")
+            raise InputRefused(f"not a frontal view (View Code Sequence). {ACCEPT_ANY_VIEW}")
     # Where rows and columns run to (PS3.3 C.7.6.1.1.1). Rows towards the patient's front or back: seen from the side.
     rows, columns = (*read_terms(dataset, "PatientOrientation"), "", "")[:2]
     if not {"AP", "PA"} & set(_split(view)) and rows in ("A", "P"):
-        raise InputRefused(f"not a frontal view (Patient Orientation). {_ACCEPT_ANY}")
+        raise InputRefused(f"not a frontal view (Patient Orientation). {ACCEPT_ANY_VIEW}")
     if rows[:1] in ("H", "F") or columns[:1] == "H":  # the model knows upright chests
         raise InputRefused(
-            "the picture is turned or upside down (Patient Orientation). Turn it first, or accept any view to process "
-            "it all the same."
+            f"the picture is turned or upside down (Patient Orientation). Best turn it first. {ACCEPT_ANY_VIEW}"
         )
     if part := _find_other_part(read_term(dataset, "BodyPartExamined")):
-        raise InputRefused(f"not a chest (Body Part Examined {part}). {_ACCEPT_ANY}")
+        raise InputRefused(f"not a chest (Body Part Examined {part}). {ACCEPT_ANY_VIEW}")
     for item in dataset.get("AnatomicRegionSequence") or ():
         if read_term(item, "CodeValue") in _OTHER_REGIONS:
-            raise InputRefused(f"not a chest (Anatomic Region Sequence). {_ACCEPT_ANY}")
-
-
-_ACCEPT_ANY = "Accept any view to process it all the same."
+            raise InputRefused(f"not a chest (Anatomic Region Sequence). {ACCEPT_ANY_VIEW}")
 
 
 def _split(term: str) -> list[str]:
