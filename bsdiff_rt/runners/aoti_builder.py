@@ -69,6 +69,7 @@ def build(
     if options.precision == "bf16" and not computes_bf16(device):
         logger.warning("%s emulates bf16. The engine will be slower than one in fp32.", device)
     _check_compiler(device)
+    _find_instructions(device)
     denoiser, enhancer = load_networks(bundle)
     size = bundle.manifest.preprocessing.size
     # Tensor cores read half precision channels-last. So does oneDNN on a CPU, in both precisions. Otherwise the
@@ -213,6 +214,17 @@ def _check_compiler(device: torch.device) -> None:
             f"building an aoti engine for a GPU needs the headers of the CUDA toolkit, found none in {CUDA_HOME}. "
             f"Install the toolkit of CUDA {torch.version.cuda} and name its folder in the variable CUDA_HOME."
         )
+
+
+def _find_instructions(device: torch.device) -> None:
+    """Let torch find the vector instructions of this processor, for a build on a CPU.
+
+    It compiles a few programs for that. Called outside of fresh_cache, it keeps them for the next build.
+    """
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    if device.type == "cpu":
+        valid_vec_isa_list()
 
 
 def _compile(

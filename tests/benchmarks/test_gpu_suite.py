@@ -250,7 +250,7 @@ def test_tests_that_take_too_long_tell_what_failed_so_far(part, monkeypatch, tmp
     (tmp_path / "tests" / "sampling").mkdir(parents=True)
     (tmp_path / "tests" / "test_slow.py").write_text(
         "import pytest, time\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert 1 == 2, 'the picture differs'\n\n\n"
-        "@pytest.mark.gpu\ndef test_b():\n    time.sleep(60)\n"
+        "@pytest.mark.gpu\ndef test_b():\n    open('begun', 'w').close()\n    time.sleep(300)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     for path in gpu_parts.FIRST_TESTS:
@@ -258,8 +258,17 @@ def test_tests_that_take_too_long_tell_what_failed_so_far(part, monkeypatch, tmp
         (tmp_path / path).write_text("")
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_parts, "_require_cuda", lambda _: None)
-    monkeypatch.setattr(gpu_parts, "TELLING_S", 20.0)
-    part.deadline = time.monotonic() + 26.0
+    monkeypatch.setattr(gpu_parts, "TELLING_S", 120.0)
+
+    def left(_: Part) -> float:
+        """The time is over when the second test has begun."""
+        for _ in range(1200):
+            if (tmp_path / "begun").exists():
+                return 120.0
+            time.sleep(0.1)
+        raise AssertionError("the second test did not begin")
+
+    monkeypatch.setattr(Part, "left", left)
     with pytest.raises(RuntimeError, match=r"pytest ended with 2: .*1 failed.*; see tests\.log"):
         gpu_parts.run_tests(part)
     said = "\n".join(part.found["tail"])
