@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bsdiff_rt import __version__, formats
 from bsdiff_rt.bundle import Bundle, Manifest, open_bundle
 from bsdiff_rt.config import FormatName, ModelSettings, Precision, step_count
-from bsdiff_rt.engines.select import Choice, RunnerRequest, load_first
+from bsdiff_rt.engines.select import AUTO, Choice, RunnerRequest, load_first
 from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.files import digest_json
 from bsdiff_rt.formats.base import Derivation
@@ -125,7 +125,13 @@ class Model:
         self.engine_sha256 = choice.engine.sha256 if choice is not None and choice.engine else None
         self.batch = resolve_batch(self.settings.batch, runner)
         self._runner = runner
-        self._suppressor = Suppressor(runner, self.table, enhance=bool(self.settings.enhance), batch=self.batch)
+        self._suppressor = Suppressor(
+            runner,
+            self.table,
+            enhance=bool(self.settings.enhance),
+            batch=self.batch,
+            step_down=settings.runner == AUTO,  # a runner that was named is used as it is, or the run stops
+        )
 
     def __enter__(self) -> Self:
         self._suppressor.__enter__()

@@ -16,6 +16,7 @@ from bsdiff_rt.engines.manifest import MANIFEST, Engine, open_engine, read_engin
 from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import RUNNERS, load_runner, resolve_precision
+from bsdiff_rt.runners.timing import synchronise
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _choose_engine(request: RunnerRequest, folder: Path) -> Choice:
 
 
 def load_first(request: RunnerRequest) -> tuple[Choice, Runner]:
-    """Choose a runner and load it. If "auto" chose one that does not load, warn and try the next.
+    """Choose a runner and load it. If "auto" chose one that does not load or run, warn and try the next.
 
     Raises:
         EngineError: the requested runner does not load, or none does.
@@ -211,12 +212,34 @@ def load_first(request: RunnerRequest) -> tuple[Choice, Runner]:
     while True:
         choice = choose(request, not_loaded)
         try:
-            return choice, _load(request, choice)
+            runner = _load(request, choice)
+            if request.runner == AUTO and request.device.type == "cuda":
+                _rehearse(runner)
+            return choice, runner
         except EngineError as error:
             if request.runner != AUTO:
                 raise
             logger.warning("Runner %s does not load (%s). Trying the next.", choice.runner, error)
             not_loaded[choice.runner] = f"it does not load ({error})"
+
+
+def _rehearse(runner: Runner) -> None:
+    """Run the denoiser once. Some backends find out only then that they lack a kernel or a library.
+
+    Raises:
+        EngineError: the runner failed, but not for lack of memory. It was closed.
+    """
+    batch = max(1, runner.batch_range[0])
+    image = torch.zeros(batch, 1, runner.image_size, runner.image_size, device=runner.device)
+    t, out = torch.zeros(batch, device=runner.device), torch.empty_like(image)
+    try:
+        runner.denoise(image, image, t, out)
+        synchronise(runner.device)
+    except (EngineError, RuntimeError) as error:
+        runner.close()
+        if out_of_memory(error):
+            raise
+        raise EngineError(f"it does not run: {one_line(error)}") from error
 
 
 def load(bundle: Bundle, runner: str, device: torch.device, precision: str = AUTO) -> Runner:

@@ -94,6 +94,7 @@ class Suppressor:
         table: the sampler.
         enhance: whether stage 2 runs.
         batch: the largest batch.
+        step_down: whether a step that cannot be recorded in a CUDA graph is called each time, with a warning.
 
     Attributes:
         smallest: the runner's smallest batch. Smaller ones are filled up.
@@ -101,12 +102,12 @@ class Suppressor:
             networks wait for between steps, such as noise.
     """
 
-    def __init__(self, runner: Runner, table: Table, *, enhance: bool, batch: int) -> None:
+    def __init__(self, runner: Runner, table: Table, *, enhance: bool, batch: int, step_down: bool = False) -> None:
         self._runner, self._table, self._enhance = runner, table, enhance
         self.smallest = runner.batch_range[0]
         self._cuda = runner.device.type == "cuda"
         self._size = (runner.image_size, runner.image_size)
-        self._sampler = CapturedSampler(runner)
+        self._sampler = CapturedSampler(runner, step_down=step_down)
         self._draws = ThreadPoolExecutor(NOISE_THREADS)
         self._free: queue.SimpleQueue[HostBatch] = queue.SimpleQueue()
         shape = (max(batch, self.smallest), 1, *self._size)

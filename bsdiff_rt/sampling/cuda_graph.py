@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from contextlib import suppress
 from types import TracebackType
@@ -14,6 +15,8 @@ from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.buffers import StepBuffers, table_rows
 from bsdiff_rt.sampling.sampler import Draw, step
 from bsdiff_rt.sampling.schedule import Table
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3  # libraries choose algorithms and allocate workspaces in the first calls, which cannot be recorded
 RING_SLOTS = 4  # noise fields on the device: the copy of one overlaps the steps that use those before it
@@ -33,11 +36,13 @@ class CapturedSampler:
     Args:
         runner: runs the denoiser. `close` does not close it.
         graphs: how many recordings are kept. Each holds its buffers and the runner's working memory.
+        step_down: whether a step that cannot be recorded is called each time, with a warning. Otherwise it is an error.
     """
 
-    def __init__(self, runner: Runner, graphs: int = 4) -> None:
+    def __init__(self, runner: Runner, graphs: int = 4, *, step_down: bool = False) -> None:
         self._runner = runner
         self._limit = graphs
+        self._step_down = step_down
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
 
     def __enter__(self) -> Self:
@@ -57,7 +62,7 @@ class CapturedSampler:
 
         Raises:
             SettingsError: the noise has another shape than the images.
-            EngineError: the runner cannot use the buffers, or the step cannot be recorded. No slower way is tried.
+            EngineError: the runner cannot use the buffers, or the step cannot be recorded and `step_down` is off.
         """
         recording = self._recording(cxr, table)
         buffers = recording.buffers
@@ -76,10 +81,19 @@ class CapturedSampler:
         if key not in self._recordings:
             while len(self._recordings) >= self._limit:  # before recording: its memory may be needed
                 self._recordings.popitem(last=False)[1].release()
-            kind = _Graph if cxr.is_cuda else _Recording
-            self._recordings[key] = kind(self._runner, cxr, table)
+            self._recordings[key] = self._record(cxr, table)
         self._recordings.move_to_end(key)
         return self._recordings[key]
+
+    def _record(self, cxr: torch.Tensor, table: Table) -> _Recording:
+        kind = _Graph if cxr.is_cuda else _Recording
+        try:
+            return kind(self._runner, cxr, table)
+        except EngineError as error:
+            if not self._step_down:
+                raise
+            logger.warning("%s The step is called each time instead, which is slower.", error)
+            return _Plain(self._runner, cxr, table)
 
 
 class _Recording:
@@ -99,6 +113,10 @@ class _Recording:
 
     def release(self) -> None:
         """Wait until nothing uses the buffers any more."""
+
+
+class _Plain(_Recording):
+    """A step on a GPU that cannot be recorded, and is called each time."""
 
 
 class _Graph(_Recording):

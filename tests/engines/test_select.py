@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import fates, pixels, png, report_of
-from stand_in import CPU, WEIGHTS, change, timed, write_bundle
+from helpers import ToyRunner, fates, pixels, png, report_of
+from stand_in import CPU, GPU, SIZE, WEIGHTS, change, timed, write_bundle
 
 from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.engines import select as choice
@@ -27,6 +27,8 @@ from bsdiff_rt.errors import EngineError, SettingsError, describe_error
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import RUNNERS
+
+NO_GPU = "; ".join(f"not {name}: it runs on NVIDIA GPUs, not on cpu" for name in ("tensorrt", "tensorrt-rtx"))
 
 
 def choose(bundle: Bundle, runner: str = "auto", precision: str = "auto", **others: Any) -> Choice:
@@ -171,7 +173,7 @@ def test_a_bundle_of_the_package_is_called_by_its_name(cache):
 def test_auto_takes_an_engine_that_was_built(three, small):
     chosen = choose(small, "auto")
     assert (chosen.runner, chosen.precision, chosen.engine.folder) == ("aoti", "bf16", three[1])
-    assert chosen.why == "not tensorrt: it runs on NVIDIA GPUs, not on cpu"
+    assert chosen.why == NO_GPU
     assert choose(small, "auto", "fp32").engine.folder == three[0]
 
 
@@ -227,7 +229,7 @@ def test_loading_says_what_and_why(built, small, stand_in, caplog):
     assert [record.getMessage() for record in caplog.records if record.levelname == "INFO"] == [
         f"runner aoti in fp32 on cpu, engine {built}"
     ]
-    assert "reason for runner aoti: not tensorrt: it runs on NVIDIA GPUs, not on cpu" in caplog.text
+    assert f"reason for runner aoti: {NO_GPU}" in caplog.text
     assert stand_in.loaded == [built]
 
 
@@ -250,7 +252,7 @@ def test_auto_takes_the_next_where_the_first_does_not_load(built, small, stand_i
     chosen, runner = load_first(RunnerRequest(small, "auto", CPU))
     assert (chosen.runner, chosen.engine, runner.name) == ("eager", None, "eager")
     assert chosen.why == (
-        "not tensorrt: it runs on NVIDIA GPUs, not on cpu; not aoti: it does not load (denoiser.pt2: no kernel image); "
+        f"{NO_GPU}; not aoti: it does not load (denoiser.pt2: no kernel image); "
         "not onnxruntime: it does not load (not a graph)"
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -361,3 +363,31 @@ def test_infer_refuses_what_contradicts_the_engine(infer, tiny_engine, tmp_path,
     assert done.code == code
     assert re.search(message, done.err)
     assert not list(tmp_path.glob("out/*.png"))
+
+
+class Broken(ToyRunner):
+    """Loads, and cannot run."""
+
+    error: Exception = RuntimeError("no kernel image is available")
+
+    def denoise(self, *_):
+        raise self.error
+
+
+def test_on_a_gpu_auto_passes_over_what_loads_and_does_not_run(small, monkeypatch, caplog):
+    runners = {"broken": Broken(SIZE), "good": ToyRunner(SIZE)}  # the processor does their work
+
+    def choose_first(request, not_loaded):
+        names = runners if request.runner == "auto" else [request.runner]
+        return Choice(next(name for name in names if name not in not_loaded), "fp32", "")
+
+    monkeypatch.setattr(choice, "choose", choose_first)
+    monkeypatch.setattr(choice, "_load", lambda _, chosen: runners[chosen.runner])
+    broken, good = runners.values()
+    assert load_first(RunnerRequest(small, "auto", GPU))[1] is good
+    assert broken.closed
+    assert "Runner broken does not load (it does not run: RuntimeError: no kernel image is available)" in caplog.text
+    assert load_first(RunnerRequest(small, "broken", GPU))[1] is broken  # named, it is used as it is
+    broken.error = torch.OutOfMemoryError("out of memory")  # another runner would need as much
+    with pytest.raises(torch.OutOfMemoryError):
+        load_first(RunnerRequest(small, "auto", GPU))

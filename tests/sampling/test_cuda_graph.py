@@ -233,6 +233,19 @@ def test_a_step_that_cannot_be_recorded_is_an_error(cuda: FakeCuda) -> None:
     assert cuda.current == "main"
 
 
+def test_under_auto_a_step_that_cannot_be_recorded_is_called_each_time(cuda: FakeCuda, caplog: Any) -> None:
+    cuda.fail = RuntimeError("operation not permitted when stream is capturing")
+    cxr, steps = images(2), RING_SLOTS + 2
+    expected = sample(ToyRunner(SCHEDULE), cxr, table("ddpm", steps), draws(len(cxr)))
+    with CapturedSampler(ToyRunner(SCHEDULE), step_down=True) as captured:
+        for _ in range(2):
+            assert torch.equal(captured.sample(cxr, table("ddpm", steps), draws(len(cxr))), expected)
+    assert cuda.current == "main"
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]  # once
+    assert "toy: its step cannot be recorded in a CUDA graph (RuntimeError: operation not" in warning
+    assert warning.endswith("The step is called each time instead, which is slower.")
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_pool_of_a_recording_that_broke_off_is_closed(cuda: FakeCuda, ended: bool) -> None:
     """Where torch has not done so itself; what it says of the other case does not hide the error."""
