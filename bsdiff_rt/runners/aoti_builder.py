@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,10 +39,16 @@ QUERIES = 512  # the scores of so many queries against all keys stay in the proc
 # Wider heads have no flash or cuDNN kernel. The remaining kernel takes 32 queries a block, which occupy only a few of a
 # GPU's multiprocessors if the image is small (aten/src/ATen/native/transformers/cuda/mem_eff_attention).
 FUSED_WIDTH = 256
-WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# On Hopper cuDNN's attention is up to twice as fast as flash (pytorch issue 142132), where it takes the shapes.
-WITH_CUDNN = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
-ATTENTION_CALLS = 3
+# torch's own choice, where no form is pinned. On Hopper cuDNN's attention is up to twice as fast as flash, where it
+# takes the shapes (pytorch issue 142132).
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+ATTENTION_ROUNDS, ATTENTION_REPEATS = 3, 10
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,7 +77,8 @@ def build(
         )
     if options.precision == "bf16" and not computes_bf16(device):
         logger.warning("%s emulates bf16. The engine will be slower than one in fp32.", device)
-    _check_compiler(device)
+    _check_compiler()
+    toolkit = find_toolkit() if device.type == "cuda" else None
     _find_instructions(device)
     denoiser, enhancer = load_networks(bundle)
     size = bundle.manifest.preprocessing.size
@@ -87,39 +97,75 @@ def build(
         image = torch.zeros(batch, 1, size, size, device=device)
         example = (image, image.clone(), torch.zeros(batch, device=device))
         denoiser, enhancer = denoiser.to(device), enhancer.to(device)
-        kernels = WITH_CUDNN
         if device.type == "cuda" and options.precision != "fp32":
-            progress("choosing the attention kernel", 0.0)
-            kernels = find_fastest_attention(partial(denoiser.eval(), *example), device)
-            used["attention"] = "cudnn" if kernels is WITH_CUDNN else "flash"
-        _compile(denoiser, example, options.batch, folder / DENOISER, progress, 0.0, kernels)
-        _compile(enhancer, (image,), options.batch, folder / ENHANCER, progress, 0.5, WITH_CUDNN)
+            progress("choosing the form of attention", 0.0)
+            used["attention"] = pin_attention(denoiser, partial(denoiser.eval(), *example), device)
+        _compile(denoiser, example, options.batch, folder / DENOISER, progress, 0.0, toolkit)
+        _compile(enhancer, (image,), options.batch, folder / ENHANCER, progress, 0.5, toolkit)
     return used | {"enhancer_precision": "fp32"}
 
 
-def find_fastest_attention(call: Callable[[], object], device: torch.device) -> list[SDPBackend]:
-    """Return the order of attention kernels with which a call is fastest on a device.
+def pin_attention(network: nn.Module, run: Callable[[], object], device: torch.device) -> dict[str, str]:
+    """Let each attention of a network in half precision use the form that is fastest on a GPU, in place.
 
-    A kernel may accept the shapes and then fail. Compiled in, it would fail in every run; here it is left out.
+    A form may accept the shapes and then fail. Compiled in, it would fail in every run; here it is left out.
 
     Args:
-        call: runs a network once.
+        network: on the device, in half precision.
+        run: runs the network once.
         device: where it runs.
 
+    Returns:
+        Name of the form for each shape, such as {"4096 x 256": "cudnn"}.
+
     Raises:
-        RuntimeError: no order works, or there is not enough memory.
+        RuntimeError: there is not enough memory.
     """
-    took: list[tuple[float, list[SDPBackend]]] = []
-    for kernels in (WITH_CUDNN, WITHOUT_CUDNN):
-        with torch.no_grad(), sdpa_kernel(kernels, set_priority=True):
-            times, failed = time_in_turn({"": call}, ATTENTION_CALLS, device)
-        if not failed:
-            took.append((min(times[""]), kernels))
-        elif out_of_memory(failed[""]) or kernels is WITHOUT_CUDNN:
-            raise failed[""]
-        else:
-            logger.warning("cuDNN's attention does not work here (%s). Flash attention is used.", one_line(failed[""]))
-    return min(took, key=lambda entry: entry[0])[1]
+    shapes = _find_attention_shapes(network, run)
+    chosen: dict[torch.Size, str] = {}
+    for block, shape in shapes.items():
+        if shape not in chosen:
+            chosen[shape] = _find_fastest_attention(shape, block.to_q.weight.dtype, device)
+        block.attend = ATTENTION_FORMS[chosen[shape]]
+    return {f"{shape[-2]} x {shape[-1]}": name for shape, name in chosen.items()}
+
+
+def _find_attention_shapes(network: nn.Module, run: Callable[[], object]) -> dict[SelfAttention, torch.Size]:
+    """Return the shape of the queries of each attention, [B, 1, N, C]."""
+    shapes: dict[SelfAttention, torch.Size] = {}
+
+    def note(block: SelfAttention, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        batch, channels, height, width = inputs[0].shape
+        shapes[block] = torch.Size((batch, 1, height * width, channels))
+
+    hooks = [block.register_forward_hook(note) for block in network.modules() if isinstance(block, SelfAttention)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _find_fastest_attention(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the name of the fastest form for queries of a shape. Random values: zeros are faster to multiply."""
+    tokens = [torch.randn(shape, dtype=dtype, device=device) for _ in range(3)]
+
+    def repeat(form: Attend) -> None:
+        for _ in range(ATTENTION_REPEATS):  # together longer than it takes to start them
+            form(*tokens)
+
+    calls = {name: partial(repeat, form) for name, form in ATTENTION_FORMS.items()}
+    with torch.no_grad():
+        times, failed = time_in_turn(calls, ATTENTION_ROUNDS, device)
+    for name, error in failed.items():
+        if out_of_memory(error):
+            raise error
+        logger.info("Attention as %s does not work for %s here (%s).", name, tuple(shape), one_line(error))
+    if not times:
+        raise next(iter(failed.values()))
+    return min(times, key=lambda name: min(times[name]))
 
 
 def lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
@@ -190,16 +236,37 @@ def attention_as_products(query: torch.Tensor, key: torch.Tensor, value: torch.T
     return torch.bmm(torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype), value).unsqueeze(1)
 
 
+def attention_by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Compute scaled dot-product attention with cuDNN's kernel alone: [B, 1, N, C] each -> [B, 1, N, C]."""
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, False)[0]
+    return out
+
+
+def attention_by_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Compute scaled dot-product attention with the flash kernel alone: [B, 1, N, C] each -> [B, 1, N, C]."""
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return out
+
+
+# What an attention in half precision on a GPU may use. The first one is torch's own choice among its kernels.
+ATTENTION_FORMS: dict[str, Attend] = {
+    "torch": F.scaled_dot_product_attention,
+    "cudnn": attention_by_cudnn,
+    "flash": attention_by_flash,
+    "products": attention_as_products,
+}
+
+
 def _float32_island(module: nn.Module, dtype_out: torch.dtype) -> None:
     module.float()
     module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
     module.register_forward_hook(lambda _, __, out: out.to(dtype_out))
 
 
-def _check_compiler(device: torch.device) -> None:
+def _check_compiler() -> None:
+    """Raise EngineError if there is no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils.cpp_extension import CUDA_HOME
 
     try:
         get_cpp_compiler()
@@ -208,12 +275,33 @@ def _check_compiler(device: torch.device) -> None:
             f"building an aoti engine needs a C++ compiler, and none was found ({one_line(error)}). "
             "Install one (Debian, Ubuntu: apt install g++), or name it in the environment variable CXX."
         ) from error
-    # The wrapper around the kernels includes the toolkit's headers. torch's wheels bring only its libraries.
-    if device.type == "cuda" and not (CUDA_HOME and Path(CUDA_HOME, "include", "cuda_runtime_api.h").is_file()):
-        raise EngineError(
-            f"building an aoti engine for a GPU needs the headers of the CUDA toolkit, found none in {CUDA_HOME}. "
-            f"Install the toolkit of CUDA {torch.version.cuda} and name its folder in the variable CUDA_HOME."
-        )
+
+
+def find_toolkit(local: Path = Path("/usr/local")) -> Path:
+    """Return the folder of the CUDA toolkit.
+
+    The wrapper around the kernels includes the toolkit's headers, and torch's wheels bring only its libraries. A
+    program named nvcc outside the toolkit misleads torch, so its choice is not the only place to look at.
+
+    Args:
+        local: where toolkits are installed.
+
+    Raises:
+        EngineError: no place has the headers.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    named = [place for place in (os.environ.get("CUDA_HOME"), CUDA_HOME) if place]
+    versions = sorted(local.glob("cuda*"), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+    places = [*map(Path, named), *reversed(versions)]
+    for place in places:
+        if (place / "include" / "cuda_runtime_api.h").is_file():
+            return place
+    raise EngineError(
+        "building an aoti engine for a GPU needs the headers of the CUDA toolkit, found none in "
+        f"{', '.join(map(str, places)) or local}. "
+        f"Install the toolkit of CUDA {torch.version.cuda} and name its folder in the variable CUDA_HOME."
+    )
 
 
 def _find_instructions(device: torch.device) -> None:
@@ -234,7 +322,7 @@ def _compile(
     package: Path,
     progress: Progress,
     done: float,
-    kernels: list[SDPBackend],
+    toolkit: Path | None,
 ) -> None:
     """Export a network and write its package.
 
@@ -245,7 +333,7 @@ def _compile(
         package: the file to write. Its stem names the network in messages.
         progress: called with each phase.
         done: the share of the whole build that is done before, in [0, 1].
-        kernels: attention kernels. On a GPU the first one that takes the shapes is compiled in.
+        toolkit: folder of the CUDA toolkit; None on a CPU.
 
     Raises:
         EngineError: torch cannot export or compile the network.
@@ -262,12 +350,17 @@ def _compile(
     device = example[0].device
     # fresh_cache: otherwise torch leaves sources and weights in the machine's temporary folder. Dynamic threads:
     # otherwise an engine built with one core, in a batch job for example, would always use one.
+    patches: dict[str, Any] = {"cpp.dynamic_threads": True}
+    if hasattr(config, "loop_reindexing_after_fusion"):
+        # It makes Upsample, convolution and GroupNorm in a row about six times slower (pytorch issue 189488).
+        patches["loop_reindexing_after_fusion"] = False
     with (
         torch.no_grad(),
+        tempfile.TemporaryDirectory() as work,
         warnings.catch_warnings(),
         fresh_cache(dir=str(package.parent)),
-        config.patch("cpp.dynamic_threads", True),
-        _for_gpu(kernels) if device.type == "cuda" else nullcontext(),
+        config.patch(patches),
+        nullcontext() if toolkit is None else _for_gpu(toolkit, Path(work)),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own functions
         try:
@@ -284,23 +377,47 @@ def _compile(
 
 
 @contextmanager
-def _for_gpu(kernels: list[SDPBackend]) -> Iterator[None]:
+def _for_gpu(toolkit: Path, work: Path) -> Iterator[None]:
     """Set the order of attention kernels and the place of the CUDA toolkit for a build in this block.
 
-    torch gives the linker its stand-in for the driver's library only if CUDA_HOME is set, not if it found the toolkit
-    by itself. The driver's own library may lie where no linker looks.
+    Args:
+        toolkit: folder of the CUDA toolkit.
+        work: a folder for temporary files.
     """
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils import cpp_extension
 
     before = {name: os.environ.get(name) for name in ("CUDA_HOME", "LIBRARY_PATH")}
-    os.environ["CUDA_HOME"] = str(CUDA_HOME)
-    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (f"{CUDA_HOME}/lib64/stubs", before["LIBRARY_PATH"])))
+    home = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(toolkit)
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(
+        filter(None, (str(_find_driver_stub(toolkit, work)), before["LIBRARY_PATH"]))
+    )
     try:
-        with sdpa_kernel(kernels, set_priority=True):
+        with sdpa_kernel(KERNELS, set_priority=True):
             yield
     finally:
+        cpp_extension.CUDA_HOME = home
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _find_driver_stub(toolkit: Path, work: Path) -> Path:
+    """Return a folder with a libcuda.so for the linker: the toolkit's stand-in, or a link to the driver's own.
+
+    torch gives the linker the stand-in only if CUDA_HOME is set, and some toolkits come without it. The driver's
+    library may lie where no linker looks, and under its full name only.
+    """
+    stubs = toolkit / "lib64" / "stubs"
+    if (stubs / "libcuda.so").is_file():
+        return stubs
+    try:
+        mapped = Path("/proc/self/maps").read_text().split()
+    except OSError:  # not Linux
+        mapped = []
+    driver = next((path for path in mapped if "/libcuda.so" in path), None)  # torch has loaded it
+    if driver is not None:
+        (work / "libcuda.so").symlink_to(driver)
+    return work

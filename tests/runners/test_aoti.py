@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomise
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions
 from bsdiff_rt.errors import EngineError
-from bsdiff_rt.networks.blocks import SelfAttention
+from bsdiff_rt.networks.blocks import ResBlock, SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners import aoti, aoti_builder, timing
 from bsdiff_rt.runners.aoti import AotiRunner
@@ -200,9 +203,34 @@ def test_without_a_compiler(tmp_path):
 def test_without_the_cuda_toolkit(tmp_path, monkeypatch, home):
     """torch's wheels bring CUDA's libraries, not the headers that the package's wrapper includes."""
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
-    options = EngineOptions("aoti", "fp16", (1, 3))
-    with pytest.raises(EngineError, match=rf"headers of the CUDA toolkit, found none in {home}\. Install .* CUDA_HOME"):
-        aoti_builder.build(open_bundle("demo"), options, torch.device("cuda", 0), tmp_path, lambda *_: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    expected = rf"headers of the CUDA toolkit, found none in {home or tmp_path}\. Install .* CUDA_HOME"
+    with pytest.raises(EngineError, match=expected):
+        aoti_builder.find_toolkit(tmp_path)
+    (tmp_path / "cuda-13.0").mkdir()  # without headers
+    with pytest.raises(EngineError, match=r"found none in .*cuda-13\.0\. Install"):
+        aoti_builder.find_toolkit(tmp_path)
+
+
+def make_toolkit(folder, stubs=False):
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "cuda_runtime_api.h").touch()
+    if stubs:
+        (folder / "lib64" / "stubs").mkdir(parents=True)
+        (folder / "lib64" / "stubs" / "libcuda.so").touch()
+    return folder
+
+
+def test_a_program_named_nvcc_elsewhere_does_not_hide_the_toolkit(tmp_path, monkeypatch):
+    """A wrapper in /usr/local/bin lets torch take /usr/local for the toolkit."""
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    make_toolkit(tmp_path / "cuda-9.2")
+    newest = make_toolkit(tmp_path / "cuda-13.0")
+    assert aoti_builder.find_toolkit(tmp_path) == newest
+    named = make_toolkit(tmp_path / "elsewhere")
+    monkeypatch.setenv("CUDA_HOME", str(named))
+    assert aoti_builder.find_toolkit(tmp_path) == named
 
 
 @pytest.mark.parametrize(("ooms", "error"), [([3, 4], torch.OutOfMemoryError), ([3, 3], RuntimeError)])
@@ -333,53 +361,126 @@ def test_the_form_of_attention_depends_on_device_precision_and_width(precision, 
 
 
 @pytest.mark.parametrize("home", [None, "/before"])
-def test_a_build_for_a_gpu_tells_the_linker_where_the_toolkit_is(monkeypatch, home):
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/found")
+def test_a_build_for_a_gpu_tells_compiler_and_linker_where_the_toolkit_is(tmp_path, monkeypatch, home):
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/wrong")
     if home:
         monkeypatch.setenv("CUDA_HOME", home)
     else:
         monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("LIBRARY_PATH", "/more")
-    with aoti_builder._for_gpu(aoti_builder.WITH_CUDNN):
-        assert os.environ["CUDA_HOME"] == "/found"
-        assert os.environ["LIBRARY_PATH"] == "/found/lib64/stubs:/more"
+    toolkit = make_toolkit(tmp_path / "cuda", stubs=True)
+    with aoti_builder._for_gpu(toolkit, tmp_path):
+        assert os.environ["CUDA_HOME"] == torch.utils.cpp_extension.CUDA_HOME == str(toolkit)
+        assert os.environ["LIBRARY_PATH"] == f"{toolkit}/lib64/stubs:/more"
+        assert _cur_sdpa_kernel_backends(with_priority=True) == aoti_builder.KERNELS
     assert os.environ.get("CUDA_HOME") == home
     assert os.environ["LIBRARY_PATH"] == "/more"
+    assert torch.utils.cpp_extension.CUDA_HOME == "/wrong"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "fails", "expected"),
-    [
-        ({True: 0.1, False: 0.2}, (), aoti_builder.WITH_CUDNN),
-        ({True: 0.2, False: 0.1}, (), aoti_builder.WITHOUT_CUDNN),
-        ({True: 0.1, False: 0.2}, (True,), aoti_builder.WITHOUT_CUDNN),
-    ],
-)
-def test_the_attention_kernel_is_the_one_that_was_faster(monkeypatch, caplog, seconds, fails, expected):
-    def with_cudnn():
-        return SDPBackend.CUDNN_ATTENTION in _cur_sdpa_kernel_backends(with_priority=True)
+def test_a_toolkit_without_a_stand_in_for_the_driver(tmp_path, monkeypatch):
+    """The linker then gets the driver's own library. An empty one would be dropped, and the package not load."""
+    toolkit, work = make_toolkit(tmp_path / "cuda"), tmp_path / "work"
+    work.mkdir()
+    real = Path.read_text
+    maps = "7f00-7f01 r-xp 00 08:01 42   /usr/lib/x86_64-linux-gnu/libcuda.so.580.95\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: maps if str(path) == "/proc/self/maps" else real(path))
+    assert aoti_builder._find_driver_stub(toolkit, work) == work
+    assert os.readlink(work / "libcuda.so") == "/usr/lib/x86_64-linux-gnu/libcuda.so.580.95"
 
-    def call():
-        if with_cudnn() in fails:
-            raise RuntimeError("No valid execution plans built.")
 
-    monkeypatch.setattr(timing, "time_call", lambda call, device: call() or seconds[with_cudnn()])
-    assert aoti_builder.find_fastest_attention(call, CPU) is expected
-    warning = (
-        "cuDNN's attention does not work here (RuntimeError: No valid execution plans built.). Flash attention is used."
-    )
-    assert caplog.messages == ([warning] if fails else [])
+@pytest.fixture
+def forms(monkeypatch):
+    """Forms of attention by name, each with the seconds it takes for a width, or what it raises."""
+    took = {}
+
+    def make(name):
+        def form(query, key, value):
+            seconds = took[name][query.shape[-1]]
+            if isinstance(seconds, Exception):
+                raise seconds
+            forms.last = seconds
+            return query
+
+        return form
+
+    forms = SimpleNamespace(took=took, last=0.0)
+    made = {name: make(name) for name in ("torch", "cudnn", "products")}
+    monkeypatch.setattr(aoti_builder, "ATTENTION_FORMS", made)
+    monkeypatch.setattr(timing, "time_call", lambda call, device: call() or forms.last)
+    forms.made = made
+    return forms
+
+
+def test_each_width_gets_the_form_of_attention_that_was_fastest(forms):
+    forms.took |= {
+        "torch": {16: 2.0, 32: 3.0},
+        "cudnn": {16: 1.0, 32: RuntimeError("No valid execution plans built.")},
+        "products": {16: 3.0, 32: 1.0},
+    }
+    network = torch.nn.Sequential(SelfAttention(16, 8), torch.nn.Conv2d(16, 32, 1), SelfAttention(32, 8))
+    network.append(SelfAttention(32, 8))
+    before = [block.attend for block in (network[0], network[2])]
+    chosen = aoti_builder.pin_attention(network, lambda: network(torch.ones(2, 16, 4, 4)), CPU)
+    assert chosen == {"16 x 16": "cudnn", "16 x 32": "products"}
+    assert network[0].attend is forms.made["cudnn"]
+    assert network[2].attend is network[3].attend is forms.made["products"]
+    assert before == [F.scaled_dot_product_attention] * 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bad kernel"), torch.OutOfMemoryError("CUDA out of memory")])
-def test_where_no_attention_kernel_works(error, caplog):
-    def call():
-        raise error
-
+def test_where_no_form_of_attention_works(forms, error):
+    forms.took |= {name: {16: error} for name in ("torch", "cudnn", "products")}
+    block = SelfAttention(16, 8)
     with pytest.raises(RuntimeError) as caught:
-        aoti_builder.find_fastest_attention(call, CPU)
+        aoti_builder.pin_attention(torch.nn.Sequential(block), lambda: block(torch.ones(1, 16, 4, 4)), CPU)
     assert caught.value is error
-    assert len(caplog.messages) == (str(error) == "bad kernel")  # more memory is not to be had by another kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [128, 256, 512, 768])
+def test_every_form_of_attention_agrees_on_a_gpu(width):
+    """At the tokens of the paper's network. A form that does not take a width is not chosen for it."""
+    side = {128: 128, 256: 64, 512: 32, 768: 16}[width]
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = [torch.randn(1, 1, side * side, width, generator=generator, device="cuda") for _ in range(3)]
+    expected = F.scaled_dot_product_attention(*tokens)
+    agreed = []
+    for name, form in aoti_builder.ATTENTION_FORMS.items():
+        try:
+            actual = form(*(tensor.half() for tensor in tokens)).float()
+        except RuntimeError:
+            continue
+        assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max(), name
+        agreed.append(name)
+    assert {"torch", "products"} <= set(agreed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 256, 512, 768])
+def test_a_block_of_each_width_in_fp16_on_a_gpu(width):
+    """fp16 against fp32, and recorded in a CUDA graph against called: the same bits."""
+    side = {64: 256, 128: 128, 256: 64, 512: 32, 768: 16}[width]
+    exact = torch.nn.Sequential(
+        ResBlock(width, width, 32), SelfAttention(width, 32) if width > 64 else torch.nn.Identity()
+    )
+    randomise(exact, 1)
+    exact, lower = exact.eval().cuda(), copy.deepcopy(exact).eval().cuda()
+    lower_precision(lower, torch.float16)
+    image = torch.randn(1, width, side, side, device="cuda")
+    with torch.no_grad():
+        expected, actual = exact(image), lower(image.half())
+        assert (actual.float() - expected).abs().max() <= 2e-2 * expected.abs().max()
+        half, graph = image.half(), torch.cuda.CUDAGraph()
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            lower(half)
+        with torch.cuda.graph(graph, stream=side_stream):
+            recorded = lower(half)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(recorded, actual)
 
 
 @pytest.mark.slow
@@ -392,7 +493,7 @@ def test_the_compiler_leaves_attention_as_it_is_written(tmp_path, attend):
             return attend(tokens, tokens, tokens)
 
     aoti_builder._compile(
-        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0, []
+        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0, None
     )
     with zipfile.ZipFile(tmp_path / "a.pt2") as content:
         sources = [content.read(name).decode() for name in content.namelist() if name.endswith(".cpp")]
@@ -462,3 +563,17 @@ def test_torchs_own_warnings_are_not_the_users_business(exported, tmp_path, monk
     with warnings.catch_warnings(record=True) as caught:
         try_to_build(tmp_path)
     assert caught == []
+
+
+def test_a_fusion_that_slows_upsampling_is_off(exported, tmp_path, monkeypatch):
+    """pytorch issue 189488: six times slower."""
+    from torch._inductor import config
+
+    if not hasattr(config, "loop_reindexing_after_fusion"):
+        pytest.skip("this torch has no such fusion")
+    seen = []
+    monkeypatch.setattr(
+        "torch._inductor.aoti_compile_and_package", lambda *_, **__: seen.append(config.loop_reindexing_after_fusion)
+    )
+    try_to_build(tmp_path)
+    assert seen == [False, False]
