@@ -115,7 +115,7 @@ def build_engine(
         SettingsError: `output` cannot be written, or holds something that is not an engine.
     """
     if problem := find_entry(options.runner).find_problem(device):
-        raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}")
+        raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}. Use runner auto.")
     limit = find_batch_limit(options.runner, bundle.manifest)
     if limit is not None and options.batch[1] > limit:
         logger.warning(

@@ -141,8 +141,9 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
         try:
             return _choose_by_name(request, request.runner, "requested")
         except EngineError as error:
+            instead = "" if error.build else ". Use runner auto."
             raise EngineError(
-                f"runner {request.runner} cannot be used on {request.device}: {error}", build=error.build
+                f"runner {request.runner} cannot be used on {request.device}: {error}{instead}", build=error.build
             ) from error
     for at_least in (1.0, 0.0):
         reasons: list[str] = []
@@ -156,7 +157,7 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
                 reasons.append(f"not {name}: {error}")
                 builds += [error.build] if error.build else []
     raise EngineError(
-        f"no runner can be used in precision {request.precision} here: {'; '.join(reasons)}",
+        f"no runner can be used in precision {request.precision} here: {'; '.join(reasons)}. Use precision auto.",
         build=builds[0] if builds else None,
     )
 

@@ -191,7 +191,7 @@ def test_auto_passes_over_an_engine_that_does_not_fit_and_says_why(built, small)
 
 
 def test_a_precision_nobody_has(built, small):
-    reason = r"no runner can be used in precision fp16 here: not tensorrt: .*; not aoti: it computes in fp32 or bf16"
+    reason = r"no runner can be used in precision fp16 here: not tensorrt: .*; not aoti: .*\. Use precision auto\.$"
     with pytest.raises(EngineError, match=reason):
         choose(small, "auto", "fp16")
 
