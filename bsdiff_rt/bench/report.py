@@ -53,6 +53,7 @@ def _choose_columns(document: dict[str, Any]) -> dict[str, Cell]:
         "batch": lambda row: str(row["batch"]),
         "step ms": _write_number("step_ms", ".4g"),
         "p95 ms": _write_number("step_ms_p95", ".4g"),
+        "rounds": lambda row: str(len(row["step_times_ms"])),
         "eager / this": _write_number("eager_over_this", ".2f"),
         "TFLOP/s": _write_number("tflops", ".3g"),
         "of ceiling": _write_number("share_of_ceiling", ".0%"),

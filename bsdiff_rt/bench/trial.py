@@ -17,7 +17,7 @@ from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.timing import time_call
 from bsdiff_rt.sampling.batching import NoiseAhead, run_enhancer
-from bsdiff_rt.sampling.cuda_graph import CapturedSampler
+from bsdiff_rt.sampling.cuda_graph import CapturedSampler, record_call
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import Table
@@ -29,6 +29,7 @@ class Trial:
     Every trial of a batch size has the same X-rays and the same noise.
 
     Attributes:
+        step: runs one denoiser call, into `step_out`; on CUDA from a recording, once `rehearse` has made it.
         step_out: output of the latest denoiser call, [B, 1, S, S].
         picture: the first whole image, [B, 1, S, S] in [-1, 1].
         captured_equals_uncaptured: whether the image has the same bits without a CUDA graph; None if there is one way.
@@ -48,6 +49,7 @@ class Trial:
         self._noise = [ImageNoise(0, hashlib.sha256(bytes([number])).digest()) for number in range(batch)]
         self._enhancer_out = torch.empty_like(self._x_t)
         self._sampler = CapturedSampler(candidate.runner) if candidate.loop is None else None
+        self.step: Callable[[], object] = self.call_step
         self.step_out = torch.empty_like(self._x_t)
         self.picture = torch.empty_like(self._x_t)
         self.captured_equals_uncaptured: bool | None = None
@@ -71,11 +73,12 @@ class Trial:
         device = self._plan.device
         start = start_memory_watch(device)
         started = time.perf_counter()
-        time_call(self.step, device)
+        time_call(self.call_step, device)
         first, *others = self.list_image_calls().values()
         pictures = [first()]
         memory = measure_memory(device, start)  # before the uncaptured loop, which has buffers that infer never has
         pictures += [call() for call in others]
+        self.step = self._record_step()
         self.warm_up_s = time.perf_counter() - started
         self.picture = pictures[0]
         if not (self.step_out.isfinite().all() and self.picture.isfinite().all()):
@@ -102,7 +105,18 @@ class Trial:
         """Return the image calls and the enhancer call, which at paper size takes longer than a step."""
         return {**self.list_image_calls(), **({"enhance": self.enhance} if self._plan.model.enhance else {})}
 
-    def step(self) -> None:
+    def _record_step(self) -> Callable[[], object]:
+        """Return the denoiser call as `infer` makes it: on CUDA replayed from a CUDA graph.
+
+        Called, some 700 kernels would be started one by one, and the processor would be timed. A peer with a loop of
+        its own is called.
+        """
+        if self._sampler is None:
+            return self.call_step
+        self.call_step()  # a runner may insist that its latest call was the one that is recorded
+        return record_call(self.call_step, self._plan.device)
+
+    def call_step(self) -> None:
         """Run one denoiser call, into `step_out`."""
         self.candidate.runner.denoise(self._x_t, self._cxr, self._t, self.step_out)
 

@@ -14,6 +14,8 @@ import torch
 
 from bsdiff_rt.errors import SettingsError
 
+# Compute capabilities of GeForce RTX 20 to 50 and of RTX PRO cards.
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 FULL_BATCH = 8  # about so many images fill a GPU's arithmetic
 
 _threads: int | None = None  # what `set_threads` was called with
@@ -46,6 +48,11 @@ def resolve_device(name: str) -> torch.device:
 def make_current(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the current one in this block. Code without a device index uses the current one."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def describe_capability(device: torch.device) -> str:
+    """Return the compute capability of a CUDA device, such as "8.9"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def computes_bf16(device: torch.device) -> bool:

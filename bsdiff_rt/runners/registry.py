@@ -31,6 +31,7 @@ from bsdiff_rt.bundle import Bundle, Manifest
 from bsdiff_rt.config import EngineOptions, Precision
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.runners.base import Progress, Runner
+from bsdiff_rt.runners.devices import RTX_CAPABILITIES, describe_capability
 
 ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 LARGEST_TENSOR = 2**31 - 1  # elements
@@ -49,6 +50,7 @@ class RunnerEntry:
         package: the optional package it needs; "" for none.
         install: the command that installs the package.
         largest_tensor: the most elements a tensor may have on a GPU; None for any number.
+        capabilities: the compute capabilities of the GPUs that it runs on; () for all.
         automatic: whether runner `auto` may take it. Otherwise it is used only when it is named.
     """
 
@@ -60,6 +62,7 @@ class RunnerEntry:
     package: str = ""
     install: str = ""
     largest_tensor: int | None = None
+    capabilities: tuple[str, ...] = ()
     automatic: bool = True
 
     def list_precisions(self, device: torch.device) -> tuple[Precision, ...]:
@@ -118,6 +121,8 @@ class RunnerEntry:
             return f"it runs on {'NVIDIA GPUs' if self.cuda else 'CPUs'}, not on {device}"
         if self.package and find_spec(self.package) is None:
             return f"the package {self.package} is not installed ({self.install})"
+        if self.capabilities and (found := describe_capability(device)) not in self.capabilities:
+            return f"it runs on compute capability {', '.join(self.capabilities)}, and {device} has {found}"
         if not self.package or self.builder is not None:  # an engine's package is imported where there is an engine
             return None
         try:
@@ -151,6 +156,7 @@ RUNNERS: dict[str, RunnerEntry] = {
             builder="bsdiff_rt.runners.tensorrt_rtx",
             package="tensorrt_rtx_bindings",
             install="pip install 'bsdiff-rt[tensorrt-rtx]'",
+            capabilities=RTX_CAPABILITIES,
             largest_tensor=LARGEST_TENSOR,
         ),
         RunnerEntry(

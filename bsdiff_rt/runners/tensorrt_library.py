@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from bsdiff_rt.errors import EngineError, one_line
+from bsdiff_rt.runners.devices import RTX_CAPABILITIES
 
 logger = logging.getLogger(__name__)
 
@@ -155,5 +156,5 @@ RTX = Library(
     package="tensorrt_rtx_bindings",  # the package tensorrt_rtx only passes it on
     extra="tensorrt-rtx",
     fp32_softmax_from=(1, 7),
-    capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    capabilities=RTX_CAPABILITIES,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -177,6 +178,29 @@ class _Graph(_Recording):
         """Wait for the device, then return the graph's memory."""
         torch.cuda.synchronize(self.buffers.cxr.device)
         self._graph.reset()
+
+
+def record_call(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return a function that does a call's work on a device without the time to start each kernel.
+
+    On CUDA the call is recorded in a CUDA graph, which the function replays. It must have been made before, so that
+    nothing is set up while it is recorded, and the current stream must not be the default one. On a CPU the call itself
+    is returned.
+
+    Args:
+        call: uses the same buffers each time, on the current stream.
+        device: where it works.
+
+    Raises:
+        RuntimeError: the call cannot be recorded.
+    """
+    if device.type == "cpu":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
 
 
 def _close_pool(device: torch.device, pool: Any) -> None:

@@ -221,6 +221,7 @@ def test_a_runner_that_cannot_be_used_is_not_built(small, stand_in, cache):
 )
 def test_default_options(small, monkeypatch, device, tensorrt, expected):
     package = "json" if tensorrt else "no_such_package"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # an H200, not an RTX card
     monkeypatch.setitem(RUNNERS, "tensorrt", replace(RUNNERS["tensorrt"], package=package))
     assert resolve_options(small, device) == expected
     assert resolve_options(small, device, "aoti", "bf16", (2, 3)) == EngineOptions("aoti", "bf16", (2, 3))

@@ -78,6 +78,16 @@ def test_packages_that_are_missing(monkeypatch):
     assert RUNNERS["tensorrt"].find_problem(GPU) is None
 
 
+def test_tensorrt_for_rtx_runs_on_rtx_cards_alone(monkeypatch):
+    monkeypatch.setattr(runners, "find_spec", lambda _: object())
+    find_problem = RUNNERS["tensorrt-rtx"].find_problem
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    assert find_problem(GPU) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert find_problem(GPU) == ("it runs on compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, and cuda:0 has 9.0")
+    assert find_problem(CPU) == "it runs on NVIDIA GPUs, not on cpu"
+
+
 def test_an_onnxruntime_that_cannot_be_imported_is_passed_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # its import raises ImportError
     monkeypatch.setattr(runners, "find_spec", lambda _: object())

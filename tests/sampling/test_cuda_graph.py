@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,6 +245,30 @@ def test_under_auto_a_step_that_cannot_be_recorded_is_called_each_time(cuda: Fak
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]  # once
     assert "toy: its step cannot be recorded in a CUDA graph (RuntimeError: operation not" in warning
     assert warning.endswith("The step is called each time instead, which is slower.")
+
+
+def test_a_call_is_recorded_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[object] = []
+
+    @contextmanager
+    def graph(value: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        log.append(("record", stream, capture_error_mode))
+        yield
+        log.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "side")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    replay = module.record_call(lambda: log.append("call"), torch.device("cuda", 0))
+    assert log == [("record", "side", "thread_local"), "call", "end"]
+    replay()
+    replay()
+    assert log[3:] == ["replay", "replay"]
+
+    def call() -> None:
+        """Nothing."""
+
+    assert module.record_call(call, torch.device("cpu")) is call
 
 
 @pytest.mark.parametrize("ended", [True, False])
