@@ -30,7 +30,7 @@ from bsdiff_rt.config import (
     Schedule,
 )
 from bsdiff_rt.errors import BundleError
-from bsdiff_rt.files import file_sha256
+from bsdiff_rt.files import file_sha256, parse_json
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -94,8 +94,8 @@ class Manifest:
             BundleError: names the field that is wrong.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise BundleError(

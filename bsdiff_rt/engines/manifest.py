@@ -28,7 +28,7 @@ from bsdiff_rt.bundle import Bundle, parse_strictly
 from bsdiff_rt.config import Precision
 from bsdiff_rt.engines.parity import Parity
 from bsdiff_rt.errors import BundleError, EngineError
-from bsdiff_rt.files import file_sha256
+from bsdiff_rt.files import file_sha256, parse_json
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import describe_processor
 from bsdiff_rt.runners.registry import RUNNERS, list_engine_runners
@@ -121,8 +121,8 @@ class EngineManifest:
             EngineError: names the field that is wrong.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise EngineError(f"{MANIFEST} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise EngineError(f"{MANIFEST}: format: built as {content.get('format')!r}, this version reads {FORMAT}")

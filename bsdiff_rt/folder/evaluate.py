@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from bsdiff_rt import formats
 from bsdiff_rt.bundle import Bundle, list_bundles, open_bundle
 from bsdiff_rt.errors import BsdiffError, BundleError, SettingsError
+from bsdiff_rt.files import parse_json
 from bsdiff_rt.folder.report import FILE_NAME, MAPS, PREVIEW
 from bsdiff_rt.folder.search import is_input, strip_suffix
 from bsdiff_rt.formats.radiograph import hash_grey
@@ -182,7 +182,7 @@ def _find_bundle(results: Path) -> Bundle | None:
     """Return the shipped bundle that the report beside some results names, or None."""
     folder = results if results.is_dir() else results.parent
     try:
-        content: Any = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        content: Any = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
         digest = content["bundle"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

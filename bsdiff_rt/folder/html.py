@@ -111,9 +111,9 @@ def _make_card(folder: Path, entry: FileEntry) -> tuple[dict[str, Any], dict[str
     card["facts"] = [f"{rows} x {columns} px", f"{pictures.bits_stored} bits", f"{entry.seconds:.2f} s"]
     if entry.view:
         card["facts"].append("the model saw: " + ", ".join(f"{key} {value:g}" for key, value in entry.view.items()))
-    if entry.retention:
-        kept = {key: f"{entry.retention[key]:.0%}" for key in ("mean", "percentile_5")}
-        card["facts"].append(f"small nodules keep {kept['mean']}, 5 % of them {kept['percentile_5']} or less")
+    kept = [(entry.retention or {}).get(key) for key in ("mean", "percentile_5")]
+    if all(isinstance(share, float) for share in kept):
+        card["facts"].append(f"small nodules keep {kept[0]:.0%}, 5 % of them {kept[1]:.0%} or less")
     card["side_px"] = max(rows, columns)
     # A browser shows 16-bit files too dark and DICOM not at all. For these the embedded pictures have to do.
     suffixes = {Path(entry.input).suffix.lower(), Path(entry.output).suffix.lower()}

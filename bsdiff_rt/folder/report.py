@@ -17,7 +17,7 @@ from typing import Any, Literal
 from bsdiff_rt import __version__
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.files import write_atomically
+from bsdiff_rt.files import parse_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def read_rates(folder: Path) -> tuple[float, float]:
     try:
         content = _load(folder)
         return float(content["images_per_second"]), float(content["model_busy"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0.0, 0.0
 
 
@@ -290,19 +290,19 @@ def list_package_versions() -> dict[str, str]:
 
 
 def _load(folder: Path) -> Any:
-    return json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    return parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
 
 
 def _read_entries(content: dict[str, Any]) -> list[FileEntry]:
     """Return the entries of this and of earlier runs, each with the keys in `EARLIER` only.
 
     Raises:
-        KeyError, TypeError: not the content of a report.
+        KeyError, TypeError, AttributeError, ValueError: not the content of a report.
     """
     found = []
     for entry in [*content.get("earlier", []), *content["files"]]:
         known = {key: entry[key] for key in EARLIER if key in entry}
-        found.append(FileEntry(**{"input": "", "output": entry["output"], "status": "skipped"} | known))
+        found.append(_check_types(FileEntry(**{"input": "", "output": entry["output"], "status": "skipped"} | known)))
     return found
 
 
@@ -310,10 +310,30 @@ def _read_entry(content: dict[str, Any]) -> FileEntry:
     """Return an entry of report.json. Keys of other versions are ignored; missing ones have their defaults.
 
     Raises:
-        KeyError, TypeError: `input`, `output` or `status` is missing or of the wrong type.
+        KeyError, TypeError, AttributeError, ValueError: a value is missing or not what it should be.
     """
     known = {key: content[key] for key in _ENTRY_KEYS if key in content}
-    entry = FileEntry(**known)
-    if not isinstance(entry.input, str) or not isinstance(entry.output, str | None):
-        raise TypeError("input and output are text")
+    return _check_types(FileEntry(**known))
+
+
+def _check_types(entry: FileEntry) -> FileEntry:
+    """Return an entry as it is, if its values are of the right types and its places lie in the output folder.
+
+    Raises:
+        TypeError: a value has another type.
+        ValueError: a place is elsewhere.
+    """
+    expected: list[tuple[Any, tuple[object, ...]]] = [
+        (dict, (entry.maps,)),
+        (list, (entry.warnings,)),
+        (dict | None, (entry.view, entry.retention)),
+        (str, (entry.input, *entry.warnings, *entry.maps, *entry.maps.values())),
+        (str | None, (entry.output, entry.reason, entry.sha256, entry.input_sha256, entry.path_sha256)),
+        (int | float, (entry.seconds, *(entry.view or {}).values())),
+    ]
+    if not all(isinstance(value, kind) for kind, values in expected for value in values):
+        raise TypeError("a value of another type")
+    for place in (entry.output or "", *entry.maps):
+        if ".." in Path(place).parts or Path(place).is_absolute():
+            raise ValueError("a place outside the output folder")
     return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from bsdiff_rt.formats.raster import RASTER
 FORMATS: tuple[Format, ...] = (DICOM, RASTER)
 
 AUTO = "auto"  # the kind of result that fits the X-ray's own format
+MAX_FILE_BYTES = 1 << 30  # a larger file would not fit into memory, and no chest X-ray has so many
 _FALLBACK = "png"  # for X-rays of a format that cannot be written
 
 
@@ -40,6 +42,9 @@ def read(path: Path, *, any_view: bool = False, derived: bool = False, least_bit
     found = find_format(path)
     if found is None:
         raise _describe_unknown(path)
+    with suppress(OSError):  # the reader says what is wrong
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise InputRefused(f"the file has {size >> 20} MB; at most {MAX_FILE_BYTES >> 20} MB are processed")
     return found.read(path, ReadOptions(any_view, derived, least_bits))
 
 

@@ -31,6 +31,7 @@ from bsdiff_rt.formats.dicom_elements import (
     read_term,
     read_terms,
 )
+from bsdiff_rt.formats.radiograph import check_size
 
 # Ratio of the sides of a pixel up to which it counts as square.
 SQUARE_WITHIN = 1.02
@@ -139,6 +140,7 @@ def check_pixel_module(dataset: Dataset) -> list[str]:
     for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation"):
         if not isinstance(dataset.get(keyword), int):
             raise InputFailed(f"{keyword} is missing or not a number")
+    check_size(int(dataset.Rows), int(dataset.Columns))
     frames = int(read_number(dataset, "NumberOfFrames") or 1)
     if frames > 1:
         raise InputRefused(f"{frames} frames; single images are processed")

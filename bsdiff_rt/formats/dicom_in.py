@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pydicom import Dataset, dcmread
+from pydicom.filereader import read_dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import VR
 
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
@@ -29,6 +33,8 @@ _GROUP_8_LITTLE = tuple(bytes((8, 0, element, 0)) for element in _FIRST_ELEMENTS
 _GROUP_8_BIG = tuple(bytes((0, 8, 0, element)) for element in _FIRST_ELEMENTS_OF_GROUP_8)
 _GROUP_2 = b"\x02\0"  # file meta information, always explicit VR little endian
 _GROUP_2_VRS = (b"UL", b"OB", b"UI", b"SH", b"AE", b"UR")
+_CHUNK_BYTES = 1 << 20
+MAX_INFLATED = 1 << 28  # bytes of a deflated dataset; a picture of MAX_PIXELS has half of it
 
 
 def is_dicom(path: Path) -> bool:
@@ -76,6 +82,7 @@ def read_dicom(path: Path, *, any_view: bool = False, derived: bool = False) -> 
         with quiet_pydicom():
             if not is_dicom(path):
                 raise _explain_not_dicom(path)
+            _check_deflated(path)
             dataset = dcmread(path, force=True)
             if not dataset:  # pydicom's answer to an end of file inside an element of undefined length
                 raise InputFailed("truncated or damaged: no data elements can be read")
@@ -86,6 +93,38 @@ def read_dicom(path: Path, *, any_view: bool = False, derived: bool = False) -> 
         raise InputFailed(f"damaged or not conforming to DICOM ({type(error).__name__})") from None
     check_picture(radiograph.cxr)
     return radiograph
+
+
+def _check_deflated(path: Path) -> None:
+    """Refuse a deflated dataset that becomes too large, before pydicom inflates it in memory.
+
+    Raises:
+        InputRefused: it becomes larger than MAX_INFLATED bytes.
+        zlib.error: it is damaged.
+    """
+    with path.open("rb") as file:
+        if _find_transfer_syntax(file) != DeflatedExplicitVRLittleEndian:
+            return
+        stream, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        pending = file.read(_CHUNK_BYTES)
+        while pending and not stream.eof:
+            inflated += len(stream.decompress(pending, _CHUNK_BYTES))
+            if inflated > MAX_INFLATED:
+                raise InputRefused(f"it becomes larger than {MAX_INFLATED >> 20} MB when it is inflated")
+            pending = stream.unconsumed_tail or file.read(_CHUNK_BYTES)
+
+
+def _find_transfer_syntax(file: BinaryIO) -> str:
+    """Return the transfer syntax UID that a file states, or "", and go to the end of the meta information."""
+    begin = 132 if file.read(132)[128:] == b"DICM" else 0
+    for implicit in (False, True):  # the latter is wrong, and pydicom reads it
+        file.seek(begin)
+        meta = read_dataset(file, implicit, True, stop_when=lambda tag, _, __: tag >> 16 != 2)
+        try:
+            return str(meta.get("TransferSyntaxUID", ""))
+        except NotImplementedError:  # an unknown VR
+            continue
+    return ""
 
 
 def _read_dataset(dataset: Dataset, *, any_view: bool, derived: bool) -> Radiograph:

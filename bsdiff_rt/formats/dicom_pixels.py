@@ -6,6 +6,7 @@ pixel data tell what they are, they are read as that, and a warning says so.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ _ITEM = b"\xfe\xff\x00\xe0"  # begins encapsulated pixel data
 _JPEG_SYNTAX = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLossless}  # by frame marker
 _JPEG_LS_SYNTAXES = (JPEGLSLossless, JPEGLSNearLossless)
 _J2K_SYNTAXES = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+_J2K_SIZE_AT = 8  # of the size, behind the start: markers, length, capabilities
 _J2K_DATA, _J2K_END = b"\xff\x93", b"\xff\xd9"
 
 
@@ -215,13 +217,44 @@ def _prepare_codestream(dataset: Dataset) -> Mapping[str, Any]:
     if not codestream.startswith(JPEG_START):
         if codestream.rfind(_J2K_END) < codestream.rfind(_J2K_DATA) or _J2K_END not in codestream:
             raise InputFailed("the compressed picture is truncated: it has no end marker")
+        _check_size(dataset, *_read_j2k_size(codestream))
         return {}
     picture = parse_jpeg(codestream)
+    _check_size(dataset, picture.rows, picture.columns)
     mended = picture.mend_scans()
     if mended != codestream[: len(mended)]:
         dataset.PixelData = encapsulate([mended])
         dataset["PixelData"].is_undefined_length = True
     return _state_precision(dataset, picture)
+
+
+def _read_j2k_size(codestream: bytes) -> tuple[int, int]:
+    """Return rows and columns of a JPEG 2000 picture (ITU-T T.800 A.5.1).
+
+    Raises:
+        InputFailed: it does not state them.
+    """
+    start = codestream.find(J2K_START)
+    try:
+        if start < 0:
+            raise InputFailed("the compressed picture is damaged: it does not state its size")
+        right, bottom, left, top = struct.unpack_from(">4I", codestream, start + _J2K_SIZE_AT)
+    except struct.error:
+        raise InputFailed("the compressed picture is truncated") from None
+    return bottom - top, right - left
+
+
+def _check_size(dataset: Dataset, rows: int, columns: int) -> None:
+    """Refuse a compressed picture of another size than the header states: its decoder would take memory for it.
+
+    Raises:
+        InputFailed: the sizes differ.
+    """
+    stated = int(dataset.Rows), int(dataset.Columns)
+    if (rows, columns) != stated:
+        raise InputFailed(
+            f"damaged: the compressed picture has {rows} x {columns} px, the header says {stated[0]} x {stated[1]}"
+        )
 
 
 def _state_precision(dataset: Dataset, picture: JpegStream) -> Mapping[str, Any]:

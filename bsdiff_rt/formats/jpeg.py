@@ -42,6 +42,7 @@ class JpegStream:
         segments: its marker segments, in order.
         frame: marker of its frame: C0 and C1 baseline and extended, C2 progressive, C3 lossless, F7 JPEG-LS.
         precision: bits of a sample.
+        rows, columns: size of the picture, px.
         components: number of channels.
     """
 
@@ -49,6 +50,8 @@ class JpegStream:
     segments: tuple[Segment, ...]
     frame: int
     precision: int
+    rows: int
+    columns: int
     components: int
 
     @property
@@ -90,7 +93,8 @@ def parse_jpeg(content: bytes) -> JpegStream:
     frame = next((segment for segment in segments if segment.marker in _FRAMES), None)
     if frame is None or len(frame.data) < 6:
         raise InputFailed("the JPEG data are damaged: they hold no picture")
-    return JpegStream(content[:end], tuple(segments), frame.marker, frame.data[0], frame.data[5])
+    precision, rows, columns, components = struct.unpack_from(">BHHB", frame.data)
+    return JpegStream(content[:end], tuple(segments), frame.marker, precision, rows, columns, components)
 
 
 def _find_segments(content: bytes) -> tuple[list[Segment], int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Share of the pixels, at either end, that does not count for a picture's range: hot and dead ones, specks. A lead
 # marker has more.
 STRAY = 5e-4
+MAX_PIXELS = 2**26  # 8192 x 8192, more than film at 50 micrometres. The header of a small file may claim any size
 MIN_SIDE_PX = 32  # smaller than this is a thumbnail or a damaged header, not a chest X-ray
 
 
@@ -80,6 +81,16 @@ def find_range(stored: NDArray[np.integer[Any]]) -> tuple[int, int]:
 def find_depth(highest: int) -> int:
     """Return the smallest depth that holds a value, in bits, at least 8."""
     return max(highest.bit_length(), 8)
+
+
+def check_size(rows: int, columns: int) -> None:
+    """Refuse a picture by the size that its header states, before memory is taken for it.
+
+    Raises:
+        InputRefused: it has more than MAX_PIXELS pixels.
+    """
+    if rows * columns > MAX_PIXELS:
+        raise InputRefused(f"the image is {rows} x {columns} px; at most {MAX_PIXELS >> 20} million px are processed")
 
 
 def check_picture(cxr: NDArray[np.float32]) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import io
 import logging
+import math
+import struct
 from typing import Any, cast
 
 import cv2
@@ -23,6 +25,7 @@ from PIL import Image
 
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.formats.jpeg import JPEG_START, parse_jpeg
+from bsdiff_rt.formats.radiograph import check_size
 
 Grey = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -35,6 +38,7 @@ COLOURED_SHARE = 0.01
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
 STARTS = (PNG_START, JPEG_START, *TIFF_STARTS)
+_PNG_SIZE_AT = 16  # byte of width and height
 _PNG_DEPTH_AT = 24  # byte of the bit depth, in the first chunk
 _ORIENTATION = 274
 _UPRIGHT = (0, 1)  # 0 is not defined: some writers leave it where they know nothing
@@ -102,6 +106,9 @@ def _decode_png(content: bytes) -> NDArray[Any]:
         InputRefused: animated, turned, or of another depth than 8 or 16 bits.
         InputFailed: truncated or damaged.
     """
+    if len(content) > _PNG_DEPTH_AT:
+        columns, rows = struct.unpack_from(">II", content, _PNG_SIZE_AT)
+        check_size(rows, columns)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             animated, exif = bool(getattr(image, "is_animated", False)), image.info.get("exif")
@@ -131,6 +138,7 @@ def _decode_jpeg(content: bytes) -> NDArray[Any]:
     picture = parse_jpeg(content)
     if picture.precision != 8:
         raise InputRefused(f"a JPEG of {picture.precision} bits; 8 are supported, save it as 16-bit PNG")
+    check_size(picture.rows, picture.columns)
     if picture.components not in (1, 3):
         raise InputRefused(f"a JPEG of {picture.components} channels; a chest X-ray is grey")
     for segment in picture.segments:
@@ -167,6 +175,8 @@ def _decode_tiff(content: bytes) -> NDArray[Any]:
             _refuse_tiff_layout(page)
             if not page.dataoffsets or not all(page.dataoffsets) or not all(page.databytecounts):
                 raise InputFailed("the TIFF file is damaged: it does not say where its pixels are")
+            if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would fill up the rest with black
+                raise InputFailed("the TIFF file is damaged: strips or tiles of its picture are missing")
             if page.photometric == _PHOTOMETRIC_PALETTE and page.colormap is None:
                 raise InputFailed("the TIFF file is damaged: its palette is missing")
             picture = np.asarray(page.asarray())
@@ -182,6 +192,7 @@ def _decode_tiff(content: bytes) -> NDArray[Any]:
 
 def _refuse_tiff_layout(page: tifffile.TiffPage) -> None:
     """Raise InputRefused unless a page is one upright picture of 8 or 16 bits, grey, RGB or of a palette."""
+    check_size(int(page.imagelength) * int(page.imagedepth), int(page.imagewidth))
     bits = page.bitspersample if isinstance(page.bitspersample, tuple) else (page.bitspersample,)
     if page.sampleformat not in (None, 1, (1,) * page.samplesperpixel):
         raise InputRefused("a TIFF of signed or floating-point pixels; 8- or 16-bit unsigned integers are needed")

@@ -337,7 +337,7 @@ def test_two_files_given_by_the_same_relative_path_are_two(folder, monkeypatch):
         ({}, False),
         ({"input": "in/a.png"}, False),
         ({"input": "b/a.png"}, True),
-        ({"input": "b", "input_sha256": 0}, True),
+        ({"input": "b", "input_sha256": "0" * 64}, True),
     ],
 )
 def test_of_an_older_versions_report_the_given_path_counts(folder, known, refused):
