@@ -162,14 +162,16 @@ def read_key(path: Path) -> dict[str, Any]:
     """Read a study's key.
 
     Raises:
-        SettingsError: the file is not a key of `make`.
+        SettingsError: the file cannot be read, or is not a key of `make`.
     """
     try:
         key = json.loads(path.read_text())
         sound = isinstance(key["study"], str) and all(
             {"image", "method"} <= each.keys() for each in key["items"].values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise SettingsError(f"{path}: not the key of a reader study. Use the file that `make` wrote beside the page.")
@@ -180,14 +182,16 @@ def read_answers(path: Path) -> Answers:
     """Read one reader's file.
 
     Raises:
-        SettingsError: the page did not export the file, or a score is not 1, 2 or 3.
+        SettingsError: the file cannot be read, the page did not export it, or a score is not 1, 2 or 3.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         readers, studies = {row["reader"] for row in rows}, {row["study"] for row in rows}
         written = [(row["item"], name, row[name].strip()) for row in rows for name in CRITERIA]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError):
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, csv.Error, KeyError, AttributeError):
         raise SettingsError(
             f'{path}: not exported by the page of a reader study. Use a file from its "export CSV".'
         ) from None
