@@ -414,11 +414,26 @@ def build_engine(
         Path | None,
         typer.Option("--output", "-o", show_default="a folder in the cache", help="Folder for the engine."),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="CAPABILITY,...|all",
+            show_default="this machine's GPU",
+            help="Compute capabilities of other machines' GPUs, such as 8.9. Needs no GPU here. tensorrt-rtx only.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built, and where. Build nothing.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build an engine for this machine. It is kept only if its results agree with eager in fp32."""
+    """Build an engine for this machine. It is kept only if its results agree with eager in fp32.
+
+    With --for, build it for the GPUs of other machines. It is compared with eager when it is first used there.
+    """
     _log(quiet, verbose)
     asked = None if batch == "auto" else _parse_batch_range(batch)
     from bsdiff_rt.bundle import open_bundle
@@ -427,23 +442,41 @@ def build_engine(
     from bsdiff_rt.runners.devices import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
-    options = engine.resolve_options(model, where, runner, precision, asked)
+    targets = tuple(part for part in (target or "").split(",") if part)
+    options = engine.resolve_options(model, where, runner, precision, asked, targets)
     low, high = options.batch
+    described = f"{options.runner} {options.precision}, batch {f'{low}:{high}' if low < high else low}"
+    if targets:
+        described += f", for compute capability {', '.join(options.capabilities)}"
+        where = resolve_device("cpu")
+    if dry_run:
+        _print(f"{output or engine.locate_engine(model, options, where)}\n{described}. Nothing was built.")
+        return
     with BuildProgress(quiet) as phases:
         folder = engine.build_engine(model, options, where, output, phases.show)
     manifest = read_engine(folder).manifest
     parity, speed = manifest.parity, manifest.speed
+    if parity is None or speed is None:
+        if as_json:
+            _print(
+                json.dumps({"engine": str(folder), "build_seconds": manifest.build_seconds, "parity": None}, indent=1)
+            )
+        elif not quiet:
+            _print(
+                f"{folder}\n{described}, built in {manifest.build_seconds:.0f} s.\n"
+                "Not compared with eager yet. Copy the folder to the machine with the GPU, and name it with --runner."
+            )
+        return
     if as_json:
-        found = {"engine": str(folder), "build_seconds": manifest.build_seconds, "parity": parity.to_dict()}
-        _print(json.dumps(found | {"speed": asdict(speed)}, indent=1))
+        found = {"engine": str(folder), "build_seconds": manifest.build_seconds}
+        _print(json.dumps(found | {"parity": parity.to_dict(), "speed": asdict(speed)}, indent=1))
         return
     if verbose:
         for check in parity.checks:
             print_line(str(check))
     if not quiet:
         _print(
-            f"{folder}\n{options.runner} {options.precision}, batch {f'{low}:{high}' if low < high else low}, "
-            f"built in {manifest.build_seconds:.0f} s.\n"
+            f"{folder}\n{described}, built in {manifest.build_seconds:.0f} s.\n"
             f"Compared with {parity.reference}: single calls differ by at most {parity.worst_call:.1e} of the largest "
             f"output. Images after {step_count(parity.steps)} of {parity.sampler} have {parity.psnr_db:.1f} dB or more."
             f"\nSpeed at batch {speed.batch}: {speed}."

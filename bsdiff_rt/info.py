@@ -81,7 +81,7 @@ def describe_engines() -> dict[str, str]:
         try:
             engine = read_engine(folder)
             # An engine for a processor can be used beside any GPU. Of several equal GPUs any will do.
-            on_cpu = engine.manifest.multiprocessors == 0
+            on_cpu = engine.manifest.multiprocessors == 0 and engine.manifest.parity is not None
             check_machine(engine, torch.device("cpu") if on_cpu else resolve_device("auto"))
             check_files(engine)
         except EngineError as error:
@@ -93,6 +93,12 @@ def describe_engines() -> dict[str, str]:
 
 def _describe_engine(engine: Engine) -> str:
     manifest, parity = engine.manifest, engine.manifest.parity
+    if parity is None or manifest.speed is None:
+        return (
+            f"{manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
+            f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, for compute capability "
+            f"{manifest.compute_capability}, not compared with eager yet, built {manifest.built}"
+        )
     return (
         f"{manifest.runner} {manifest.precision}, batch {manifest.batch_min} to {manifest.batch_max}, "
         f"bundle {manifest.bundle['name']} {manifest.bundle['sha256'][:16]}, on {manifest.device}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
@@ -16,7 +17,7 @@ from bsdiff_rt import __version__
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions, Precision
 from bsdiff_rt.engines.cache import locate_cache, name_engine
-from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, EngineManifest, Speed, identify
+from bsdiff_rt.engines.manifest import FORMAT, MANIFEST, Engine, EngineManifest, Speed, identify, read_engine
 from bsdiff_rt.engines.parity import Parity, compare
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.files import file_sha256, put_in_place, write_atomically
@@ -46,6 +47,7 @@ def resolve_options(
     runner: str = AUTO,
     precision: Precision | str = AUTO,
     batch: tuple[int, int] | None = None,
+    capabilities: tuple[str, ...] = (),
 ) -> EngineOptions:
     """Return the options of an engine, with defaults where "auto" or None is given.
 
@@ -55,19 +57,45 @@ def resolve_options(
         runner: "auto" takes the fastest runner that can be built for here.
         precision: "auto" takes fp32 on a CPU and fp16 on a GPU.
         batch: smallest and largest batch; None takes `find_default_batch`.
+        capabilities: compute capabilities of other machines' GPUs to build for; ("all",) for all that the runner has.
 
     Raises:
-        SettingsError: the runner is unknown, or it needs no engine.
+        SettingsError: the runner is unknown, it needs no engine, or it does not build for these GPUs.
         EngineError: no runner with engines can be used here.
     """
-    if runner == AUTO:
+    if capabilities:
+        runner, capabilities = _resolve_capabilities(runner, capabilities)
+        device = torch.device("cuda")
+    elif runner == AUTO:
         runner = _find_builder(device)
     elif find_entry(runner).builder is None:
         known = ", ".join(list_engine_runners())
         raise SettingsError(f"{runner} needs no engine. Use one of {known}.", setting="runner")
     if precision == AUTO:
         precision = "fp32" if device.type == "cpu" else "fp16"
-    return EngineOptions(runner, precision, batch or find_default_batch(bundle, runner, device))  # type: ignore[arg-type]
+    batch = batch or find_default_batch(bundle, runner, device)
+    return EngineOptions(runner, precision, batch, capabilities)  # type: ignore[arg-type]
+
+
+def _resolve_capabilities(runner: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return a runner that builds for GPUs of other machines, and their compute capabilities.
+
+    Raises:
+        SettingsError: the runner does not build for them.
+    """
+    able = {name: entry.capabilities for name, entry in RUNNERS.items() if entry.capabilities}
+    if runner == AUTO:
+        runner = next(iter(able))
+    if runner not in able:
+        raise SettingsError(f"{runner} builds for this machine alone. Use runner {', '.join(able)}.", setting="for")
+    for capability in wanted:
+        if capability not in ("all", *able[runner]):
+            raise SettingsError(
+                f"{runner} does not build for compute capability {capability}. Use all, or some of "
+                f"{', '.join(able[runner])}.",
+                setting="for",
+            )
+    return runner, able[runner] if "all" in wanted else wanted
 
 
 def _find_builder(device: torch.device) -> str:
@@ -93,10 +121,18 @@ def find_default_batch(bundle: Bundle, runner: str, device: torch.device) -> tup
     return 1, 1 << (limit.bit_length() - 1)
 
 
+def locate_engine(bundle: Bundle, options: EngineOptions, device: torch.device) -> Path:
+    """Return the folder of an engine in the cache."""
+    return locate_cache() / name_engine(bundle, options, device)
+
+
 def build_engine(
     bundle: Bundle, options: EngineOptions, device: torch.device, output: Path | None, progress: Progress
 ) -> Path:
     """Build an engine, compare it with eager in fp32, and publish it if both agree.
+
+    An engine for the GPUs of other machines (`options.capabilities`) is published without a comparison. It is compared
+    on its first use there (`gate_engine`).
 
     An interrupted or failed build leaves nothing behind. A rejected engine leaves its report (`REJECTED`).
 
@@ -114,7 +150,9 @@ def build_engine(
         EngineError: the engine cannot be built here, or it was rejected.
         SettingsError: `output` cannot be written, or holds something that is not an engine.
     """
-    if problem := find_entry(options.runner).find_problem(device):
+    entry = find_entry(options.runner)
+    problem = entry.find_missing_package() if options.capabilities else entry.find_problem(device)
+    if problem:
         raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}. Use runner auto.")
     limit = find_batch_limit(options.runner, bundle.manifest)
     if limit is not None and options.batch[1] > limit:
@@ -124,7 +162,7 @@ def build_engine(
             options.runner,
             limit,
         )
-    target = output or locate_cache() / name_engine(bundle, options, device)
+    target = output or locate_engine(bundle, options, device)
     _check_place(target)
     try:
         for parent in reversed(target.parents):  # `parents=True` would not give this mode to those in between
@@ -156,13 +194,64 @@ def _build_and_check(
     Raises:
         EngineError: it cannot be built, it does not run, or it was rejected. Only then `report` is written.
     """
-    entry, size = RUNNERS[options.runner], bundle.manifest.preprocessing.size
     started = time.monotonic()
-    build_options = entry.build(bundle, options, device, folder, progress)
-    fields = _list_identity(bundle, options, device, folder) | {
+    build_options = RUNNERS[options.runner].build(bundle, options, device, folder, progress)
+    fields: dict[str, Any] = _list_identity(bundle, options, device, folder) | {
         "build_options": build_options,
         "build_seconds": round(time.monotonic() - started, 1),
     }
+    if options.capabilities:
+        return EngineManifest(**fields, parity=None, speed=None)
+    parity, speed = _compare_and_time(bundle, options, device, folder, fields, report, progress)
+    return EngineManifest(**fields, parity=parity, speed=speed)
+
+
+def gate_engine(engine: Engine, bundle: Bundle, device: torch.device, progress: Progress) -> Engine:
+    """Compare an engine that was built elsewhere with eager here, and mark it as this machine's.
+
+    Args:
+        engine: its files, and the kind of this GPU, were checked.
+        bundle: the engine's model.
+        device: the GPU.
+        progress: called with each phase.
+
+    Returns:
+        The engine with its new manifest.
+
+    Raises:
+        EngineError: it does not run here, it does not agree with eager, or its folder cannot be written.
+    """
+    manifest = engine.manifest
+    options = EngineOptions(manifest.runner, manifest.precision, (manifest.batch_min, manifest.batch_max))
+    fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    fields |= identify(device) | {"versions": RUNNERS[manifest.runner].list_versions()}
+    del fields["parity"], fields["speed"]
+    report = engine.folder.with_name(engine.folder.name + REJECTED)
+    parity, speed = _compare_and_time(bundle, options, device, engine.folder, fields, report, progress)
+    try:
+        write_atomically(
+            engine.folder / MANIFEST, EngineManifest(**fields, parity=parity, speed=speed).to_json().encode()
+        )
+    except OSError as error:
+        raise EngineError(f"{engine.folder / MANIFEST}: cannot be written ({error.strerror})") from error
+    return read_engine(engine.folder)
+
+
+def _compare_and_time(
+    bundle: Bundle,
+    options: EngineOptions,
+    device: torch.device,
+    folder: Path,
+    fields: dict[str, Any],
+    report: Path,
+    progress: Progress,
+) -> tuple[Parity, Speed]:
+    """Compare an engine with eager, and time it if both agree.
+
+    Raises:
+        EngineError: it does not run, or it was rejected. Only then `report` is written.
+    """
+    entry, size = RUNNERS[options.runner], bundle.manifest.preprocessing.size
     reference = load_runner(bundle, "eager", device)
     engine = entry.load_engine(
         folder, device=device, precision=options.precision, batch_range=options.batch, image_size=size
@@ -179,7 +268,7 @@ def _build_and_check(
                 f"the {options.runner} engine in {options.precision} was built and does not run ({one_line(error)}). "
                 "It was not kept."
             ) from error
-    return EngineManifest(**fields, parity=parity, speed=speed)
+    return parity, speed
 
 
 def _list_identity(bundle: Bundle, options: EngineOptions, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -189,7 +278,7 @@ def _list_identity(bundle: Bundle, options: EngineOptions, device: torch.device,
         "bundle": bundle.identity,
         "runner": options.runner,
         "image_size": bundle.manifest.preprocessing.size,
-        **identify(device),
+        **_identify_target(options, device),
         "versions": RUNNERS[options.runner].list_versions(),
         "precision": options.precision,
         "batch_min": options.batch[0],
@@ -197,6 +286,19 @@ def _list_identity(bundle: Bundle, options: EngineOptions, device: torch.device,
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "bsdiff_rt": __version__,
         "files": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _identify_target(options: EngineOptions, device: torch.device) -> dict[str, Any]:
+    """Return the machine's part of an engine's identity."""
+    if not options.capabilities:
+        return identify(device)
+    return {
+        "platform": identify(torch.device("cpu"))["platform"],
+        "device": "any",
+        "compute_capability": ", ".join(options.capabilities),
+        "multiprocessors": 0,
+        "driver": "any",
     }
 
 

@@ -72,10 +72,11 @@ class EngineManifest:
         runner: name of the runner that runs it.
         image_size: side of the square images, in px.
         platform: operating system and architecture.
-        device: name of the GPU, or of the processor.
-        compute_capability: of the GPU; for a processor its vector instructions and a digest of all its features.
-        multiprocessors: of the GPU; 0 for a processor.
-        driver: CUDA version of the driver; "none" for a processor.
+        device: name of the GPU, or of the processor; "any" if `parity` is None.
+        compute_capability: of the GPU; for a processor its vector instructions and a digest of all its features. If
+            `parity` is None, those that the engine was built for, such as "8.6, 8.9".
+        multiprocessors: of the GPU; 0 for a processor, and if `parity` is None.
+        driver: CUDA version of the driver; "none" for a processor, "any" if `parity` is None.
         versions: of the libraries that it is tied to.
         precision: of the denoiser's weights and activations.
         batch_min, batch_max: smallest and largest batch.
@@ -83,8 +84,8 @@ class EngineManifest:
         build_seconds: of the build, without the parity check.
         built: time of the build, UTC, ISO 8601.
         bsdiff_rt: version that built it.
-        parity: result of the parity check.
-        speed: its speed here. Runner `auto` skips an engine that is slower than a runner without one.
+        parity: result of the parity check; None if the engine was built elsewhere and has not been compared yet.
+        speed: its speed here; None as well. Runner `auto` skips an engine that is slower than a runner without one.
         files: SHA-256 (hex) of every other file.
     """
 
@@ -105,8 +106,8 @@ class EngineManifest:
     build_seconds: float
     built: str
     bsdiff_rt: str
-    parity: Parity
-    speed: Speed
+    parity: Parity | None
+    speed: Speed | None
     files: dict[str, str]
 
     def to_json(self) -> str:
@@ -228,8 +229,14 @@ def read_engine(folder: Path) -> Engine:
 
 
 def check_machine(engine: Engine, device: torch.device) -> None:
-    """Raise EngineError unless this machine equals the one that the engine was built for, in every field."""
+    """Raise EngineError unless this machine equals the one that the engine was built for, in every field.
+
+    An engine that was built elsewhere for a kind of GPU, and has not been compared yet, only needs that kind.
+    """
     manifest = engine.manifest
+    if manifest.parity is None:
+        _check_kind(engine, device)
+        return
     for field, here in identify(device).items():
         _require(engine.folder, field, getattr(manifest, field), here)
     entry = RUNNERS[manifest.runner]
@@ -238,6 +245,21 @@ def check_machine(engine: Engine, device: torch.device) -> None:
     here = entry.list_versions()
     for library in sorted(set(here) | set(manifest.versions)):
         _require(engine.folder, f"version of {library}", manifest.versions.get(library), here.get(library))
+
+
+def _check_kind(engine: Engine, device: torch.device) -> None:
+    """Raise EngineError unless this is a GPU of the kind that an engine was built for elsewhere."""
+    manifest = engine.manifest
+    entry = RUNNERS[manifest.runner]
+    if problem := entry.find_problem(device):
+        raise EngineError(f"{engine.folder}: runner {manifest.runner}: {problem}")
+    here = identify(device)
+    _require(engine.folder, "platform", manifest.platform, here["platform"])
+    if here["compute_capability"] not in manifest.compute_capability.split(", "):
+        _require(engine.folder, "compute_capability", manifest.compute_capability, here["compute_capability"])
+    library = manifest.runner
+    found = entry.list_versions().get(library)
+    _require(engine.folder, f"version of {library}", manifest.versions.get(library), found)
 
 
 def check_files(engine: Engine) -> None:

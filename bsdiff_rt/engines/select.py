@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from bsdiff_rt.bundle import BUNDLES, Bundle
 from bsdiff_rt.config import Precision
+from bsdiff_rt.engines.build import gate_engine
 from bsdiff_rt.engines.cache import list_engines
 from bsdiff_rt.engines.manifest import MANIFEST, Engine, open_engine, read_engine
 from bsdiff_rt.errors import EngineError, SettingsError, one_line, out_of_memory
@@ -92,7 +93,7 @@ def find_engine(request: RunnerRequest, runner: str, at_least: float = 0.0) -> E
                 reasons.append(f"{folder.name} takes at most {manifest.batch_max} images at once, not {request.batch}")
                 continue
             engine = open_engine(folder, request.bundle, request.device)
-            if manifest.speed.ratio < at_least:
+            if manifest.speed is not None and manifest.speed.ratio < at_least:
                 faster = " faster"
                 reasons.append(f"{folder.name} took {manifest.speed} when it was built; runner {runner} still uses it")
                 continue
@@ -213,6 +214,8 @@ def load_first(request: RunnerRequest) -> tuple[Choice, Runner]:
     while True:
         choice = choose(request, not_loaded)
         try:
+            if choice.engine and choice.engine.manifest.parity is None:
+                choice = replace(choice, engine=_gate(request, choice.engine))
             runner = _load(request, choice)
             if request.runner == AUTO and request.device.type == "cuda":
                 _rehearse(runner)
@@ -222,6 +225,12 @@ def load_first(request: RunnerRequest) -> tuple[Choice, Runner]:
                 raise
             logger.warning("Runner %s does not load (%s). Trying the next.", choice.runner, error)
             not_loaded[choice.runner] = f"it does not load ({error})"
+
+
+def _gate(request: RunnerRequest, engine: Engine) -> Engine:
+    """Compare an engine that was built elsewhere with eager here, before its first use."""
+    logger.info("The engine %s was built elsewhere. It is compared with eager before its first use.", engine.folder)
+    return gate_engine(engine, request.bundle, request.device, lambda *_: None)
 
 
 def _rehearse(runner: Runner) -> None:

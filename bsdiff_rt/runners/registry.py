@@ -119,10 +119,10 @@ class RunnerEntry:
         """Return why this runner cannot be used on a device, with or without an engine; None if it can."""
         if not self.list_precisions(device):
             return f"it runs on {'NVIDIA GPUs' if self.cuda else 'CPUs'}, not on {device}"
-        if self.package and find_spec(self.package) is None:
-            return f"the package {self.package} is not installed ({self.install})"
-        if self.capabilities and (found := describe_capability(device)) not in self.capabilities:
-            return f"it runs on compute capability {', '.join(self.capabilities)}, and {device} has {found}"
+        if problem := self.find_missing_package():
+            return problem
+        if self.capabilities and (here := describe_capability(device)) not in self.capabilities:
+            return f"it runs on compute capability {', '.join(self.capabilities)}, and {device} has {here}"
         if not self.package or self.builder is not None:  # an engine's package is imported where there is an engine
             return None
         try:
@@ -130,8 +130,14 @@ class RunnerEntry:
             check = getattr(import_module(self.module), "find_problem", None)
         except (ImportError, OSError) as error:  # one of its libraries is missing, for example
             return f"the installed {self.package} cannot be loaded ({one_line(error)})"
-        problem: str | None = check(device) if check else None
-        return problem
+        found: str | None = check(device) if check else None
+        return found
+
+    def find_missing_package(self) -> str | None:
+        """Return which package of this runner is not installed; None if it needs none, or has it."""
+        if self.package and find_spec(self.package) is None:
+            return f"the package {self.package} is not installed ({self.install})"
+        return None
 
 
 # Fastest first: `auto` takes the first automatic one that can be used.
