@@ -11,6 +11,7 @@ import argparse
 import json
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -58,6 +59,7 @@ def measure(folder: Path, images: int) -> dict[str, object]:
     begin = time.perf_counter()
     write_page(report, folder / "out")
     written = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     options = ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
         options.add_argument(argument)
@@ -71,7 +73,8 @@ def measure(folder: Path, images: int) -> dict[str, object]:
         "images": images,
         "page_bytes": (folder / "out" / PAGE).stat().st_size,
         "write_s": round(written, 1),
-        "write_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "write_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
         "open_s": [round(value, 2) for value in opened],
         "filter_s": [round(value, 3) for value in filtered],
     }

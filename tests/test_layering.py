@@ -26,6 +26,7 @@ TORCH_FREE = [
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
     *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview", "html")),
+    *(f"folder.{name}" for name in ("pictures", "watching")),
     *(f"folder.{name}" for name in ("progress", "evaluate")),
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).

@@ -494,7 +494,7 @@ def test_a_killed_runs_results_are_done_again_and_nobody_elses(run, toy, tmp_pat
     png(tmp_path / "out" / "mine.png", seed=7)
     original = (tmp_path / "out" / "mine.png").read_bytes()
     with monkeypatch.context() as killed:
-        killed.setattr(ledger.Ledger, "save", lambda *_: None)  # as if it never came to that
+        killed.setattr(ledger.Ledger, "save", lambda *_, **__: None)  # as if it never came to that
         killed.setattr(ledger.Ledger, "begin", ledger.Ledger._save)
         run()
     assert report_of(tmp_path / "out")["files"] == []
