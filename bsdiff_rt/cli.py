@@ -423,6 +423,14 @@ def build_engine(
             help="Compute capabilities of other machines' GPUs, such as 8.9. Needs no GPU here. tensorrt-rtx only.",
         ),
     ] = None,
+    save_onnx: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default="none",
+            help="Also write the graphs for other tools: denoiser, enhancer and the whole step. New files only.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built, and where. Build nothing.")
     ] = False,
@@ -439,6 +447,7 @@ def build_engine(
     from bsdiff_rt.bundle import open_bundle
     from bsdiff_rt.engines import build as engine
     from bsdiff_rt.engines.manifest import read_engine
+    from bsdiff_rt.engines.onnx_files import save_graphs
     from bsdiff_rt.runners.devices import resolve_device
 
     model, where = open_bundle(bundle), resolve_device(device)
@@ -449,6 +458,9 @@ def build_engine(
     if targets:
         described += f", for compute capability {', '.join(options.capabilities)}"
         where = resolve_device("cpu")
+    if save_onnx is not None:
+        for path in save_graphs(model, options.precision, save_onnx):
+            _print(str(path))
     if dry_run:
         _print(f"{output or engine.locate_engine(model, options, where)}\n{described}. Nothing was built.")
         return

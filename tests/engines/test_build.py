@@ -381,6 +381,7 @@ def test_the_batch_by_default(cli, small, stand_in, cache, monkeypatch):
 
     monkeypatch.setattr(engine, "build_engine", build)
     monkeypatch.setattr("bsdiff_rt.runners.devices.resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # an H200, not an RTX card
     assert cli("build-engine", small.folder).code == 4
     monkeypatch.setattr(engine, "find_batch_limit", lambda runner, _: 7 if runner == "tensorrt" else None)
     assert cli("build-engine", small.folder, "--runner", "tensorrt").code == 4
