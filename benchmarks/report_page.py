@@ -73,8 +73,7 @@ def measure(folder: Path, images: int) -> dict[str, object]:
         "images": images,
         "page_bytes": (folder / "out" / PAGE).stat().st_size,
         "write_s": round(written, 1),
-        "write_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "write_peak_bytes": peak,
         "open_s": [round(value, 2) for value in opened],
         "filter_s": [round(value, 3) for value in filtered],
     }
