@@ -34,6 +34,14 @@ def test_sections(monkeypatch):
     json.dumps(found)
 
 
+def test_what_can_be_built_without_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr("bsdiff_rt.runners.registry.find_spec", lambda _: object())
+    assert info.describe_runners()["tensorrt-rtx"] == (
+        "not usable: it runs on NVIDIA GPUs, not on cpu. "
+        "It can build engines for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
+    )
+
+
 def test_a_runner_whose_package_is_missing(monkeypatch):
     monkeypatch.setattr("bsdiff_rt.runners.registry.find_spec", lambda _: None)
     runners = next(content for title, content in info.describe().items() if title.startswith("runners"))
