@@ -100,6 +100,7 @@ def main(
         inputs = write_inputs or Path(temporary) / "inputs"
         write_pictures(subjects, inputs)
         if write_inputs:
+            print(f"wrote the X-rays without and with inserts to {write_inputs}")
             return
         found: list[Kept] = []
         for name, folder in results(bundle or ["demo"], comparators, method or [], inputs, Path(temporary)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsdiff_rt.bench.memory import Memory, measure_memory, start_memory_watch
 from bsdiff_rt.bench.networks import BASELINE, BenchModel
-from bsdiff_rt.errors import BsdiffError, EngineError, SettingsError, one_line
+from bsdiff_rt.errors import BsdiffError, EngineError, SettingsError, describe_error, one_line
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.registry import RUNNERS, list_engine_runners
@@ -117,7 +117,7 @@ def describe_missing(
         asked: whether the user asked for it by name. If not, the exit code is 0.
     """
     if isinstance(error, BsdiffError):
-        return Missing(name, runner, precision, batch, str(error), error.exit_code if asked else 0)
+        return Missing(name, runner, precision, batch, describe_error(error), error.exit_code if asked else 0)
     return Missing(name, runner, precision, batch, one_line(error), 1 if asked else 0)
 
 

@@ -12,7 +12,7 @@ from bench_toys import CPU, make_model
 from helpers import ToyRunner
 
 from bsdiff_rt.bench import networks
-from bsdiff_rt.bench.candidates import Wanted, load_candidates, parse_wanted
+from bsdiff_rt.bench.candidates import Wanted, describe_missing, load_candidates, parse_wanted
 from bsdiff_rt.bench.networks import BASELINE, make_random_model, open_bench_model
 from bsdiff_rt.bench.plan import choose_steps
 from bsdiff_rt.config import PRESETS, SamplerSettings
@@ -130,6 +130,15 @@ def test_what_is_asked_for_by_name_and_missing_fails_the_run(fake_engines, tiny_
     assert [entry.reason for entry in absent] == [
         "runner eager computes in fp32 alone, not in fp16: it is the baseline"
     ]
+
+
+def test_a_missing_engine_comes_with_the_command_that_builds_it():
+    error = EngineError("no engine. Build one.", build={"bundle": "demo", "runner": "aoti"})
+    entry = describe_missing("aoti fp32", "aoti", "fp32", None, error)
+    assert (entry.reason, entry.exit_code) == (
+        "no engine. Build one. Run: bsdiff-rt build-engine demo --runner aoti",
+        4,
+    )
 
 
 def test_an_engines_folder(fake_engines, tiny_bundle):

@@ -29,3 +29,4 @@ def phantoms_command(
     for i, name in enumerate(write_pairs(folder, count, seed, size)):
         if dicom:
             write_cr(folder / f"{name}_cxr.dcm", draw_phantom(seed + i, size).cxr, name)
+    typer.echo(f"wrote {count} pairs to {folder}")
