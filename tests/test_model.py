@@ -193,7 +193,7 @@ def test_a_runner_that_fails_says_so(tiny_bundle, toy):
         ({"bundle": "absent"}, BundleError, "absent"),
         ({"stepps": 3}, SettingsError, "unknown option 'stepps'; use one of bundle, runner"),
         ({"steps": 5000}, SettingsError, "5000 sampling steps"),
-        ({"seed": -1}, SettingsError, "seed -1"),
+        ({"seed": -1}, SettingsError, "-1 is out of range"),
         ({"precision": "fp16", "runner": "eager"}, EngineError, "fp16"),
         ({"device": "tpu"}, SettingsError, "tpu"),
     ],
