@@ -18,7 +18,7 @@ demo: install
 	@echo "Open out/report.html in a browser. Above: quality against the phantoms' known truth."
 
 test: install-dev check
-	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=80
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 quick: install-dev
 	$(BIN)/ruff check .

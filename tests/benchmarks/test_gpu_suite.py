@@ -33,7 +33,7 @@ def part(tmp_path):
 
 
 def test_every_part_on_a_cpu(tmp_path, monkeypatch, capsys):
-    """The parts are forked from this process, which has imported what they need and knows the device's rates."""
+    """Run the suite's parts as forks of this process: it has imported everything and measured the device already."""
     for module in (gpu_parts, bench_document):
         monkeypatch.setattr(module, "measure_matmul_rates", lambda *_: {"fp32": 1e12})
     monkeypatch.setattr(bench_document, "measure_copy_rate", lambda _: 1e10)

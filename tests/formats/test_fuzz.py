@@ -98,7 +98,7 @@ def bounded():
 
 
 def check(path: Path) -> None:
-    """Read a file. Any other error than those of a reader fails the test, and so does a picture out of range."""
+    """Read a file. The test fails if the reader raises an unexpected error or returns values outside [0, 1]."""
     try:
         found = formats.read(path)
     except (InputRefused, InputFailed):
