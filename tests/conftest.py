@@ -9,9 +9,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +32,14 @@ from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 
 SIZE_PX, STEPS = 64, 3
+OUR_LOGGERS = ("bsdiff_rt", "train", "export", "benchmarks")
 
 
 # What `--quick` leaves out: tests that export a bundle or compile an engine, and the folders that take longest.
 SLOW_FIXTURES = {"tiny_bundle", "tiny_engine"}
 SLOW_FOLDERS = ("train", "export", "benchmarks", "engines", "examples")
+# Tests of other packages than bsdiff_rt, whose coverage is measured. Measuring doubles the time of Python code.
+UNMEASURED_FOLDERS = ("train", "export", "benchmarks", "examples")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,16 +54,28 @@ def is_slow(item: pytest.Item) -> bool:
     return folder in SLOW_FOLDERS or bool(needs & SLOW_FIXTURES) or item.get_closest_marker("slow") is not None
 
 
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return tests so that no worker waits for what another makes: one builds the engine, the next do without."""
+    needs = [set(getattr(item, "fixturenames", ())) for item in items]
+    engine = [item for item, names in zip(items, needs, strict=True) if "tiny_engine" in names]
+    bundle = [item for item, names in zip(items, needs, strict=True) if names & SLOW_FIXTURES == {"tiny_bundle"}]
+    neither = [item for item, names in zip(items, needs, strict=True) if not names & SLOW_FIXTURES]
+    return [*engine[:1], *neither, *bundle, *engine[1:]]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why. With `--quick`, keep the fast tests only."""
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[item for item in items if is_slow(item)])
         items[:] = [item for item in items if not is_slow(item)]
+    items[:] = in_order(items)
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "tensorrt": None if find_spec("tensorrt") else "the package tensorrt is not installed",
     }
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in UNMEASURED_FOLDERS:
+            item.add_marker(pytest.mark.no_cover)
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -88,6 +106,26 @@ def tiny_bundle(shared: Path) -> Path:
         if not folder.is_dir():
             write_bundle(folder, preset, Schedule(objective="x0"), denoiser, enhancer, options)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_tracing() -> Iterator[None]:
+    """Do not measure the coverage of torch's exporters and compiler: it would double their minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for where in ("torch.onnx.export", "torch.export.export", "torch._inductor.aoti_compile_and_package"):
+            module, _, name = where.rpartition(".")
+            function = getattr(import_module(module), name)
+
+            def untraced(*args: Any, _function: Callable[..., Any] = function, **options: Any) -> Any:
+                tracer = sys.gettrace()
+                sys.settrace(None)
+                try:
+                    return _function(*args, **options)
+                finally:
+                    sys.settrace(tracer)
+
+            patch.setattr(import_module(module), name, untraced)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -203,28 +241,46 @@ class Outcome:
     err: str
 
 
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Put back what a command changes for its whole process: log levels, the last word on errors, signals."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in OUR_LOGGERS)]
+    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_changed() -> Iterator[None]:
+    """Every test leaves the process as it was, whatever command it ran."""
+    with put_back():
+        yield
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Runs `bsdiff-rt` with the given arguments through its real entry point; what that changes is put back."""
 
     def run(*arguments: object) -> Outcome:
-        root, ours = logging.getLogger(), logging.getLogger("bsdiff_rt")
-        handlers, levels, hook = root.handlers[:], (root.level, ours.level), sys.excepthook
-        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = logging.getLogger().handlers[:]
         monkeypatch.setattr(sys, "argv", ["bsdiff-rt", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")  # no line broken within a sentence
         capsys.readouterr()
-        try:
-            command_line.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            root.handlers[:], sys.excepthook = handlers, hook
-            root.setLevel(levels[0])
-            ours.setLevel(levels[1])
-            for number, handler in signals.items():
-                signal.signal(number, handler)
+        with put_back():
+            try:
+                command_line.main()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                logging.getLogger().handlers[:] = handlers
         out, err = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in capsys.readouterr())
         return Outcome(code, out, re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", err, flags=re.MULTILINE))
 

@@ -614,7 +614,7 @@ def test_log_lines_go_to_what_is_stderr_at_the_time(capsys, monkeypatch):
 
 
 def test_an_interrupted_build_says_no_more_than_that(cli, monkeypatch):
-    monkeypatch.setattr("bsdiff_rt.engines.build.build_engine", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("bsdiff_rt.engines.build.build_engine", lambda *_: signal.raise_signal(signal.SIGINT))
     done = cli("build-engine", "demo")
     assert (done.code, done.err.splitlines()[-1]) == (130, "bsdiff-rt: interrupted")
 

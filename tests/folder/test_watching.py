@@ -272,7 +272,7 @@ def test_the_command_prints_the_report(cli, small, toy, folder, tmp_path, monkey
     def sleep(seconds):
         looks.append(seconds)
         if len(looks) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("bsdiff_rt.cli.time.sleep", sleep)
     toy.image_size = SIZE

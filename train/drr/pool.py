@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -159,12 +158,11 @@ class _SameProcess(Executor):
 def _start_workers(count: int) -> Executor:
     """Return worker processes, or this process for one.
 
-    Forked where the system can: a spawned worker would import the whole training first.
+    Spawned, although that imports the training again: a forked worker hangs if OpenCV's threads ran in this process.
     """
     if count == 1:
         return _SameProcess()
-    method = "fork" if sys.platform == "linux" else "spawn"
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context(method), initializer=_start_worker)
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
 def _check_labels(labels: Labels, count: int) -> None:
