@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,8 +45,9 @@ app = typer.Typer(
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
-# Groups of options in `infer --help`.
+# Groups of options in `infer --help`, and those that `serve --help` has besides.
 FILES, MODEL, SPEED, RUN = "Input and output", "Model", "Speed", "Run"
+NETWORK, LIMITS = "Network", "Limits"
 
 
 class GroupedCommand(TyperCommand):
@@ -188,6 +189,37 @@ Threads = Annotated[
     int | None,
     typer.Option(
         metavar="N", min=1, show_default="all processors", help="CPU threads of the model.", rich_help_panel=SPEED
+    ),
+]
+
+
+# Options of `serve` and `send`.
+To = Annotated[
+    list[str],
+    typer.Option(
+        metavar="AET@HOST:PORT",
+        help="Node to send results to. Append /tls for TLS. Repeat it for several.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Aet = Annotated[str, typer.Option(metavar="AET", help="AE title of this program.", rich_help_panel=NETWORK)]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", show_default="none", help="Certificate of this program, for TLS (PEM).", rich_help_panel=NETWORK
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", show_default="none", help="Its private key (PEM).", rich_help_panel=NETWORK),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default="none",
+        help="Authorities that the certificates of the others must come from (PEM).",
+        rich_help_panel=NETWORK,
     ),
 ]
 
@@ -388,6 +420,134 @@ def watch(
         _print(report.to_json().rstrip())
     elif not quiet:
         _print(_summarise(report, output))
+
+
+@app.command(cls=GroupedCommand)
+def serve(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of the node: its journal, received X-rays and results.")
+    ],
+    to: To,
+    aet: Aet = "BSDIFF",
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS:PORT",
+            help="Where to receive X-rays. 0.0.0.0 is every IPv4 address of this machine.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = "127.0.0.1:11112",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AET[@ADDRESS]",
+            show_default="everybody on this machine",
+            help="Node that may send, by AE title and IP address. Repeat it for several.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    http: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Port on 127.0.0.1 of the status page, /health and /metrics. 0 for none.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = 8080,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    associations: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1000, help="Senders at the same time.", rich_help_panel=LIMITS)
+    ] = 10,
+    pdu: Annotated[
+        int,
+        typer.Option(metavar="BYTES", min=4096, max=1 << 24, help="Largest PDU to receive.", rich_help_panel=LIMITS),
+    ] = 131072,
+    quota: Annotated[
+        float,
+        typer.Option(
+            metavar="GB",
+            min=0.01,
+            help="Disk space for X-rays and results. Finished ones make room; then X-rays are refused.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 20.0,
+    keep: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long to keep files of finished X-rays.", rich_help_panel=LIMITS),
+    ] = 1.0,
+    output_format: Annotated[
+        Literal["dicom", "dicom-sc", "dicom-j2k"],
+        typer.Option(
+            "--format",
+            help="dicom: the X-ray's class. dicom-sc: Secondary Capture. dicom-j2k: JPEG 2000 lossless.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "dicom",
+    any_view: Annotated[
+        bool, _flag("--any-view", help="Process lateral views and other body parts, too.", group=MODEL)
+    ] = False,
+    bundle: BundleName = "demo",
+    runner: RunnerName = "auto",
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    batch: Batch = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Be a DICOM node: receive X-rays, send their results to a PACS, until Ctrl-C or SIGTERM."""
+    _log(quiet, verbose)
+    from bsdiff_rt.node import settings as node
+
+    node.check_packages()
+    host, port = node.parse_listen(listen)
+    settings = node.NodeSettings(
+        folder=folder,
+        destinations=tuple(node.parse_destination(text) for text in to),
+        aet=aet,
+        host=host,
+        port=port,
+        senders=tuple(node.parse_sender(text) for text in allow or ()),
+        associations=associations,
+        pdu_bytes=pdu,
+        quota_bytes=int(quota * node.GB),
+        keep_days=keep,
+        http_port=http or None,
+        tls=node.make_tls(tls_cert, tls_key, tls_ca),
+    )
+    settings.check()
+    from bsdiff_rt.folder.pipeline import Inference
+    from bsdiff_rt.node.serving import Node
+
+    inference = Inference(
+        InferSettings(
+            output=settings.results,
+            bundle=bundle,
+            runner=runner,
+            device=device,
+            precision=precision,
+            batch=_parse_batch(batch),
+            threads=threads,
+            format=output_format,
+            any_view=any_view,
+        )
+    )
+    try:
+        with ExitStack() as stack:
+            served = Node(settings, inference)
+            served.start(stack)
+            if not quiet:
+                page = f"; status at http://127.0.0.1:{served.http_port}/" if served.http_port else ""
+                print_line(f"{aet} listens at {host}:{served.port}{page}. Stop with Ctrl-C or SIGTERM")
+            while True:
+                served.watch(1.0)
+    except _Interrupted:
+        if not quiet:
+            print_line("stopped. X-rays that are not finished wait in the journal")
 
 
 @app.command()

@@ -20,14 +20,39 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Write a file so that it is either absent (or the old one) or complete, whatever interrupts.
+
+    Args:
+        path: the file.
+        content: what it holds.
+        durable: return only when it is on the disk, so that it survives a power failure, too.
 
     Raises:
         OSError: the folder does not exist, is full or not writable.
     """
     with open_atomically(path) as file:
         file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    if durable:
+        flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Windows cannot do this with a folder.
+
+    Raises:
+        OSError: the disk has an error.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -28,11 +28,12 @@ TORCH_FREE = [
     *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview", "html")),
     *(f"folder.{name}" for name in ("pictures", "watching")),
     *(f"folder.{name}" for name in ("progress", "evaluate")),
+    *(f"node.{name}" for name in ("settings", "journal")),
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).
 LAYERS = (
     *("", "errors", "config", "files", "tables", "imaging", "networks", "formats", "bundle", "runners", "sampling"),
-    *("engines", "model", "folder", "bench", "info", "cli"),
+    *("engines", "model", "folder", "node", "bench", "info", "cli"),
 )
 # What a package must not know, whatever stands below it.
 MUST_NOT_IMPORT = {
@@ -129,6 +130,8 @@ def test_the_product_needs_only_what_it_declares():
         "openvino": {"bsdiff_rt/runners/openvino.py"},
         "tensorrt": {"bsdiff_rt/runners/tensorrt.py", "bsdiff_rt/runners/tensorrt_builder.py"},  # for types alone
         "matplotlib": {"bsdiff_rt/bench/plot.py"},
+        "pynetdicom": {"bsdiff_rt/node/receiving.py", "bsdiff_rt/node/sending.py"},
+        "prometheus_client": {"bsdiff_rt/node/status.py"},
     }
     distributions = packages_distributions()
     for path in files(PRODUCT):
@@ -157,7 +160,11 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([name, "--help"] for name in ("infer", "build-engine", "bench", "evaluate"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("infer", "serve", "build-engine", "bench", "evaluate")),
+    ],
 )
 def test_answers_wait_for_nothing_heavy(arguments):
     code = f"""

@@ -167,6 +167,40 @@ class Inference:
                 wait()
 
     @contextmanager
+    def keep_loaded(self, add: Callable[[FileEntry], None]) -> Iterator[Callable[[Iterable[Task]], None]]:
+        """Load the model, and yield a function that does tasks. Write no report.
+
+        The caller keeps other runs out of the output folder. The function takes tasks that arrive while it works, and
+        returns when there are no more and every result is written.
+
+        Args:
+            add: called with each file's entry when it is done, in any thread.
+
+        Raises:
+            SettingsError: the output folder cannot be written.
+            EngineError: the runner does not load.
+        """
+        _make_output_folder(self.settings.output)
+        with self._load() as model:
+            reader = Reader(self.settings, self.bundle.manifest.preprocessing, {})
+            work = _Work(model, Writer(self.settings, self.bundle, self.report.settings), add)
+
+            def do(tasks: Iterable[Task]) -> None:
+                with closing(reader.read_ahead(tasks, work.in_flight)) as outcomes:
+                    work.do(outcomes)
+
+            yield do
+
+    @contextmanager
+    def _load(self) -> Iterator[Model]:
+        """Load the model, and begin a report that says which runner it has."""
+        choice, runner = (None, self._runner) if self._runner else load_runner_for(self.bundle, self.settings)
+        assert runner is not None
+        with runner, Model(self.bundle, runner, self.settings, choice) as model:
+            self.report = self._begin_report(choice or runner)
+            yield model
+
+    @contextmanager
     def _begin(self, on_file: Callable[[FileEntry], None]) -> Iterator[Callable[[list[Task], bool], None]]:
         """Load the model, and yield a function that does tasks and saves the report.
 
@@ -174,13 +208,10 @@ class Inference:
         """
         folder = self.settings.output
         _make_output_folder(folder)
-        choice, runner = (None, self._runner) if self._runner else load_runner_for(self.bundle, self.settings)
-        assert runner is not None
-        with runner, only_run(folder), Model(self.bundle, runner, self.settings, choice) as model:
-            self.report = self._begin_report(choice or runner)
+        with self._load() as model, only_run(folder):
             reader, writer = self._make_reader(), Writer(self.settings, self.bundle, self.report.settings)
             ledger = Ledger(self.report, folder, {}, reader.before, on_file)
-            work = _Work(model, writer, ledger)
+            work = _Work(model, writer, ledger.add)
 
             def do(tasks: list[Task], last: bool) -> None:
                 ledger.expect({str(task.input): task.output for task in tasks})
@@ -207,11 +238,11 @@ class _Work:
     Args:
         model: makes the pictures.
         writer: writes them, in threads.
-        ledger: takes each file's entry.
+        add: takes each file's entry.
     """
 
-    def __init__(self, model: Model, writer: Writer, ledger: Ledger) -> None:
-        self._model, self._writer, self._ledger = model, writer, ledger
+    def __init__(self, model: Model, writer: Writer, add: Callable[[FileEntry], None]) -> None:
+        self._model, self._writer, self._add = model, writer, add
 
     @property
     def in_flight(self) -> int:
@@ -224,7 +255,7 @@ class _Work:
         with ThreadPoolExecutor(WRITERS) as threads:
             for outcome in self._group(outcomes):
                 if isinstance(outcome, FileEntry):
-                    self._ledger.add(outcome)
+                    self._add(outcome)
                     continue
                 writing += self._suppress(outcome, threads)
                 while len(writing) > self.in_flight:
@@ -280,11 +311,11 @@ class _Work:
         except (RuntimeError, MemoryError) as error:
             self._fail(ready, error, started)
             return
-        self._ledger.add(self._writer.write(ready, passes, sum(seconds for _, seconds in taken)))
+        self._add(self._writer.write(ready, passes, sum(seconds for _, seconds in taken)))
 
     def _fail(self, ready: Ready, error: Exception, started: float) -> None:
         reason = f"the model failed ({one_line(error)}); nothing was written"
-        self._ledger.add(make_not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256))
+        self._add(make_not_done(ready.task, "failed", reason, started - ready.seconds, ready.input_sha256))
 
 
 def _make_output_folder(folder: Path) -> None:

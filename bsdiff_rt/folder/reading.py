@@ -66,7 +66,7 @@ class Reader:
         self._settings = settings
         self._preprocessing = preprocessing
 
-    def read_ahead(self, tasks: list[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
+    def read_ahead(self, tasks: Iterable[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
         """Yield the outcome of reading each task, in order, reading up to `depth` files ahead."""
         return read_ahead(self.read, tasks, depth)
 

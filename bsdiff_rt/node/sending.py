@@ -1,0 +1,266 @@
+"""Send results to DICOM nodes: a thread for each destination, which never gives up. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom import Dataset, dcmread
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+)
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when pynetdicom is imported
+    StudyRootQueryRetrieveInformationModelFind,
+)
+
+from bsdiff_rt.errors import BsdiffError, InputFailed
+from bsdiff_rt.formats.dicom_in import quiet_pydicom
+from bsdiff_rt.node.journal import Journal, Sending
+from bsdiff_rt.node.receiving import IMAGE_CLASSES, TIMEOUT_S
+from bsdiff_rt.node.settings import Destination, Tls
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
+_IDLE_S = 0.5  # a wake-up call that is missed costs this much
+_DUPLICATE = 0x0111  # Duplicate SOP Instance (PS3.7 annex C.4)
+_WARNINGS = (0xB000, 0xB006, 0xB007)  # stored, with changes or not as the class asks (PS3.4 table B.2-1)
+
+
+class NotSent(BsdiffError):
+    """A result that did not arrive.
+
+    Args:
+        message: the reason, without anything from the header.
+        away: whether the destination cannot be used at all now, rather than refusing this one object.
+        unsure: whether it may have arrived all the same, because the answer is missing.
+    """
+
+    def __init__(self, message: str, *, away: bool = False, unsure: bool = False) -> None:
+        super().__init__(message)
+        self.away, self.unsure = away, unsure
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The UIDs of a result, as a destination knows it."""
+
+    study: str
+    series: str
+    instance: str
+
+
+class Connection:
+    """An association with a destination, opened when it is needed.
+
+    Args:
+        destination: whom to speak to.
+        aet: our own AE title.
+        tls: our certificate; needed if the destination wants TLS.
+    """
+
+    def __init__(self, destination: Destination, aet: str, tls: Tls | None = None) -> None:
+        self._destination = destination
+        self._context: ssl.SSLContext | None = None
+        if destination.tls:
+            assert tls is not None
+            self._context = tls.make_context(server=False)
+        self._ae = AE(ae_title=aet)
+        self._ae.acse_timeout = self._ae.dimse_timeout = self._ae.network_timeout = TIMEOUT_S
+        self._ae.connection_timeout = 10
+        for image_class in IMAGE_CLASSES:
+            self._ae.add_requested_context(image_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+            self._ae.add_requested_context(image_class, JPEG2000Lossless)
+        self._ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+        self._association: Association | None = None
+
+    def open(self) -> Association:
+        """Return the association, opened if there is none.
+
+        Raises:
+            NotSent: the destination does not answer or does not accept it.
+        """
+        if self._association is not None and self._association.is_established:
+            return self._association
+        destination = self._destination
+        tls = None if self._context is None else (self._context, destination.host)
+        association = self._ae.associate(destination.host, destination.port, ae_title=destination.aet, tls_args=tls)
+        if not association.is_established:
+            why = "rejected the association" if association.is_rejected else "cannot be reached"
+            raise NotSent(f"{destination} {why}", away=True)
+        self._association = association
+        return association
+
+    def close(self) -> None:
+        """Release the association if there is one."""
+        if self._association is not None and self._association.is_established:
+            self._association.release()
+        self._association = None
+
+    def has(self, identity: Identity) -> bool:
+        """Return whether the destination says, asked by C-FIND, that it has an image. False if it cannot be asked.
+
+        Raises:
+            NotSent: the destination does not answer.
+        """
+        association = self.open()
+        known = {context.abstract_syntax for context in association.accepted_contexts}
+        if StudyRootQueryRetrieveInformationModelFind not in known:
+            return False
+        query = Dataset()
+        query.QueryRetrieveLevel = "IMAGE"
+        query.StudyInstanceUID, query.SeriesInstanceUID = identity.study, identity.series
+        query.SOPInstanceUID = identity.instance
+        found = False
+        with quiet_pydicom():
+            for status, answer in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
+                if "Status" not in status:
+                    raise NotSent(f"{self._destination} did not answer a question", away=True, unsure=True)
+                found = found or (answer is not None and answer.get("SOPInstanceUID") == identity.instance)
+        return found
+
+    def send(self, path: Path) -> None:
+        """Send one image by C-STORE.
+
+        Raises:
+            NotSent: the destination did not take it, or did not answer.
+        """
+        association = self.open()
+        try:
+            with quiet_pydicom():
+                status = association.send_c_store(path)
+        except (ValueError, AttributeError) as error:  # no presentation context; their text may quote values
+            raise NotSent(f"{self._destination} does not take this class or transfer syntax") from error
+        except RuntimeError as error:  # the association ended between two images
+            raise NotSent(f"{self._destination} ended the association", away=True) from error
+        if "Status" not in status:
+            raise NotSent(f"{self._destination} did not answer", away=True, unsure=True)
+        if status.Status not in (0, _DUPLICATE, *_WARNINGS):
+            raise NotSent(f"{self._destination} refused it with status 0x{status.Status:04X}")
+
+
+def read_identity(path: Path) -> Identity:
+    """Return the UIDs of a result.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        InputFailed: it is damaged.
+    """
+    keywords = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
+    try:
+        with quiet_pydicom():
+            header = dcmread(path, specific_tags=list(keywords), stop_before_pixels=True)
+            return Identity(*(str(header[keyword].value) for keyword in keywords))
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make pydicom raise anything
+        raise InputFailed(f"the result is damaged ({type(error).__name__})") from None
+
+
+class SendingThread(threading.Thread):
+    """Sends what the journal holds for one destination, until it is stopped.
+
+    A destination that cannot be reached is tried again after a pause, which doubles each time up to ten minutes. A
+    result that is refused waits in the same way while others are sent.
+
+    Args:
+        destination: where to send.
+        journal: what to send.
+        connection: to the destination.
+        results: folder of the results.
+        on_sent: called when a result has arrived.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        journal: Journal,
+        connection: Connection,
+        results: Path,
+        on_sent: Callable[[Sending], None] = lambda _: None,
+    ) -> None:
+        super().__init__(name=f"sending to {destination.aet}", daemon=True)
+        self._name, self._journal, self._connection = str(destination), journal, connection
+        self._results, self._on_sent = results, on_sent
+        self._postponed: dict[int, float] = {}  # number -> time of the monotonic clock
+        self._pauses: dict[int | None, float] = {}  # number, or None for the destination -> last pause, s
+        self._ended, self._wanted = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+
+    def wake(self) -> None:
+        """Look at once for results to send."""
+        self._wanted.set()
+
+    def stop(self) -> None:
+        """End after the image that is being sent."""
+        self._ended.set()
+        self._wanted.set()
+
+    def run(self) -> None:
+        """Send results until stopped. What nobody expected ends the thread, and the node with it."""
+        try:
+            while not self._ended.is_set():
+                self._send_all()
+                self._connection.close()
+                self._wanted.wait(_IDLE_S)
+                self._wanted.clear()
+        except Exception as error:
+            logger.debug("sending to %s ended", self._name, exc_info=True)
+            self.error = error
+
+    def _send_all(self) -> None:
+        """Send what waits, until there is nothing more or the destination is away."""
+        while not self._ended.is_set():
+            now = time.monotonic()
+            self._postponed = {number: until for number, until in self._postponed.items() if until > now}
+            sending = self._journal.find_sending(self._name, self._postponed)
+            if sending is None:
+                return
+            try:
+                self._send(sending)
+            except NotSent as error:
+                unsure = error.unsure or (sending.begun and error.away)
+                self._journal.note_unsent(sending, self._name, str(error), unsure=unsure)
+                pause = self._lengthen_pause(None if error.away else sending.number)
+                logger.warning("result %d: %s. Next try in %.0f s.", sending.number, error, pause)
+                if error.away:
+                    self._connection.close()
+                    self._ended.wait(pause)
+                else:
+                    self._postponed[sending.number] = time.monotonic() + pause
+
+    def _lengthen_pause(self, number: int | None) -> float:
+        pause = min(2 * self._pauses.get(number, FIRST_PAUSE_S / 2), LONGEST_PAUSE_S)
+        self._pauses[number] = pause
+        return pause
+
+    def _send(self, sending: Sending) -> None:
+        """Send one result, unless it has arrived before.
+
+        Raises:
+            NotSent: it did not arrive.
+        """
+        path = self._results / f"{sending.sha256}.dcm"
+        try:
+            identity = read_identity(path)
+        except (OSError, InputFailed):
+            logger.error("result %d is missing or damaged. It is made again.", sending.number)
+            self._journal.redo(sending.number)
+            return
+        if not (sending.begun and self._connection.has(identity)):
+            self._connection.open()
+            self._journal.begin_sending(sending, self._name)
+            self._connection.send(path)
+        self._journal.note_sent(sending, self._name)
+        self._pauses.pop(None, None)
+        self._pauses.pop(sending.number, None)
+        self._on_sent(sending)
