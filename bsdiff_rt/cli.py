@@ -554,8 +554,8 @@ def serve(
 def build_engine(
     bundle: Annotated[str, typer.Argument(help="Model: demo, or the folder of a bundle.")] = "demo",
     runner: Annotated[
-        Literal["auto", "aoti", "tensorrt", "tensorrt-rtx"],
-        typer.Option(help="Runner that the engine is for. auto: the fastest whose builder is installed."),
+        Literal["auto", "aoti", "openvino", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="Runner that the engine is for. auto: the fastest that needs one and is installed."),
     ] = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],

@@ -42,7 +42,7 @@ def describe_runners() -> dict[str, str]:
     found = {}
     for name, entry in RUNNERS.items():
         problem = entry.find_problem(device)
-        usable = "usable, with an engine built for it" if entry.builder else "usable"
+        usable = "usable, with an engine built for it" if entry.needs_engine else "usable"
         found[name] = f"not usable: {problem}" if problem else usable
         if problem and entry.capabilities and entry.find_missing_package() is None:
             found[name] += f". It can build engines for compute capability {', '.join(entry.capabilities)}"

@@ -15,7 +15,7 @@ from bsdiff_rt.bench.networks import BASELINE, BenchModel
 from bsdiff_rt.errors import BsdiffError, EngineError, SettingsError, describe_error, one_line
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.eager import EagerRunner
-from bsdiff_rt.runners.registry import RUNNERS, list_engine_runners
+from bsdiff_rt.runners.registry import RUNNERS, find_entry
 from bsdiff_rt.sampling.sampler import Draw
 from bsdiff_rt.sampling.schedule import Table
 
@@ -154,7 +154,7 @@ def _try_runner(model: BenchModel, runner: str, wanted: Wanted, device: torch.de
     asked = bool(wanted.runners)
     if runner == BASELINE and not asked:
         return []  # loaded already
-    if runner not in list_engine_runners():
+    if not find_entry(runner).needs_engine:
         precisions = [p for p in wanted.precisions or ("fp32",) if (runner, p) != (BASELINE, "fp32")]
         return [_try(runner, model, (runner, precision), device, asked=asked) for precision in precisions]
     if wanted.precisions:

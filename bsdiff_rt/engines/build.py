@@ -99,9 +99,9 @@ def _resolve_capabilities(runner: str, wanted: tuple[str, ...]) -> tuple[str, tu
 
 
 def _find_builder(device: torch.device) -> str:
-    """Return the fastest runner with engines that can be used on a device."""
+    """Return the fastest runner that needs an engine and can be used on a device."""
     problems = []
-    for name in list_engine_runners():
+    for name in (name for name, entry in RUNNERS.items() if entry.needs_engine):
         problem = RUNNERS[name].find_problem(device)
         if problem is None:
             return name

@@ -125,7 +125,7 @@ def _list_build(request: RunnerRequest, runner: str) -> dict[str, str]:
 def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) -> Choice:
     """Choose the runner for a request. Nothing is loaded.
 
-    "auto" takes the first automatic runner of the registry that can be used. An engine that was slower than a runner
+    "auto" takes the first runner of the registry that can be used. An engine that was slower than a runner
     without an engine, when it was built, is used only if nothing else can be.
 
     Args:
@@ -149,7 +149,7 @@ def choose(request: RunnerRequest, not_loaded: Mapping[str, str] | None = None) 
     for at_least in (1.0, 0.0):
         reasons: list[str] = []
         builds: list[Mapping[str, str]] = []
-        for name in (name for name, entry in RUNNERS.items() if entry.automatic):
+        for name in RUNNERS:
             try:
                 if reason := (not_loaded or {}).get(name):
                     raise EngineError(reason)
@@ -173,10 +173,15 @@ def _choose_by_name(request: RunnerRequest, name: str, why: str, at_least: float
     if problem := entry.find_problem(request.device):
         raise EngineError(problem)
     precision = resolve_precision(name, request.precision, request.device)
-    if entry.builder is not None:
+    if entry.builder is None:
+        return Choice(name, precision, why)
+    try:
         engine = find_engine(request, name, at_least)
-        return Choice(name, engine.manifest.precision, why, engine)
-    return Choice(name, precision, why)
+    except EngineError:
+        if request.runner == name and entry.optional_engine:
+            return Choice(name, precision, f"{why}; it has no engine that fits")
+        raise
+    return Choice(name, engine.manifest.precision, why, engine)
 
 
 def _choose_engine(request: RunnerRequest, folder: Path) -> Choice:

@@ -1,4 +1,7 @@
-"""Runner `openvino`: the bundle's ONNX graphs in OpenVINO, on a CPU or an Intel GPU. Nothing is built beforehand."""
+"""Runner `openvino`: the bundle's ONNX graphs in OpenVINO, on a CPU or an Intel GPU.
+
+Nothing needs to be built. An engine holds the graphs as OpenVINO compiled them, and proof that they agree with eager.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from bsdiff_rt.runners.devices import count_threads
 
 logger = logging.getLogger(__name__)
 
+DENOISER, ENHANCER = "denoiser.blob", "enhancer.blob"  # files of an engine
 # OpenVINO's name of the device: CPU (the default), GPU, GPU.1. The buffers lie in the processor's memory in any case,
 # so this is not a torch device.
 DEVICE_VARIABLE = "BSDIFF_RT_OPENVINO_DEVICE"
@@ -27,44 +31,36 @@ HINTS: dict[Precision, tuple[str, str]] = {"fp32": ("f32", "FP32"), "bf16": ("bf
 
 
 class OpenVinoRunner(Runner):
-    """Run both graphs as OpenVINO models. The caller's buffers are used where they lie.
+    """Run both networks as compiled OpenVINO models. The caller's buffers are used where they lie.
 
-    A compiled model is kept in the cache folder (`locate_model_cache`), so that the next start is faster. In bf16 and
-    fp16 the sinusoids of the time embedding are computed in float32, and the enhancer, which runs once per image, stays
-    fp32.
+    In bf16 and fp16 the sinusoids of the time embedding are computed in float32, and the enhancer, which runs once per
+    image, stays fp32.
 
     Args:
-        denoiser: path of denoiser.onnx: x_t, cxr, t -> out.
-        enhancer: path of enhancer.onnx: x -> out.
+        denoiser: x_t, cxr, t -> out. In bf16 and fp16 `t` is the sinusoids, [B, number].
+        enhancer: x -> out.
         image_size: side of the square images, in px.
-        threads: processor threads; None takes `devices.count_threads()`.
-        precision: fp32, bf16 or fp16.
-
-    Raises:
-        EngineError: OpenVINO cannot load a graph, lacks the device, or the device lacks the precision.
+        precision: of the denoiser: fp32, bf16 or fp16.
+        batch_range: smallest and largest batch; None for any.
     """
 
     name = "openvino"
 
     def __init__(
         self,
-        denoiser: Path,
-        enhancer: Path,
+        denoiser: ov.CompiledModel,
+        enhancer: ov.CompiledModel,
         image_size: int,
-        threads: int | None = None,
         *,
         precision: Precision = "fp32",
+        batch_range: tuple[int, int | None] = (1, None),
     ) -> None:
-        super().__init__(device=torch.device("cpu"), precision=precision, batch_range=(1, None), image_size=image_size)
-        core, device = ov.Core(), choose_device()
-        _check_device(core, device, precision)
-        logger.info("OpenVINO computes on %s (%s)", device, core.get_property(device, "FULL_DEVICE_NAME"))
-        networks = [_read(core, denoiser), _read(core, enhancer)]
-        self._time_features = 0 if precision == "fp32" else _cut_time_embedding(networks[0])
-        self._denoiser, self._enhancer = (
-            _compile(core, network, device, _list_options(device, hint, threads), graph)
-            for network, hint, graph in zip(networks, (precision, "fp32"), (denoiser, enhancer), strict=True)
+        super().__init__(
+            device=torch.device("cpu"), precision=precision, batch_range=batch_range, image_size=image_size
         )
+        time = denoiser.input("t").get_partial_shape()
+        self._time_features = time[1].get_length() if len(time) == 2 else 0
+        self._denoiser, self._enhancer = denoiser.create_infer_request(), enhancer.create_infer_request()
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
         """Run stage 1 (`Runner.denoise`)."""
@@ -78,23 +74,83 @@ class OpenVinoRunner(Runner):
         _run(self._enhancer, {"x": x, "out": out})
 
 
-def load_bundle(bundle: Bundle, device: torch.device, precision: Precision) -> OpenVinoRunner:
-    """Load a bundle.
+def load_bundle(
+    bundle: Bundle, device: torch.device, precision: Precision, threads: int | None = None
+) -> OpenVinoRunner:
+    """Load a bundle. A compiled model is kept in the cache (`locate_model_cache`), so that the next start is faster.
 
     Args:
         bundle: the model.
         device: the CPU, where the buffers lie.
         precision: fp32, bf16 or fp16.
+        threads: processor threads; None takes `devices.count_threads()`.
 
     Raises:
         EngineError: OpenVINO cannot load a graph, lacks the device, or the device lacks the precision.
     """
-    return OpenVinoRunner(
-        bundle.file("denoiser.onnx"),
-        bundle.file("enhancer.onnx"),
-        bundle.manifest.preprocessing.size,
-        precision=precision,
-    )
+    cache = locate_model_cache()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    denoiser, enhancer = compile_bundle(bundle, precision, {"CACHE_DIR": str(cache)}, threads=threads)
+    return OpenVinoRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, precision=precision)
+
+
+def compile_bundle(
+    bundle: Bundle,
+    precision: Precision,
+    options: dict[str, object],
+    batch: tuple[int, int | None] = (1, None),
+    threads: int | None = None,
+) -> tuple[ov.CompiledModel, ov.CompiledModel]:
+    """Compile denoiser and enhancer.
+
+    Args:
+        bundle: the model.
+        precision: of the denoiser. The enhancer is in fp32.
+        options: further options of OpenVINO.
+        batch: smallest and largest batch; None for any.
+        threads: processor threads; None takes `devices.count_threads()`.
+
+    Raises:
+        EngineError: OpenVINO cannot load a graph, lacks the device, or the device lacks the precision.
+    """
+    core, device = ov.Core(), choose_device()
+    _check_device(core, device, precision)
+    logger.info("OpenVINO computes on %s (%s)", device, core.get_property(device, "FULL_DEVICE_NAME"))
+    compiled = []
+    for file, each in (("denoiser.onnx", precision), ("enhancer.onnx", "fp32")):
+        graph = bundle.file(file)
+        try:
+            model = core.read_model(graph)
+            if file == "denoiser.onnx" and precision != "fp32":
+                _cut_time_embedding(model)
+            _set_batch(model, batch)
+            compiled.append(core.compile_model(model, device, _list_options(device, each, threads) | options))
+        except Exception as error:
+            raise _describe(graph, error) from error
+    return compiled[0], compiled[1]
+
+
+def load_engine(
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: Precision,
+    batch_range: tuple[int, int],
+    image_size: int,
+) -> OpenVinoRunner:
+    """Load an engine whose identity and files were checked.
+
+    Raises:
+        EngineError: OpenVINO cannot load it.
+    """
+    denoiser, enhancer = _import(folder / DENOISER, precision), _import(folder / ENHANCER, "fp32")
+    return OpenVinoRunner(denoiser, enhancer, image_size, precision=precision, batch_range=batch_range)
+
+
+def list_versions() -> dict[str, str]:
+    """Return what an engine is tied to: OpenVINO, and the device that it computes on."""
+    device = choose_device()
+    return {"openvino": ov.get_version(), "openvino device": str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))}
 
 
 def find_problem(device: torch.device) -> str | None:
@@ -127,12 +183,9 @@ def _check_device(core: ov.Core, device: str, precision: Precision) -> None:
 
 def _list_options(device: str, precision: Precision, threads: int | None) -> dict[str, object]:
     """Return OpenVINO's options for one network."""
-    cache = locate_model_cache()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     options: dict[str, object] = {
         "INFERENCE_PRECISION_HINT": HINTS[precision][0],
         "PERFORMANCE_HINT": "LATENCY",
-        "CACHE_DIR": str(cache),
     }
     if device == "CPU":
         # Left alone it binds its threads to processors, where they meet those of other programs.
@@ -140,26 +193,31 @@ def _list_options(device: str, precision: Precision, threads: int | None) -> dic
     return options
 
 
-def _read(core: ov.Core, graph: Path) -> ov.Model:
+def _import(file: Path, precision: Precision) -> ov.CompiledModel:
+    device = choose_device()
     try:
-        return core.read_model(graph)
+        return ov.Core().import_model(file.read_bytes(), device, _list_options(device, precision, None))
     except Exception as error:
-        raise _describe(graph, error) from error
+        raise _describe(file, error) from error
 
 
-def _compile(core: ov.Core, model: ov.Model, device: str, options: dict[str, object], graph: Path) -> ov.InferRequest:
-    try:
-        return core.compile_model(model, device, options).create_infer_request()
-    except Exception as error:
-        raise _describe(graph, error) from error
+def _set_batch(model: ov.Model, batch: tuple[int, int | None]) -> None:
+    """Fix the range of the first axis of every input."""
+    first, last = batch
+    shapes = {}
+    for port in model.inputs:
+        shape = port.get_partial_shape()
+        shape[0] = first if first == last else ov.Dimension(first, -1 if last is None else last)
+        shapes[port] = shape
+    model.reshape(shapes)
 
 
 def _describe(graph: Path, error: Exception) -> EngineError:
     return EngineError(f"{graph}: OpenVINO {ov.get_version()} cannot load it: {one_line(error)}")
 
 
-def _cut_time_embedding(model: ov.Model) -> int:
-    """Let a denoiser take the sinusoids of the time embedding in place of the timesteps, and return their number.
+def _cut_time_embedding(model: ov.Model) -> None:
+    """Let a denoiser take the sinusoids of the time embedding in place of the timesteps.
 
     In bf16 and fp16 OpenVINO would round the angles, which reach 999 rad. Neighbouring timesteps would become the same.
 
@@ -178,7 +236,6 @@ def _cut_time_embedding(model: ov.Model) -> int:
     model.remove_parameter(old)
     model.add_parameters([new])
     model.validate_nodes_and_infer_types()
-    return int(shape[1].get_length())
 
 
 def _run(request: ov.InferRequest, buffers: dict[str, torch.Tensor]) -> None:

@@ -51,7 +51,8 @@ class RunnerEntry:
         install: the command that installs the package.
         largest_tensor: the most elements a tensor may have on a GPU; None for any number.
         capabilities: the compute capabilities of the GPUs that it runs on; () for all.
-        automatic: whether runner `auto` may take it. Otherwise it is used only when it is named.
+        optional_engine: whether it also runs without an engine when it is named. `auto` takes it with an engine only,
+            because an engine was compared with eager and timed.
     """
 
     name: str
@@ -63,7 +64,12 @@ class RunnerEntry:
     install: str = ""
     largest_tensor: int | None = None
     capabilities: tuple[str, ...] = ()
-    automatic: bool = True
+    optional_engine: bool = False
+
+    @property
+    def needs_engine(self) -> bool:
+        """Return whether the runner runs engines only."""
+        return self.builder is not None and not self.optional_engine
 
     def list_precisions(self, device: torch.device) -> tuple[Precision, ...]:
         """Return the precisions on a device, the default first."""
@@ -123,7 +129,7 @@ class RunnerEntry:
             return problem
         if self.capabilities and (here := describe_capability(device)) not in self.capabilities:
             return f"it runs on compute capability {', '.join(self.capabilities)}, and {device} has {here}"
-        if not self.package or self.builder is not None:  # an engine's package is imported where there is an engine
+        if not self.package or self.needs_engine:  # an engine's package is imported where there is an engine
             return None
         try:
             import_module(self.package)
@@ -140,7 +146,7 @@ class RunnerEntry:
         return None
 
 
-# Fastest first: `auto` takes the first automatic one that can be used.
+# Fastest first: `auto` takes the first that can be used.
 RUNNERS: dict[str, RunnerEntry] = {
     entry.name: entry
     for entry in (
@@ -166,6 +172,16 @@ RUNNERS: dict[str, RunnerEntry] = {
             largest_tensor=LARGEST_TENSOR,
         ),
         RunnerEntry(
+            "openvino",
+            "bsdiff_rt.runners.openvino",
+            cpu=ALL_PRECISIONS,
+            cuda=(),
+            builder="bsdiff_rt.runners.openvino_builder",
+            package="openvino",
+            install="pip install 'bsdiff-rt[openvino]'",
+            optional_engine=True,
+        ),
+        RunnerEntry(
             "aoti",
             "bsdiff_rt.runners.aoti",
             cpu=("fp32", "bf16"),
@@ -181,15 +197,6 @@ RUNNERS: dict[str, RunnerEntry] = {
             largest_tensor=LARGEST_TENSOR,  # its CUDA kernels count elements in 32 bits in places
         ),
         RunnerEntry("eager", "bsdiff_rt.runners.eager"),
-        RunnerEntry(
-            "openvino",
-            "bsdiff_rt.runners.openvino",
-            cpu=ALL_PRECISIONS,
-            cuda=(),
-            automatic=False,  # OpenVINO converts the graph itself, and no parity gate has compared the result
-            package="openvino",
-            install="pip install 'bsdiff-rt[openvino]'",
-        ),
     )
 }
 
@@ -206,13 +213,13 @@ def find_entry(name: str) -> RunnerEntry:
 
 
 def list_engine_runners() -> tuple[str, ...]:
-    """Return the names of the runners that need an engine, fastest first."""
+    """Return the names of the runners that have engines, fastest first."""
     return tuple(name for name, entry in RUNNERS.items() if entry.builder is not None)
 
 
 def list_bundle_runners() -> tuple[str, ...]:
-    """Return the names of the automatic runners that need no engine, fastest first."""
-    return tuple(name for name, entry in RUNNERS.items() if entry.builder is None and entry.automatic)
+    """Return the names of the runners that have no engines, fastest first."""
+    return tuple(name for name, entry in RUNNERS.items() if entry.builder is None)
 
 
 def find_batch_limit(name: str, manifest: Manifest) -> int | None:
@@ -256,7 +263,7 @@ def resolve_precision(name: str, precision: str, device: torch.device) -> Precis
 
 
 def load_runner(bundle: Bundle, name: str, device: torch.device, precision: Precision = "fp32") -> Runner:
-    """Load a bundle into a runner that needs no engine.
+    """Load a bundle into a runner, without an engine.
 
     Raises:
         EngineError: the runner cannot be used on this device or in this precision, or it needs an engine.
@@ -265,6 +272,6 @@ def load_runner(bundle: Bundle, name: str, device: torch.device, precision: Prec
     entry = find_entry(name)
     if problem := entry.find_problem(device):
         raise EngineError(f"runner {name} cannot be used on {device}: {problem}. Use runner auto or eager.")
-    if entry.builder is not None:
+    if entry.needs_engine:
         raise EngineError(f"runner {name} needs an engine. Build one with bsdiff-rt build-engine.")
     return entry.load_bundle(bundle, device, resolve_precision(name, precision, device))

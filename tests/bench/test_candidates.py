@@ -51,7 +51,7 @@ def test_default_steps():
 def test_without_a_bundle_only_eager_runs():
     found, absent = load_candidates(make_random_model("tiny", 16), Wanted(), CPU)
     assert [candidate.name for candidate in found] == [BASELINE]
-    names = ("openvino", "onnxruntime", "aoti", "tensorrt-rtx", "tensorrt")
+    names = ("onnxruntime", "aoti", "openvino", "tensorrt-rtx", "tensorrt")
     assert [(entry.name, entry.exit_code) for entry in absent] == [(name, 0) for name in names]
     assert all(f"ask for runner {entry.runner} by name" in entry.reason for entry in absent)
     _, absent = load_candidates(make_random_model("tiny", 16), Wanted(("tensorrt",)), CPU)
@@ -149,7 +149,7 @@ def test_an_engines_folder(fake_engines, tiny_bundle):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"runners": ("pycuda",)}, "pycuda is not known; choose from tensorrt, tensorrt-rtx, aoti, "),
+        ({"runners": ("pycuda",)}, "pycuda is not known; choose from tensorrt, tensorrt-rtx, openvino, "),
         ({"precisions": ("int8",)}, "int8 is not known; choose from fp32, bf16, fp16"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_manifest_that_is_none(built, small, text, message):
     [
         ({"extra": 1}, "unknown field 'extra'"),
         ({"batch_max": "4"}, "batch_max should be a valid integer, is '4'"),
-        ({"runner": "eager"}, "runner should be one of tensorrt, tensorrt-rtx, aoti, is 'eager'"),
+        ({"runner": "eager"}, "runner should be one of tensorrt, tensorrt-rtx, openvino, aoti, is 'eager'"),
         ({"parity": {}}, "parity: field '.*' is missing"),
     ],
     ids=str,

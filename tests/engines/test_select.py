@@ -28,7 +28,9 @@ from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.registry import RUNNERS
 
-NO_GPU = "; ".join(f"not {name}: it runs on NVIDIA GPUs, not on cpu" for name in ("tensorrt", "tensorrt-rtx"))
+NO_GPU = [f"not {name}: it runs on NVIDIA GPUs, not on cpu" for name in ("tensorrt", "tensorrt-rtx")]
+NO_OPENVINO = RUNNERS["openvino"].find_problem(CPU) or "no engine for this bundle and device. Build one."
+NO_OTHERS = "; ".join([*NO_GPU, f"not openvino: {NO_OPENVINO}"])
 
 
 def choose(bundle: Bundle, runner: str = "auto", precision: str = "auto", **others: Any) -> Choice:
@@ -173,7 +175,7 @@ def test_a_bundle_of_the_package_is_called_by_its_name(cache):
 def test_auto_takes_an_engine_that_was_built(three, small):
     chosen = choose(small, "auto")
     assert (chosen.runner, chosen.precision, chosen.engine.folder) == ("aoti", "bf16", three[1])
-    assert chosen.why == NO_GPU
+    assert chosen.why == NO_OTHERS
     assert choose(small, "auto", "fp32").engine.folder == three[0]
 
 
@@ -229,7 +231,7 @@ def test_loading_says_what_and_why(built, small, stand_in, caplog):
     assert [record.getMessage() for record in caplog.records if record.levelname == "INFO"] == [
         f"runner aoti in fp32 on cpu, engine {built}"
     ]
-    assert f"reason for runner aoti: {NO_GPU}" in caplog.text
+    assert f"reason for runner aoti: {NO_OTHERS}" in caplog.text
     assert stand_in.loaded == [built]
 
 
@@ -252,7 +254,7 @@ def test_auto_takes_the_next_where_the_first_does_not_load(built, small, stand_i
     chosen, runner = load_first(RunnerRequest(small, "auto", CPU))
     assert (chosen.runner, chosen.engine, runner.name) == ("eager", None, "eager")
     assert chosen.why == (
-        f"{NO_GPU}; not aoti: it does not load (denoiser.pt2: no kernel image); "
+        f"{NO_OTHERS}; not aoti: it does not load (denoiser.pt2: no kernel image); "
         "not onnxruntime: it does not load (not a graph)"
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import EngineOptions
+from bsdiff_rt.engines.build import build_engine, resolve_options
+from bsdiff_rt.engines.manifest import Speed, read_engine
 from bsdiff_rt.engines.select import RunnerRequest, choose
 from bsdiff_rt.errors import EngineError
 from bsdiff_rt.imaging.metrics import psnr
@@ -47,9 +50,10 @@ def runners(tiny_bundle):
 @pytest.fixture
 def load(bundle_copy):
     """Loads the copy of the tiny bundle."""
+    bundle = open_bundle(bundle_copy)
 
-    def load(**options):
-        return OpenVinoRunner(bundle_copy / "denoiser.onnx", bundle_copy / "enhancer.onnx", SIZE, **options)
+    def load(precision="fp32", **options):
+        return module.load_bundle(bundle, CPU, precision, **options)
 
     return load
 
@@ -256,8 +260,8 @@ def test_an_intel_gpu(load, runners, monkeypatch, tmp_path):
 
 def test_threads(load, monkeypatch):
     seen = []
-    real = module._compile
-    monkeypatch.setattr(module, "_compile", lambda *given: seen.append(given[3]) or real(*given))
+    real = module._list_options
+    monkeypatch.setattr(module, "_list_options", lambda *given: seen.append(real(*given)) or seen[-1])
     load(threads=1)
     assert [options["INFERENCE_NUM_THREADS"] for options in seen] == [1, 1]
 
@@ -272,8 +276,8 @@ def test_its_threads_rest_after_a_call(load):
             assert time.process_time() - before < 0.03
 
 
-def test_auto_never_takes_it(tiny_bundle):
-    """It has no parity gate. A precision that only OpenVINO has here must be asked for with its name."""
+def test_without_an_engine_auto_does_not_take_it(tiny_bundle):
+    """No parity gate has compared it. A precision that only OpenVINO has here must be asked for with its name."""
     bundle = open_bundle(tiny_bundle)
     assert choose(RunnerRequest(bundle, "auto", CPU)).runner == "onnxruntime"
     with pytest.raises(EngineError, match="no runner can be used in precision bf16 here"):
@@ -282,11 +286,85 @@ def test_auto_never_takes_it(tiny_bundle):
     assert (named.runner, named.precision, named.engine) == ("openvino", "bf16", None)
 
 
+@pytest.fixture
+def build(tiny_bundle, monkeypatch, cache):
+    """Builds an engine of the tiny bundle into the cache; `ratio` is the speed that is measured."""
+
+    def build(precision="fp32", batch=(1, 3), ratio=2.0):
+        speed = Speed(batch[0], 1.0, "onnxruntime", ratio, ratio)
+        monkeypatch.setattr("bsdiff_rt.engines.build._time_beside", lambda *_: speed)
+        return build_engine(
+            open_bundle(tiny_bundle), EngineOptions("openvino", precision, batch), CPU, None, lambda *_: None
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("batch", [(1, 3), (2, 2)])
+def test_an_engine_equals_eager(runners, build, batch):
+    engine = read_engine(build(batch=batch))
+    assert set(engine.manifest.files) == {"denoiser.blob", "enhancer.blob"}
+    x_t, cxr, expected, actual = images(4, 2)
+    t = torch.tensor([0.0, 999.0])
+    with engine.load(CPU) as runner:
+        assert (runner.name, runner.precision, runner.batch_range) == ("openvino", "fp32", batch)
+        for each, out in ((runners[0], expected), (runner, actual)):
+            each.denoise(x_t, cxr, t, out)
+        assert_equal(actual, expected)
+        for each, out in ((runners[0], expected), (runner, actual)):
+            each.enhance(cxr, out)
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), HALF)
+def test_an_engine_in_half_precision(runners, build, precision, tolerance):
+    engine = read_engine(build(precision))
+    x_t, cxr, expected, actual = images(4, 2)
+    t = torch.tensor([3.0, 998.0])
+    with engine.load(CPU) as runner:
+        runners[0].denoise(x_t, cxr, t, expected)
+        runner.denoise(x_t, cxr, t, actual)
+    assert_equal(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize(("ratio", "taken"), [(1.1, "openvino"), (0.9, "onnxruntime")])
+def test_auto_takes_an_engine_that_is_faster(tiny_bundle, build, ratio, taken):
+    folder = build(ratio=ratio)
+    bundle = open_bundle(tiny_bundle)
+    assert choose(RunnerRequest(bundle, "auto", CPU)).runner == taken
+    assert choose(RunnerRequest(bundle, "openvino", CPU)).engine.folder == folder
+    assert choose(RunnerRequest(bundle, "openvino", CPU, "fp16")).engine is None  # none in fp16: from the bundle
+
+
+def test_an_engine_for_another_device_is_not_taken(tiny_bundle, build, monkeypatch):
+    build()
+    monkeypatch.setattr(module, "list_versions", lambda: {"openvino": ov.get_version(), "openvino device": "Intel Arc"})
+    choice = choose(RunnerRequest(open_bundle(tiny_bundle), "auto", CPU))
+    assert choice.runner == "onnxruntime"
+    assert "version of openvino device: built for " in choice.why
+
+
+@pytest.mark.parametrize("content", [b"", b"no model"])
+def test_an_engine_it_cannot_load(build, content):
+    engine = read_engine(build())
+    (engine.folder / "enhancer.blob").write_bytes(content)
+    with pytest.raises(EngineError, match=r"enhancer\.blob: OpenVINO [\d.]+\S* cannot load it"):
+        engine.load(CPU)
+
+
+def test_build_engine_takes_it_only_when_named(tiny_bundle):
+    """It also runs without an engine, and in fp32, the default precision, an engine gains nothing."""
+    assert resolve_options(open_bundle(tiny_bundle), CPU).runner == "aoti"
+    assert resolve_options(open_bundle(tiny_bundle), CPU, "openvino", "bf16").runner == "openvino"
+
+
 def test_nothing_is_sent_to_anybody(tmp_path):
     """OpenVINO's package for telemetry would note an identifier in the home folder."""
-    code = "import sys; from bsdiff_rt.runners.openvino import OpenVinoRunner as R; from pathlib import Path; "
-    code += "folder = Path(sys.argv[1]); R(folder / 'denoiser.onnx', folder / 'enhancer.onnx', 256).close()"
+    code = (
+        "import torch; from bsdiff_rt.bundle import open_bundle; from bsdiff_rt.runners.openvino import load_bundle; "
+    )
+    code += "load_bundle(open_bundle('demo'), torch.device('cpu'), 'fp32').close()"
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code, open_bundle("demo").folder], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"bsdiff-rt"}

@@ -55,15 +55,15 @@ def test_names():
     assert list(RUNNERS) == [
         "tensorrt",
         "tensorrt-rtx",
+        "openvino",
         "aoti",
         "onnxruntime",
         "eager",
-        "openvino",
     ]  # `auto` takes them in this order
-    assert [name for name, entry in RUNNERS.items() if not entry.automatic] == ["openvino"]
-    assert list_engine_runners() == ("tensorrt", "tensorrt-rtx", "aoti")
+    assert [name for name, entry in RUNNERS.items() if entry.optional_engine] == ["openvino"]
+    assert list_engine_runners() == ("tensorrt", "tensorrt-rtx", "openvino", "aoti")
     assert list_bundle_runners() == ("onnxruntime", "eager")
-    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, tensorrt-rtx, aoti"):
+    with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, tensorrt-rtx, o"):
         find_entry("abacus")
 
 
