@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -548,6 +549,49 @@ def serve(
     except _Interrupted:
         if not quiet:
             print_line("stopped. X-rays that are not finished wait in the journal")
+
+
+@app.command(cls=GroupedCommand)
+def send(
+    folder: Annotated[Path, typer.Argument(metavar="RESULTS", help="Output folder of infer or watch.")],
+    to: To,
+    aet: Aet = "BSDIFF",
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send the DICOM results of a run to a PACS. One that it has, asked by C-FIND, is not sent again."""
+    _log(quiet, verbose)
+    from bsdiff_rt.node import settings as node
+
+    node.check_packages()
+    destinations = [node.parse_destination(text) for text in to]
+    tls = node.make_tls(tls_cert, tls_key, tls_ca)
+    node.check_destinations(destinations, node.check_aet(aet, "aet"), tls)
+    from bsdiff_rt.folder.report import read_results
+    from bsdiff_rt.node.receiving import quiet_libraries
+    from bsdiff_rt.node.sending import Connection, send_results
+
+    quiet_libraries()
+    paths = sorted(path for path in read_results(folder) if path.suffix == ".dcm")
+    if not paths:
+        raise SettingsError(f"{folder}: no report.json that names a DICOM result. Name the output folder of infer.")
+    outcomes = []
+    for destination in destinations:
+        for outcome in send_results(folder, paths, str(destination), Connection(destination, aet, tls)):
+            outcomes.append(outcome)
+            if outcome.status == "failed":
+                print_line(f"failed: {outcome.path}: {outcome.reason}")
+    counts = Counter(outcome.status for outcome in outcomes)
+    if as_json:
+        _print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    elif not quiet:
+        _print(f"sent {counts['sent']}, skipped {counts['skipped']} that were there, failed {counts['failed']}")
+    if counts["failed"]:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command()

@@ -6,9 +6,10 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
@@ -164,6 +165,42 @@ def read_identity(path: Path) -> Identity:
         raise
     except Exception as error:  # damaged files make pydicom raise anything
         raise InputFailed(f"the result is damaged ({type(error).__name__})") from None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one result that was to be sent: its path, the destination, and the reason if it failed."""
+
+    path: str
+    destination: str
+    status: Literal["sent", "skipped", "failed"]
+    reason: str | None = None
+
+
+def send_results(folder: Path, paths: Iterable[Path], destination: str, connection: Connection) -> Iterator[Outcome]:
+    """Send results once each, and yield what became of them. One that the destination has is skipped.
+
+    Args:
+        folder: of the results.
+        paths: of the results, below the folder.
+        destination: name for the outcomes.
+        connection: to the destination. It is closed at the end.
+    """
+    try:
+        for path in paths:
+            try:
+                if connection.has(read_identity(folder / path)):
+                    yield Outcome(str(path), destination, "skipped", "it is there already")
+                    continue
+                connection.send(folder / path)
+            except (NotSent, InputFailed) as error:
+                yield Outcome(str(path), destination, "failed", str(error))
+            except OSError as error:
+                yield Outcome(str(path), destination, "failed", f"cannot be read ({error.strerror})")
+            else:
+                yield Outcome(str(path), destination, "sent")
+    finally:
+        connection.close()
 
 
 class SendingThread(threading.Thread):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -144,18 +145,32 @@ class NodeSettings:
         Raises:
             SettingsError: the settings do not fit together, or a value cannot be used.
         """
-        check_aet(self.aet, "aet")
-        if not self.destinations:
-            raise SettingsError("name at least one node that results are sent to, as AET@host:port.", setting="to")
-        if len(set(self.destinations)) < len(self.destinations):
-            raise SettingsError("a destination is named twice. Name each once.", setting="to")
+        check_destinations(self.destinations, self.aet, self.tls)
         if not self.senders and not is_loopback(self.host):
             raise SettingsError(
                 f"{self.host} can be reached from other machines. Name who may send, as AET or AET@address.",
                 setting="allow",
             )
-        if self.tls is None and any(destination.tls for destination in self.destinations):
-            raise SettingsError("a destination wants TLS. Give certificate, key and authorities.", setting="tls_cert")
+
+
+def check_destinations(destinations: Sequence[Destination], aet: str, tls: Tls | None) -> None:
+    """Check where results are sent.
+
+    Args:
+        destinations: where.
+        aet: application entity title of the sender.
+        tls: its files of TLS.
+
+    Raises:
+        SettingsError: there is no destination, one is named twice, or one wants TLS and there is none.
+    """
+    check_aet(aet, "aet")
+    if not destinations:
+        raise SettingsError("name at least one node that results are sent to, as AET@host:port.", setting="to")
+    if len(set(destinations)) < len(destinations):
+        raise SettingsError("a destination is named twice. Name each once.", setting="to")
+    if tls is None and any(destination.tls for destination in destinations):
+        raise SettingsError("a destination wants TLS. Give certificate, key and authorities.", setting="tls_cert")
 
 
 def parse_destination(text: str) -> Destination:

@@ -1,0 +1,64 @@
+"""`send`: results of a run to an archive, each once, and what is not sent is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("pynetdicom")
+pytest.importorskip("prometheus_client")
+
+from helpers import ToyRunner, dicom, png
+from nodes import ARCHIVE, HOST, Archive
+from stand_in import SIZE
+from synthetic import SECRETS
+
+from bsdiff_rt.config import InferSettings
+from bsdiff_rt.folder.pipeline import Inference
+
+
+@pytest.fixture
+def results(small, tmp_path):
+    """The output folder of a run with two DICOM results and a picture."""
+    for seed in range(2):
+        dicom(tmp_path / "in" / f"{seed}.dcm", seed=seed)
+    png(tmp_path / "in" / "c.png")
+    inference = Inference(InferSettings(output=tmp_path / "out", bundle=str(small.folder)), ToyRunner(SIZE))
+    inference.run(inference.find_tasks([tmp_path / "in"]))
+    return tmp_path / "out"
+
+
+def test_results_are_sent_once(cli, results):
+    with Archive() as archive:
+        to = f"{ARCHIVE}@{HOST}:{archive.port}"
+        outcome = cli("send", results, "--to", to)
+        assert (outcome.code, outcome.out) == (0, "sent 2, skipped 0 that were there, failed 0\n")
+        outcome = cli("send", results, "--to", to, "--json")
+        assert [each["status"] for each in json.loads(outcome.out)] == ["skipped", "skipped"]
+    assert list(archive.times.values()) == [1, 1]
+
+
+@pytest.mark.parametrize("trouble", ["refuses", "away", "damaged", "missing"])
+def test_what_is_not_sent_is_named(cli, results, trouble):
+    with Archive() as archive:
+        if trouble == "refuses":
+            archive.status = 0xA700
+        elif trouble == "away":
+            archive.stop()
+        elif trouble == "damaged":
+            (results / "0.dcm").write_bytes((results / "0.dcm").read_bytes()[:300])
+        else:
+            (results / "0.dcm").unlink()
+        outcome = cli("send", results, "--to", f"{ARCHIVE}@{HOST}:{archive.port}")
+    sent = 1 if trouble in ("damaged", "missing") else 0
+    assert outcome.code == 3
+    assert f"sent {sent}, skipped 0 that were there, failed {2 - sent}" in outcome.out
+    assert "failed: 0.dcm: " in outcome.err
+    assert not [secret for secret in SECRETS if secret in outcome.out + outcome.err]
+
+
+def test_a_folder_without_results_is_refused(cli, tmp_path):
+    outcome = cli("send", tmp_path, "--to", f"{ARCHIVE}@{HOST}:104")
+    assert outcome.code == 2
+    assert "no report.json" in outcome.err
