@@ -18,8 +18,9 @@ COPY pyproject.toml MANIFEST.in README.md LICENSE ./
 COPY bsdiff_rt ./bsdiff_rt
 RUN python -m pip install --no-cache-dir --constraint constraints.txt ".[${RUNTIME}]"
 
-# Engines are kept in the user's cache. Mount a volume there to keep them after the container ends.
-RUN useradd --create-home bsdiff && mkdir -p /home/bsdiff/.cache && chown bsdiff /home/bsdiff/.cache
+# Engines are kept in the user's cache. Mount a volume there to keep them after the container ends. /node is for the
+# folder of `bsdiff-rt serve`.
+RUN useradd --create-home bsdiff && mkdir -p /home/bsdiff/.cache /node && chown bsdiff /home/bsdiff/.cache /node
 USER bsdiff
 VOLUME /home/bsdiff/.cache
 WORKDIR /data
