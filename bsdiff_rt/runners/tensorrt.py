@@ -16,6 +16,7 @@ from bsdiff_rt.errors import EngineError
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.streams import in_order
 from bsdiff_rt.runners.tensorrt_builder import INPUTS, build_plans
+from bsdiff_rt.runners.tensorrt_kernels import KernelCache, locate_kernels
 from bsdiff_rt.runners.tensorrt_library import TENSORRT, Library
 
 if TYPE_CHECKING:
@@ -57,9 +58,15 @@ class TensorRTRunner(Runner):
             self._runtime = library.make("runtime", lambda: trt.Runtime(library.logger))  # must outlive its engines
             engines = {name: _load_plan(library, self._runtime, folder / f"{name}.plan", name) for name in INPUTS}
             scratch_bytes = max(engine.device_memory_size_v2 for engine in engines.values())
+            _check_memory(scratch_bytes, self.device)
             scratch = torch.empty(max(scratch_bytes, 1), dtype=torch.uint8, device=self.device)
+            self._kernels: dict[str, KernelCache] = {}
+            if library.compiles_later:
+                for name, engine in engines.items():
+                    self._kernels[name] = KernelCache(library, engine, locate_kernels(folder / f"{name}.plan"))
             self._networks = {
-                name: _Network(library, name, engine, scratch, batch_range[0]) for name, engine in engines.items()
+                name: _Network(library, name, engine, scratch, batch_range[0], self._kernels.get(name))
+                for name, engine in engines.items()
             }
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
@@ -73,10 +80,13 @@ class TensorRTRunner(Runner):
         self._run("enhancer", {"x": x, "out": out})
 
     def close(self) -> None:
-        """Wait for the device. Then release contexts, engines and runtime, in this order."""
+        """Wait for the device and keep its kernels. Then release contexts, engines and runtime, in this order."""
         if self._networks:
             torch.cuda.synchronize(self.device)
+            for kernels in self._kernels.values():
+                kernels.save()
             self._networks.clear()
+            self._kernels.clear()
             self._runtime = None
 
     def _run(self, name: str, buffers: dict[str, torch.Tensor]) -> None:
@@ -115,6 +125,17 @@ def _load_plan(library: Library, runtime: trt.Runtime, path: Path, name: str) ->
     return engine
 
 
+def _check_memory(scratch_bytes: int, device: torch.device) -> None:
+    """Raise EngineError, before anything is allocated, if the device lacks the memory that the engines work in."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it back
+    if scratch_bytes > free_bytes:
+        raise EngineError(
+            f"the engine works in {scratch_bytes / 1e6:.0f} MB, and {device} has {free_bytes / 1e6:.0f} MB free. Free "
+            "some, or build an engine for smaller batches."
+        )
+
+
 class _Network:
     """One engine and its execution contexts.
 
@@ -124,9 +145,16 @@ class _Network:
     """
 
     def __init__(
-        self, library: Library, name: str, engine: trt.ICudaEngine, scratch: torch.Tensor, smallest_batch: int
+        self,
+        library: Library,
+        name: str,
+        engine: trt.ICudaEngine,
+        scratch: torch.Tensor,
+        smallest_batch: int,
+        kernels: KernelCache | None,
     ) -> None:
         self._library, self._name, self._engine, self._scratch = library, name, engine, scratch
+        self._kernels = kernels
         self._smallest_batch = smallest_batch  # it has the first profile, every other batch the last
         self._recorded: dict[tuple[int, ...], trt.IExecutionContext] = {}
         self._context: trt.IExecutionContext | None = self._make_context()
@@ -208,7 +236,9 @@ class _Network:
         trt = self._library.trt
         self._take_errors()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._library.make("execution context", lambda: self._engine.create_execution_context(strategy))
+        kernels, plan = self._kernels, self._engine
+        create = kernels.make_context if kernels else lambda: plan.create_execution_context(strategy)
+        context = self._library.make("execution context", create)
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
         if errors := self._take_errors():  # the call itself returns nothing
             raise EngineError(f"{self._library} does not take its working memory{errors}")

@@ -42,6 +42,7 @@ class Library:
             Casts prevent it.
         capabilities: the compute capabilities that it builds for, whatever this machine has; () if it builds for the
             GPU of this machine alone, because it times kernels there.
+        compiles_later: whether its kernels are compiled when a plan first runs. They can be kept (`KernelCache`).
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Library:
         extra: str,
         fp32_softmax_from: tuple[int, ...],
         capabilities: tuple[str, ...] = (),
+        compiles_later: bool = False,
     ) -> None:
         self.runner, self.title, self.package, self.extra = runner, title, package, extra
         self.fp32_softmax_from, self.capabilities = fp32_softmax_from, capabilities
+        self.compiles_later = compiles_later
 
     def __str__(self) -> str:
         """Return the title with the version."""
@@ -157,4 +160,5 @@ RTX = Library(
     extra="tensorrt-rtx",
     fp32_softmax_from=(1, 7),
     capabilities=RTX_CAPABILITIES,
+    compiles_later=True,
 )

@@ -28,7 +28,7 @@ from bsdiff_rt.errors import EngineError
 
 SIZE = 64
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-MODULES = tuple(f"bsdiff_rt.runners.tensorrt{part}" for part in ("_library", "_builder", ""))
+MODULES = tuple(f"bsdiff_rt.runners.tensorrt{part}" for part in ("_library", "_builder", "_kernels", ""))
 
 
 class FakeStream:
@@ -52,6 +52,10 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.recording)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronise)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Some/GPU 1")
+        self.free, self.reserved, self.allocated = 10**9, 0, 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, 2 * 10**9))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: self.reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.allocated)
 
     def synchronise(self, _):
         self.synchronised += 1
@@ -72,7 +76,7 @@ def load(monkeypatch, cuda, tmp_path):
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / "cache")
-        runner = importlib.import_module(MODULES[2])
+        runner = importlib.import_module(MODULES[-1])
         assert isinstance(runner.TENSORRT.logger, module.ILogger)
         return runner, recorder
 
@@ -94,7 +98,7 @@ def build(load, tiny_bundle, tmp_path):
         folder.mkdir(exist_ok=True)
         options = EngineOptions("tensorrt", precision, batch)
         tell = progress or (lambda phase, share: heard.append((phase, share)))
-        return sys.modules[MODULES[2]].build(open_bundle(tiny_bundle), options, device, folder, tell), recorder, heard
+        return sys.modules[MODULES[-1]].build(open_bundle(tiny_bundle), options, device, folder, tell), recorder, heard
 
     return build
 
@@ -103,8 +107,9 @@ def build(load, tiny_bundle, tmp_path):
 def runner(load, tmp_path):
     """A runner on two plans, and the recorder."""
 
-    def runner(fails=(), names=(["x_t", "cxr", "t", "out"], ["x", "out"]), batch_range=(1, 4)):
+    def runner(fails=(), names=(["x_t", "cxr", "t", "out"], ["x", "out"]), batch_range=(1, 4), compiles_later=False):
         module, recorder = load()
+        module.TENSORRT.compiles_later = compiles_later
         for name, tensors in zip(("denoiser", "enhancer"), names, strict=True):
             if tensors is not None:
                 (tmp_path / f"{name}.plan").write_text(str(tensors).replace("'", '"'))
@@ -487,6 +492,43 @@ def test_recording_without_a_run_before(runner, cuda):
 def test_each_failure_to_load(runner, fails, message):
     with pytest.raises(EngineError, match=message):
         runner(fails=[fails])
+
+
+def test_too_little_memory_is_known_before_it_is_allocated(runner, cuda, monkeypatch):
+    cuda.free, cuda.reserved, cuda.allocated = 3000, 1500, 501  # the larger plan works in 4000 bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
+        with pytest.raises(EngineError, match=r"works in 0 MB, and cpu has 0 MB free\. Free some, or "):
+            runner()
+    cuda.allocated = 500
+    runner()
+
+
+def test_kernels_that_are_compiled_later_are_kept(runner, tmp_path):
+    """What TensorRT for RTX compiled in one run is there in the next."""
+    made, recorder = runner(compiles_later=True)
+    assert recorder.kernels == []  # none there yet
+    strategies = [str(strategy) for (strategy,) in recorder.of("set_execution_context_allocation_strategy")]
+    assert strategies == ["Strategy.USER_MANAGED"] * 2
+    made.denoise(*images(1))
+    made.close()
+    kept = sorted((tmp_path / "cache" / "kernels").iterdir())
+    assert [path.read_bytes() for path in kept] == [b"kernels"] * 2
+    assert kept[0].parent.stat().st_mode & 0o777 == 0o700
+    before = [path.stat().st_mtime_ns for path in kept]
+    made, recorder = runner(compiles_later=True)
+    assert recorder.kernels == [b"kernels"] * 2
+    made.close()
+    assert [path.stat().st_mtime_ns for path in kept] == before  # nothing new
+
+
+def test_kernels_that_do_not_fit(runner, caplog):
+    runner(compiles_later=True)[0].close()
+    made, _ = runner(compiles_later=True, fails=["deserialize"])
+    assert "TensorRT 11.4.0.106 does not accept the kernels" in caplog.text
+    made.denoise(*images(1))
+    with pytest.raises(EngineError, match=r"takes no runtime cache; TensorRT says: set_runtime_cache failed"):
+        runner(compiles_later=True, fails=["set_runtime_cache"])
 
 
 def test_a_plan_that_is_missing(runner):

@@ -27,6 +27,7 @@ class Recorder:
         self.calls: list[tuple[Any, ...]] = []
         self.fails: set[str] = set()
         self.phases = [("Building", None, 2)]
+        self.kernels: list[bytes] = []  # those that were given back
         self.logger: Any = None
 
     def call(self, name: str, *arguments: Any) -> bool:
@@ -217,6 +218,27 @@ def make(version: str = "11.4.0.106") -> tuple[types.ModuleType, Recorder]:
 
         def create_execution_context(self, strategy: Any) -> Context | None:
             return Context() if recorder.call("create_execution_context", strategy) else None
+
+        def create_runtime_config(self) -> RuntimeConfig:
+            return RuntimeConfig()
+
+    class RuntimeConfig:
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            recorder.call("set_execution_context_allocation_strategy", strategy)
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            return recorder.call("set_runtime_cache", cache)
+
+    class RuntimeCache:
+        def deserialize(self, serialized_cache: bytes) -> bool:
+            recorder.kernels.append(serialized_cache)
+            return recorder.call("deserialize")
+
+        def serialize(self) -> bytes:
+            return b"kernels"
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
