@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +18,18 @@ import torch
 import typer
 
 from bsdiff_rt.bench.networks import fill_randomly
-from bsdiff_rt.bundle import Manifest
+from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import (
     PRESETS,
     Objective,
+    Precision,
     Preprocessing,
+    Preset,
     SamplerName,
     SamplerSettings,
     Schedule,
 )
+from bsdiff_rt.engines.onnx_files import save_graphs
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.files import file_sha256
 from bsdiff_rt.networks.autoencoder import Enhancer
@@ -35,6 +40,35 @@ from export.checkpoint import hash_weights, read_averaged_weights
 from export.published import WeightsName, read_published_weights
 from export.speed import measure_speed
 
+
+@dataclass(frozen=True)
+class Target:
+    """Where to write, and what.
+
+    Attributes:
+        folder: of the bundle or of the graphs.
+        overwrite: whether a bundle in the folder is replaced.
+        onnx_only: whether only the graphs are written.
+        precision: of the graphs; fp32 for a bundle, which always holds fp32.
+    """
+
+    folder: Path
+    overwrite: bool
+    onnx_only: bool
+    precision: Precision
+
+    def check(self) -> None:
+        """Raise SettingsError, before anything is computed, if the folder cannot be used or the options contradict."""
+        if self.onnx_only and self.overwrite:
+            raise SettingsError("--onnx-only replaces no files. Leave --overwrite out and give a new folder.")
+        if not self.onnx_only and self.precision != "fp32":
+            raise SettingsError(
+                f"--precision {self.precision}: a bundle holds fp32. Give --onnx-only, or choose the precision of an "
+                "engine when you build it."
+            )
+        check_folder(self.folder, self.overwrite)
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Default sampler and mirror by objective. A model of x0 or v finds the image in a few steps; eps needs them all.
@@ -42,6 +76,8 @@ FEW_STEPS, ALL_STEPS = SamplerSettings("ddim", 3), SamplerSettings("ddpm", 1000)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle. Must be new or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in the output folder.")]
+OnnxOnly = Annotated[bool, typer.Option("--onnx-only", help="Write only the graphs, for other tools, and no bundle.")]
+GraphPrecision = Annotated[Precision, typer.Option(help="Precision of the graphs that --onnx-only writes.")]
 Licence = Annotated[str, typer.Option(help="Licence of the weights.")]
 
 
@@ -59,11 +95,13 @@ def export_random(
         int | None, typer.Option(min=1, help="Default number of steps.", show_default="1000 for eps, else 3")
     ] = None,
     overwrite: Overwrite = False,
+    onnx_only: OnnxOnly = False,
+    precision: GraphPrecision = "fp32",
 ) -> None:
     """Make a bundle with random weights, to time a network without a checkpoint."""
     if preset not in PRESETS:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    check_folder(output, overwrite)
+    Target(output, overwrite, onnx_only, precision).check()
     generator = torch.Generator().manual_seed(0)
     shape = PRESETS[preset]
     settings = choose_sampler(objective, sampler, steps)
@@ -72,7 +110,7 @@ def export_random(
     for network in (denoiser, enhancer):  # a new network's last layers are zero; zeros would always agree
         fill_randomly(network, generator)
     schedule = Schedule(objective=objective)
-    describe_bundle(output, write_bundle(output, shape, schedule, denoiser, enhancer, options, overwrite=overwrite))
+    write(Target(output, overwrite, onnx_only, precision), shape, schedule, (denoiser, enhancer), options)
 
 
 @app.command("published")
@@ -92,12 +130,14 @@ def export_published(
     ] = 0.0,
     licence: Licence = UNSTATED,
     overwrite: Overwrite = False,
+    onnx_only: OnnxOnly = False,
+    precision: GraphPrecision = "fp32",
 ) -> None:
     """Make a bundle of the published checkpoints. Nothing in them is executed (docs/published-checkpoints.md)."""
     shapes = {key: shape for key, shape in PRESETS.items() if not shape.denoiser.residual}  # as published
     if preset not in shapes:
         raise SettingsError(f"preset {preset!r}: choose one of {', '.join(shapes)}")
-    check_folder(output, overwrite)
+    Target(output, overwrite, onnx_only, precision).check()
     shape = shapes[preset]
     first = denoiser_state(read_published_weights(denoiser, weights), shape.denoiser)
     second = enhancer_state(read_published_weights(enhancer), shape.enhancer)
@@ -117,7 +157,7 @@ def export_published(
         },
     )
     schedule = Schedule("squaredcos_cap_v2")
-    describe_bundle(output, write_bundle(output, shape, schedule, *networks, options, overwrite=overwrite))
+    write(Target(output, overwrite, onnx_only, precision), shape, schedule, networks, options)
 
 
 @app.command("checkpoints")
@@ -152,9 +192,11 @@ def export_checkpoints(
     licence: Licence = UNSTATED,
     training: Annotated[Path | None, typer.Option(help="JSON file that says where the weights come from.")] = None,
     overwrite: Overwrite = False,
+    onnx_only: OnnxOnly = False,
+    precision: GraphPrecision = "fp32",
 ) -> None:
     """Make a bundle of the checkpoints of `python -m train`, if ONNX Runtime agrees with the eager networks."""
-    check_folder(output, overwrite)
+    Target(output, overwrite, onnx_only, precision).check()
     provenance = {} if training is None else read_provenance(training)
     first, state = read_averaged_weights(checkpoints / "denoiser.pt")
     if enhance or (checkpoints / "enhancer.pt").exists():
@@ -173,7 +215,22 @@ def export_checkpoints(
         training=provenance | collect_provenance(first, second),
     )
     preset = PRESETS[first["preset"]]
-    describe_bundle(output, write_bundle(output, preset, schedule, denoiser, enhancer, options, overwrite=overwrite))
+    write(Target(output, overwrite, onnx_only, precision), preset, schedule, (denoiser, enhancer), options)
+
+
+def write(
+    target: Target, preset: Preset, schedule: Schedule, networks: tuple[Denoiser, Enhancer], options: BundleOptions
+) -> None:
+    """Write the bundle, or only its graphs, and print what was written."""
+    if not target.onnx_only:
+        made = write_bundle(target.folder, preset, schedule, *networks, options, overwrite=target.overwrite)
+        describe_bundle(target.folder, made)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        write_bundle(Path(work) / options.name, preset, schedule, *networks, options)
+        files = save_graphs(open_bundle(str(Path(work) / options.name)), target.precision, target.folder)
+    for file in files:
+        typer.echo(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
 
 
 def describe_bundle(folder: Path, manifest: Manifest) -> None:

@@ -1,7 +1,10 @@
 """The command line of the export: every refusal is one line that says what to do."""
 
 import json
+import shutil
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -160,3 +163,27 @@ def test_random_weights_make_a_bundle(tmp_path):
     assert json.loads(bundle.manifest.to_json())["name"] == "tiny-random"
     assert not bundle.manifest.enhance
     assert 0 < bundle.manifest.agreement["denoiser"] < 1e-4
+
+
+def test_only_the_graphs(tiny_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "write_bundle", lambda folder, *_, **__: shutil.copytree(tiny_bundle, folder))
+    graphs = tmp_path / "graphs"
+    command.export_random("tiny", graphs, 64, enhance=False, onnx_only=True, precision="fp16")
+    assert {path.name for path in graphs.iterdir()} == {"denoiser.onnx", "enhancer.onnx", "step.onnx", "rows.csv"}
+    types = {tensor.data_type for tensor in onnx.load(graphs / "denoiser.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+    assert np.loadtxt(graphs / "rows.csv", delimiter=",", skiprows=1).shape == (3, 7)
+    assert capsys.readouterr().out.count("wrote ") == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"onnx_only": True, "overwrite": True}, "--onnx-only replaces no files"),
+        ({"precision": "bf16"}, "--precision bf16: a bundle holds fp32"),
+    ],
+)
+def test_options_of_the_graphs_that_contradict(tmp_path, options, message):
+    with pytest.raises(SettingsError, match=message):
+        command.export_random("tiny", tmp_path / "out", 64, **options)
+    assert not (tmp_path / "out").exists()
