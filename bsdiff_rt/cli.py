@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -51,8 +52,18 @@ FILES, MODEL, SPEED, RUN = "Input and output", "Model", "Speed", "Run"
 NETWORK, LIMITS = "Network", "Limits"
 
 
+_ADDRESS = re.compile(r"auto|local|ray://.+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")  # what --ray takes
+
+
 class GroupedCommand(TyperCommand):
     """A command whose help lists the options in groups: those of `rich_help_panel`, in plain text."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command's words. `--ray` may stand without an address, before anything that is none."""
+        for place, word in enumerate(args):
+            if word == "--ray" and not (args[place + 1 :] and _ADDRESS.fullmatch(args[place + 1])):
+                args[place] = "--ray=local"
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each group, in the order in which the groups first appear."""
@@ -273,6 +284,16 @@ def infer(
     precision: PrecisionName = "auto",
     batch: Batch = "auto",
     threads: Threads = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            show_default="off",
+            help="Run in many workers through Ray: one for each GPU, or for each --threads CPU cores (4 by default). "
+            "ADDRESS is HOST:PORT of a cluster, or auto. Without it, Ray starts here and stops with the run.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     fail_on: Annotated[
         Literal["failed", "refused", "never"],
         typer.Option(
@@ -315,7 +336,7 @@ def infer(
     check_inputs(inputs, output)
     from bsdiff_rt.folder.pipeline import Inference
 
-    inference = Inference(settings)
+    inference = Inference(settings, ray=ray)
     tasks = inference.find_tasks(inputs)
     if not tasks and fail_on != "never":
         raise SettingsError(
@@ -324,18 +345,20 @@ def infer(
     if dry_run:
         entries = list(inference.plan(tasks))
         _print_plan(entries, as_json)
+        counts = Counter[str](entry.status for entry in entries)
+        refuses_views = any(ACCEPT_ANY_VIEW in (entry.reason or "") for entry in entries)
     else:
-        with FileProgress(len(tasks), quiet) as progress:
+        with FileProgress(tasks.count, quiet, ACCEPT_ANY_VIEW) as progress:
             report = inference.run(tasks, progress.on_file)
-        entries = report.files
+        counts, refuses_views = report.counts(), progress.found
         if as_json:
             _print(report.to_json().rstrip())
         elif not quiet:
-            _print(_summarise(report, output))
-    if not quiet and any(ACCEPT_ANY_VIEW in (entry.reason or "") for entry in entries):
+            _print(_summarise(report, settings))
+    if not quiet and refuses_views:
         print_line("--any-view processes lateral views and other body parts, too.")
     counted = {"failed": {"failed"}, "refused": {"refused", "failed"}, "never": set[str]()}[fail_on]
-    if any(entry.status in counted for entry in entries):
+    if any(counts[status] for status in counted):
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -420,7 +443,7 @@ def watch(
     if as_json:
         _print(report.to_json().rstrip())
     elif not quiet:
-        _print(_summarise(report, output))
+        _print(_summarise(report, settings))
 
 
 @app.command(cls=GroupedCommand)
@@ -571,12 +594,12 @@ def send(
     destinations = [node.parse_destination(text) for text in to]
     tls = node.make_tls(tls_cert, tls_key, tls_ca)
     node.check_destinations(destinations, node.check_aet(aet, "aet"), tls)
-    from bsdiff_rt.folder.report import read_results
+    from bsdiff_rt.folder.earlier import list_results
     from bsdiff_rt.node.receiving import quiet_libraries
     from bsdiff_rt.node.sending import Connection, send_results
 
     quiet_libraries()
-    paths = sorted(path for path in read_results(folder) if path.suffix == ".dcm")
+    paths = sorted(path for path, _ in list_results(folder) if path.suffix == ".dcm")
     if not paths:
         raise SettingsError(f"{folder}: no report.json that names a DICOM result. Name the output folder of infer.")
     outcomes = []
@@ -882,6 +905,21 @@ def evaluate(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
+@app.command(name="report")
+def summarise_report(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of infer or watch.")],
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Summarise a run of any length: files by status, reasons, speed and the slowest files."""
+    _log(quiet, verbose)
+    from bsdiff_rt.folder.summary import format_summary, summarise
+
+    found = summarise(output)
+    _print(json.dumps(found, indent=1) if as_json else "\n".join(map(escape, format_summary(found).splitlines())))
+
+
 @app.command()
 def info(quiet: Quiet = False, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Show versions, devices, runners or why they cannot be used, bundles, and engines in the cache."""
@@ -927,21 +965,24 @@ def _convert_to_json(row: Quality) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.as_dict().items()}
 
 
-def _summarise(report: Report, output: Path) -> str:
+def _summarise(report: Report, settings: InferSettings) -> str:
     """Return the last line of a run."""
     counts = report.counts()
     images = "image" if counts["ok"] == 1 else "images"
     skipped = f"skipped {counts['skipped']} finished before, " if counts["skipped"] else ""
     speed = f" ({report.images_per_second:.2f} images/s)" if counts["ok"] else ""
-    return _summarise_retention(report) + (
+    return (_summarise_retention(report, settings.output) if settings.probe else "") + (
         f"wrote {counts['ok']} {images}, {skipped}refused {counts['refused']}, failed {counts['failed']}{speed}. "
-        f"Results and report.json: {escape(str(output))}"
+        f"Results and report.json: {escape(str(settings.output))}"
     )
 
 
-def _summarise_retention(report: Report) -> str:
+def _summarise_retention(report: Report, output: Path) -> str:
     """Return a line on what `--probe` measured, or nothing."""
-    probed = [(entry.retention, entry.input) for entry in report.files if entry.retention is not None]
+    from bsdiff_rt.folder.pipeline import read_files
+
+    entries = read_files(report, output)
+    probed = [(entry.retention, entry.input) for entry in entries if entry.retention is not None]
     if not probed:
         return ""
     mean = sum(figures["mean"] for figures, _ in probed) / len(probed)

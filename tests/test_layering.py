@@ -26,7 +26,7 @@ TORCH_FREE = [
     *(f"formats.{name}" for name in ("base", "radiograph", "raster", "dicom", "dicom_in", "dicom_grey", "dicom_out")),
     *(f"sampling.{name}" for name in ("schedule", "noise")),
     *(f"folder.{name}" for name in ("search", "tasks", "reading", "ledger", "report", "preview", "html")),
-    *(f"folder.{name}" for name in ("pictures", "watching")),
+    *(f"folder.{name}" for name in ("pictures", "watching", "journal", "earlier", "long_ledger", "summary")),
     *(f"folder.{name}" for name in ("progress", "evaluate")),
     *(f"node.{name}" for name in ("settings", "journal")),
 ]
@@ -132,6 +132,8 @@ def test_the_product_needs_only_what_it_declares():
         "matplotlib": {"bsdiff_rt/bench/plot.py"},
         "pynetdicom": {"bsdiff_rt/node/receiving.py", "bsdiff_rt/node/sending.py"},
         "prometheus_client": {"bsdiff_rt/node/status.py"},
+        "pyarrow": {f"bsdiff_rt/folder/{name}.py" for name in ("long_ledger", "summary", "ray_workers")},
+        "ray": {"bsdiff_rt/folder/ray_workers.py"},
     }
     distributions = packages_distributions()
     for path in files(PRODUCT):
@@ -163,7 +165,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "cv2", "pydicom", "safetensors
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("infer", "serve", "build-engine", "bench", "evaluate")),
+        *([name, "--help"] for name in ("infer", "serve", "build-engine", "bench", "evaluate", "report")),
     ],
 )
 def test_answers_wait_for_nothing_heavy(arguments):

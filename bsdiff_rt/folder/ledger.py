@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256, remove_parts
+from bsdiff_rt.folder.earlier import Named, Results
 from bsdiff_rt.folder.report import (
     FILE_NAME,
     FileEntry,
@@ -77,6 +78,8 @@ class Ledger:
     Any thread may add entries. The thread that finishes a file adds its entry, so that an interruption of the main
     thread cannot separate the two.
 
+    A run of more than `journal.LONG` files uses `long_ledger.LongLedger`.
+
     Args:
         report: the run's report, without files yet.
         folder: the output folder.
@@ -86,12 +89,15 @@ class Ledger:
         on_file: called with each entry as it is added.
     """
 
+    _earlier: Results
+    _results: Named
+
     def __init__(
         self,
         report: Report,
         folder: Path,
         outputs: Mapping[str, Path | None],
-        before: dict[str, FileEntry],
+        before: Mapping[str, FileEntry],
         on_file: Callable[[FileEntry], None],
     ) -> None:
         self.report = report
@@ -117,8 +123,8 @@ class Ledger:
         with self._lock:
             self._outputs |= outputs
             self._place = {name: number for number, name in enumerate(self._outputs)}
-            self._earlier = read_results(self._folder)
-            self._results = {*self._earlier, *self._outputs.values()}
+            self._earlier = self._listed = read_results(self._folder)
+            self._results = {*self._listed, *self._outputs.values()}
             self.report.files = [entry for entry in self.report.files if entry.input not in outputs]
             planned = read_planned(self._folder)  # nothing else knows what a killed run has written
             self._planned |= {
@@ -142,7 +148,7 @@ class Ledger:
                 entry = self._set_older_aside(self._outputs[entry.input], entry)
             elif entry.status == "ok":
                 self._set_maps_aside(Path(entry.output), entry.maps)
-            self.report.files.append(entry)
+            self._keep(entry)
             self._on_file(entry)
             if (started := time.monotonic()) >= self._next_save:
                 try:
@@ -166,13 +172,19 @@ class Ledger:
             self.report.ended = now() if ended else None
             self._save(busy_s)
 
-    def _save(self, busy_s: float = 0.0) -> None:
-        self.report.files.sort(key=lambda entry: self._place[entry.input])
+    def _keep(self, entry: FileEntry) -> None:
+        self.report.files.append(entry)
+
+    def _rate(self, busy_s: float) -> None:
         if written := self.report.counts()["ok"]:
             seconds = max(time.monotonic() - self._started, 1e-9)
             self.report.images_per_second, self.report.model_busy = written / seconds, busy_s / seconds
         else:
             self.report.images_per_second, self.report.model_busy = self._earlier_rates
+
+    def _save(self, busy_s: float = 0.0) -> None:
+        self.report.files.sort(key=lambda entry: self._place[entry.input])
+        self._rate(busy_s)
         inputs = {entry.input for entry in self.report.files}
         outputs = {entry.output for entry in self.report.files}
         waiting = [
@@ -182,10 +194,13 @@ class Ledger:
         ]
         files = [*self.report.files, *waiting]
         listed = {entry.output for entry in files}
-        earlier = [entry for path, entry in self._earlier.items() if str(path) not in listed and self._exists(entry)]
+        earlier = [entry for path, entry in self._listed.items() if str(path) not in listed and self._exists(entry)]
         planned = [output for name, output in self._planned.items() if name not in inputs]
+        self._write(replace(self.report, files=files, earlier=earlier, planned=planned))
+
+    def _write(self, report: Report) -> None:
         try:
-            replace(self.report, files=files, earlier=earlier, planned=planned).write(self._folder)
+            report.write(self._folder)
         except OSError as error:
             message = (
                 f"{self._folder}: {FILE_NAME} cannot be written ({error.strerror}). Finished results are complete."

@@ -50,12 +50,18 @@ class FileProgress:
     """Show files done, speed and time left: a bar on a terminal, a line now and then in a log.
 
     Args:
-        total: number of files.
+        total: number of files; None if it is not known.
         quiet: show only files that were refused or failed.
+
+        look_for: a text that may be part of a file's reason.
+
+    Attributes:
+        found: whether it was part of any.
     """
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet = total, quiet
+    def __init__(self, total: int | None, quiet: bool, look_for: str = "") -> None:
+        self._total, self._quiet, self._look_for = total, quiet, look_for
+        self.found = False
         self._done = self._computed = 0
         self._started = self._printed = time.monotonic()
         self._bar: Any = None
@@ -82,6 +88,7 @@ class FileProgress:
         elapsed = time.monotonic() - self._started
         speed = f"{self._computed / elapsed:.2f} images/s" if self._computed and elapsed else ""
         if entry.reason is not None:
+            self.found = self.found or (bool(self._look_for) and self._look_for in entry.reason)
             self._print(f"{entry.status}: {entry.input}: {entry.reason}")
         if self._quiet:
             return
@@ -89,8 +96,11 @@ class FileProgress:
             self._bar.update(self._task, advance=1, speed=speed)
         elif time.monotonic() - self._printed > PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            left = elapsed / self._done * (self._total - self._done)
-            parts = (f"{self._done} of {self._total} files", speed, f"{_format_seconds(left)} left")
+            done, left = f"{self._done} files", ""
+            if self._total is not None:
+                left = f"{_format_seconds(elapsed / self._done * (self._total - self._done))} left"
+                done = f"{self._done} of {self._total} files"
+            parts = (done, speed, left)
             self._print(", ".join(part for part in parts if part))
 
     def _print(self, line: str) -> None:

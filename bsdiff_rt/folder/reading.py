@@ -16,6 +16,7 @@ from bsdiff_rt import formats
 from bsdiff_rt.config import InferSettings, Preprocessing
 from bsdiff_rt.errors import BsdiffError, InputFailed, InputRefused
 from bsdiff_rt.files import file_sha256
+from bsdiff_rt.folder.earlier import Finished
 from bsdiff_rt.folder.report import FileEntry, digest_path, list_maps, locate_map
 from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.formats.radiograph import Radiograph
@@ -58,10 +59,10 @@ class Reader:
     Args:
         settings: the run's settings. Its output folder holds what an earlier run finished.
         preprocessing: the bundle's.
-        before: results of an earlier run that need not be done again (`report.read_finished`).
+        before: results of an earlier run that need not be done again (`earlier.find_finished`).
     """
 
-    def __init__(self, settings: InferSettings, preprocessing: Preprocessing, before: dict[str, FileEntry]) -> None:
+    def __init__(self, settings: InferSettings, preprocessing: Preprocessing, before: Finished) -> None:
         self.before = before
         self._settings = settings
         self._preprocessing = preprocessing
@@ -78,8 +79,7 @@ class Reader:
             if task.output is None:
                 raise (InputFailed if task.status == "failed" else InputRefused)(task.refusal)
             digest = file_sha256(task.input)
-            if self._is_finished(task.output, digest):
-                done = self.before[str(task.output)]
+            if (done := self._find_finished(task.output, digest)) is not None:
                 path_sha256 = digest_path(task.input)
                 return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
             radiograph = formats.read(task.input, any_view=self._settings.any_view)
@@ -95,17 +95,18 @@ class Reader:
             status: Literal["refused", "failed"] = "refused" if isinstance(error, InputRefused) else "failed"
             return make_not_done(task, status, describe_error(error, "read"), started, digest)
 
-    def _is_finished(self, output: Path, input_sha256: str) -> bool:
-        """Return whether an earlier run made this output from the same input and it is unchanged."""
+    def _find_finished(self, output: Path, input_sha256: str) -> FileEntry | None:
+        """Return the entry of an earlier run that made this output from the same input, if it is unchanged."""
         entry = self.before.get(str(output))
         path = self._settings.output / output
-        return (
+        finished = (
             entry is not None
             and entry.input_sha256 == input_sha256
             and path.is_file()
             and file_sha256(path) == entry.sha256
             and all(self._has_map(kind, output, entry) for kind in list_maps(self._settings))
         )
+        return entry if finished else None
 
     def _has_map(self, kind: str, output: Path, entry: FileEntry) -> bool:
         path = locate_map(self._settings.output, kind, output)

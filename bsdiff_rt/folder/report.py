@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.json"
 PREVIEW, PAGE = "preview.png", "report.html"
+PARQUET = "report.parquet"  # every input of a long run
 UNCERTAINTY = "uncertainty"  # folder, in the output folder, of the standard deviations of several samples
 RETENTION = "retention"  # folder of the pictures of the probe
 MAPS = (UNCERTAINTY, RETENTION)
@@ -98,6 +99,9 @@ class Report:
         files: the inputs of this run, and finished files of earlier runs with the same settings.
         earlier: results of other runs that are still in the folder.
         planned: results that did not exist when the run began, and are not in `files` yet.
+        files_in: the file beside report.json that holds the entries of a long run, whose `files` is empty; else None.
+        counted: number of files by status in a long run; else None.
+        workers_replaced: workers of `--ray` that died and were replaced; None without.
         bsdiff_rt: version of this package.
     """
 
@@ -113,15 +117,18 @@ class Report:
     files: list[FileEntry] = field(default_factory=list)
     earlier: list[FileEntry] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
+    files_in: str | None = None
+    counted: Counter[str] | None = None
+    workers_replaced: int | None = None
     bsdiff_rt: str = __version__
 
     def counts(self) -> Counter[str]:
         """Return the number of files by status."""
-        return Counter(entry.status for entry in self.files)
+        return Counter[str](entry.status for entry in self.files) if self.counted is None else self.counted
 
     def to_json(self) -> str:
         """Return the text of report.json."""
-        content = {
+        content: dict[str, Any] = {
             "bsdiff_rt": self.bsdiff_rt,
             "bundle": self.bundle,
             "settings": self.settings,
@@ -136,6 +143,10 @@ class Report:
             "earlier": [{key: getattr(entry, key) for key in EARLIER} for entry in self.earlier],
             "planned": self.planned,
         }
+        if self.files_in is not None:
+            content |= {"files_in": self.files_in, "counts": dict(self.counts())}
+        if self.workers_replaced is not None:
+            content["workers_replaced"] = self.workers_replaced
         return json.dumps(content, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -184,19 +195,28 @@ def read_finished(folder: Path, report: Report) -> dict[str, FileEntry]:
     path = folder / FILE_NAME
     try:
         earlier = _load(folder)
-        entries = [_read_entry(content) for content in earlier["files"]]
-        same_bundle = earlier["bundle"]["sha256"] == report.bundle["sha256"]
-        missing = {key: _SETTING_DEFAULTS[key] for key in report.settings.keys() - earlier["settings"].keys()}
-        same_settings = missing | earlier["settings"] == report.settings
+        entries = [read_entry(content) for content in earlier["files"]]
+        same = makes_the_same(earlier, report)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be used (%s). Every file is processed again.", path, type(error).__name__)
         return {}
-    if not (same_bundle and same_settings):
+    if not same:
         logger.info("%s is of another bundle or of other settings. Every file is processed again.", path)
         return {}
     return {entry.output: entry for entry in entries if entry.status in ("ok", "skipped") and entry.output}
+
+
+def makes_the_same(head: dict[str, Any], report: Report) -> bool:
+    """Return whether the bundle and settings of a report.json are those of `report`.
+
+    Raises:
+        KeyError, TypeError, AttributeError: not the content of a report.
+    """
+    missing = {key: _SETTING_DEFAULTS[key] for key in report.settings.keys() - head["settings"].keys()}
+    same_settings = missing | head["settings"] == report.settings
+    return bool(head["bundle"]["sha256"] == report.bundle["sha256"] and same_settings)
 
 
 def read_results(folder: Path) -> dict[Path, FileEntry]:
@@ -289,6 +309,16 @@ def list_package_versions() -> dict[str, str]:
     return found
 
 
+def load_report(folder: Path) -> dict[str, Any]:
+    """Return the content of report.json; empty if there is no report of this program."""
+    try:
+        content = _load(folder)
+        _read_entries(content)
+        return dict(content) if "bsdiff_rt" in content else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _load(folder: Path) -> Any:
     return parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
 
@@ -306,7 +336,7 @@ def _read_entries(content: dict[str, Any]) -> list[FileEntry]:
     return found
 
 
-def _read_entry(content: dict[str, Any]) -> FileEntry:
+def read_entry(content: dict[str, Any]) -> FileEntry:
     """Return an entry of report.json. Keys of other versions are ignored; missing ones have their defaults.
 
     Raises:

@@ -7,12 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import cv2
 
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.folder.report import read_named
+from bsdiff_rt.folder.earlier import Named, find_named
+from bsdiff_rt.folder.journal import LONG
 from bsdiff_rt.formats import find_format, has_known_suffix, is_candidate
 from bsdiff_rt.formats.dicom import DICOM
 
@@ -60,26 +62,22 @@ class Found:
     refusal: str | None = None
 
 
-def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
-    """Find every file to process, in the order given; folders in sorted order, with everything below them.
+def find_files(inputs: Iterable[Path], output: Path) -> Iterator[Found]:
+    """Yield every file to process, in the order given; folders in sorted order, with everything below them.
 
     In a folder, files with the suffix of a known format are taken, and files of formats that are common under any name
     (DICOM). Left out are hidden files, results of earlier runs in folders below, and the output folder. A file that
     the user names is always taken.
 
     Args:
-        inputs: files and folders.
+        inputs: files and folders (`check_inputs`).
         output: the output folder; it need not exist.
-
-    Raises:
-        SettingsError: an input does not exist, is no file or folder, or is the output folder.
     """
-    inputs = [Path(given) for given in inputs]
-    check_inputs(inputs, output)
-    found: list[Found] = []
     for given in inputs:
-        found += _search(given, output) if os.path.isdir(given) else [Found(given, given, Path(given.name))]
-    return found
+        if os.path.isdir(given):
+            yield from _search(given, output)
+        else:
+            yield Found(given, given, Path(given.name))
 
 
 def check_inputs(inputs: Iterable[Path], output: Path) -> None:
@@ -96,6 +94,47 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
                 raise SettingsError(f"{given}: this is the output folder, too. Choose another output folder.")
         elif not os.path.isfile(given):
             raise SettingsError(f"{given}: not a file or folder, but a pipe, socket or device.")
+
+
+class Sources:
+    """Tells whether a file in or outside the output folder is an input, without listing the inputs.
+
+    Args:
+        inputs: what the user named.
+        output: the output folder.
+    """
+
+    def __init__(self, inputs: Iterable[Path], output: Path) -> None:
+        self._inputs, self._output = list(inputs), output
+        self._files = {resolve_path(given): given for given in self._inputs if not os.path.isdir(given)}
+        self._folders = [(Path(resolve_path(given)), given) for given in self._inputs if os.path.isdir(given)]
+        self._links: dict[str, Path] | None = None
+
+    def find(self, path: Path) -> Path | None:
+        """Return the input that a path leads to, by the name under which it is found; None if it is no input."""
+        if not os.path.lexists(path):
+            return None
+        real = resolve_path(path)
+        if self._links is None:  # found only if something is in the place of a result: the folders are searched once
+            self._links = {resolve_path(link): link for link in self._find_links()}
+        return self._files.get(real) or self._links.get(real) or self._find_below(Path(real))
+
+    def _find_links(self) -> Iterator[Path]:
+        for _, given in self._folders:
+            for here, names in _walk(given, self._output, [], quiet=True):
+                yield from (link for link in map(here.joinpath, names) if link.is_symlink() and is_input(link))
+
+    def _find_below(self, real: Path) -> Path | None:
+        """Return a file in a folder that the user named, if the search would find it there."""
+        output = Path(resolve_path(self._output))
+        for folder, given in self._folders:
+            if not real.is_relative_to(folder):
+                continue
+            inside = output.is_relative_to(folder) and real.is_relative_to(output)
+            relative = real.relative_to(folder)
+            if not inside and not any(part.startswith(".") for part in relative.parts) and is_input(real):
+                return given / relative
+        return None
 
 
 def is_input(file: Path) -> bool:
@@ -121,21 +160,12 @@ def resolve_path(path: Path) -> str:
     return os.path.realpath(path)
 
 
-def _search(given: Path, output: Path) -> list[Found]:
+def _search(given: Path, output: Path) -> Iterator[Found]:
     """Search one folder, and log what was left out."""
     closed: list[OSError] = []
     others: Counter[str] = Counter()
-    files: list[Path] = []
-    results: set[Path] = set()  # of earlier runs, in the folders seen so far
-    for here, names in _walk(given, output, closed):
-        if here != given and (named := read_named(here)):
-            logger.info("%s: results of an earlier run are left out. Name the folder to process them.", here)
-            results |= {here / name for name in named}
-        for file in (here / name for name in sorted(names)):
-            if file not in results and is_input(file):
-                files.append(file)
-            elif file not in results and (kind := _describe_other(file)):
-                others[kind] += 1
+    files = _list_inputs(given, output, closed, others)
+    yield from (_check_found(file, given) for file in _without_icons(given, files))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         logger.warning(
@@ -143,11 +173,28 @@ def _search(given: Path, output: Path) -> list[Found]:
             given,
             kinds,
         )
-    refused = [Found(Path(error.filename), given, None, f"cannot be searched ({error.strerror})") for error in closed]
-    return [*(_check_found(file, given) for file in _without_icons(given, files)), *refused]
+    for error in closed:
+        yield Found(Path(error.filename), given, None, f"cannot be searched ({error.strerror})")
 
 
-def _walk(given: Path, output: Path, closed: list[OSError]) -> Iterator[tuple[Path, list[str]]]:
+def _list_inputs(given: Path, output: Path, closed: list[OSError], others: Counter[str]) -> Iterator[Path]:
+    """Yield the inputs below a folder. Kinds of files that are not read here are counted in `others`."""
+    earlier: list[tuple[Path, Named]] = []  # results of earlier runs, in the folders seen so far
+    for here, names in _walk(given, output, closed):
+        if here != given and (named := find_named(here)):
+            logger.info("%s: results of an earlier run are left out. Name the folder to process them.", here)
+            earlier.append((here, named))
+        earlier = [(folder, named) for folder, named in earlier if here.is_relative_to(folder)]
+        for file in (here / name for name in sorted(names)):
+            if any(file.relative_to(folder) in named for folder, named in earlier):
+                continue
+            if is_input(file):
+                yield file
+            elif kind := _describe_other(file):
+                others[kind] += 1
+
+
+def _walk(given: Path, output: Path, closed: list[OSError], *, quiet: bool = False) -> Iterator[tuple[Path, list[str]]]:
     """Yield each folder below `given` with its file names, without the output folder and hidden folders.
 
     Folders that cannot be searched are added to `closed`.
@@ -158,7 +205,7 @@ def _walk(given: Path, output: Path, closed: list[OSError]) -> Iterator[tuple[Pa
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and resolve_path(here / name) != excluded
         )
-        for link in (name for name in folders if (here / name).is_symlink()):
+        for link in (name for name in folders if not quiet and (here / name).is_symlink()):
             logger.warning("%s: a link to a folder is not followed. Name it to process it.", here / link)
         yield here, names
 
@@ -186,25 +233,31 @@ def _describe_other(file: Path) -> str | None:
     return next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
 
 
-def _without_icons(given: Path, files: list[Path]) -> list[Path]:
-    """Return `files` without the small pictures that a viewer on a patient CD brings along; log how many there are.
+def _without_icons(given: Path, files: Iterator[Path]) -> Iterator[Path]:
+    """Yield `files` without the small pictures that a viewer on a patient CD brings along; log how many there are.
 
-    Only beside DICOM files: a folder of small pictures alone is a data set.
+    Only beside DICOM files: a folder of small pictures alone is a data set. In a folder of more than `LONG` files,
+    DICOM files that come later than these and than the picture do not count.
     """
-    formats = {file: find_format(file) for file in files}
-    if DICOM not in formats.values():
-        return files
-    icons = {file for file, kind in formats.items() if kind is not DICOM and _is_icon(file)}
+    first = list(islice(files, LONG))
+    has_dicom = any(find_format(file) is DICOM for file in first)
+    icons = 0
+    for file in chain(first, files):
+        if find_format(file) is DICOM:
+            has_dicom = True
+        elif has_dicom and _is_icon(file):
+            icons += 1
+            continue
+        yield file
     if icons:
         logger.warning(
             "%s: left out %d small picture%s beside DICOM files (under %d px a side: a viewer's icons). "
             "Name a file to process it.",
             given,
-            len(icons),
-            "" if len(icons) == 1 else "s",
+            icons,
+            "" if icons == 1 else "s",
             ICON_PX,
         )
-    return [file for file in files if file not in icons]
 
 
 def _is_icon(file: Path) -> bool:

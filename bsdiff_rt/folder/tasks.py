@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 from bsdiff_rt.config import FormatName
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder.report import (
-    MAPS,
-    FileEntry,
-    check_output,
-    digest_path,
-    locate_map,
-    read_named,
-    read_results,
-)
-from bsdiff_rt.folder.search import Found, find_files, resolve_path, strip_suffix
+from bsdiff_rt.folder.earlier import Named, Results, check_output, find_named, find_results
+from bsdiff_rt.folder.journal import LONG
+from bsdiff_rt.folder.report import MAPS, FileEntry, digest_path, locate_map
+from bsdiff_rt.folder.search import Found, Sources, check_inputs, find_files, resolve_path, strip_suffix
 from bsdiff_rt.formats import result_suffix
 
 logger = logging.getLogger(__name__)
@@ -51,6 +47,39 @@ class Task:
     status: Literal["refused", "failed"] = "refused"
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of a run. Of a long run only the first ones are known at once; the rest is found on the way.
+
+    Attributes:
+        first: at most `LONG` files.
+        rest: the others, which can be read once.
+        is_long: whether there are others.
+    """
+
+    first: list[Task]
+    rest: Iterator[Task]
+    is_long: bool
+
+    def __iter__(self) -> Iterator[Task]:
+        return chain(self.first, self.rest)
+
+    def __bool__(self) -> bool:
+        return bool(self.first)
+
+    @property
+    def count(self) -> int | None:
+        """Return the number of files; None in a long run, before all are found."""
+        return None if self.is_long else len(self.first)
+
+
+def list_tasks(tasks: Iterator[Task]) -> Listing:
+    """Return a listing of tasks, looking at no more of them than it needs to know whether there are many."""
+    first = list(islice(tasks, LONG))
+    following = list(islice(tasks, 1))
+    return Listing(first, chain(following, tasks), bool(following))
+
+
 def find_tasks(
     inputs: Iterable[Path],
     output: Path,
@@ -59,10 +88,23 @@ def find_tasks(
     *,
     overwrite: bool = False,
 ) -> list[Task]:
-    """List every file to process, in the order given; folders in sorted order.
+    """List every file to process: what `search_tasks` yields."""
+    return list(search_tasks(inputs, output, file_format, reserved, overwrite=overwrite))
+
+
+def search_tasks(
+    inputs: Iterable[Path],
+    output: Path,
+    file_format: FormatName,
+    reserved: Collection[str] = (),
+    *,
+    overwrite: bool = False,
+) -> Iterator[Task]:
+    """Yield every file to process, in the order given; folders in sorted order.
 
     No result replaces an input, a file that no report of this program names, or the result of another input of this
-    run. The result of another input of an earlier run is replaced only with `overwrite`.
+    run. The result of another input of an earlier run is replaced only with `overwrite`. What this needs to know of
+    the files found so far is kept in a database on disk, because there may be millions.
 
     Args:
         inputs: files and folders; folders are searched (`search.find_files`).
@@ -75,32 +117,46 @@ def find_tasks(
         SettingsError: an input does not exist or is the output folder; the output folder holds a report.json of another
             program; a file in the place of one in `reserved` would be replaced.
     """
+    inputs = [Path(given) for given in inputs]
     check_output(output)
-    found = find_files(inputs, output)
-    sources = {resolve_path(each.file): each.file for each in found if each.relative is not None}
-    named = read_named(output)
+    check_inputs(inputs, output)
+    sources, named = Sources(inputs, output), find_named(output)
     for name in reserved:
         _check_reserved(output / name, sources, named=Path(name) in named)
-    places = _Places(output, sources, read_results(output), named, reserved, overwrite)
-    tasks: list[Task] = []
-    seen: set[str] = set()
-    for each in found:
+    places = _Places(output, sources, find_results(output), named, reserved, overwrite)
+    for each in find_files(inputs, output):
         if each.relative is None:
-            tasks.append(Task(each.file, None, each.refusal))
+            yield Task(each.file, None, each.refusal)
             continue
         # Only the folder's links are resolved: two links to one file are two inputs, as in archives sorted by content.
-        place = str(Path(resolve_path(each.file.parent), each.file.name))
-        if place in seen:
+        if not places.is_new(Path(resolve_path(each.file.parent), each.file.name)):
             continue
-        seen.add(place)
         target = each.relative.parent / (strip_suffix(each.relative) + result_suffix(file_format, each.file))
         if reason := places.check_length(target):
-            tasks.append(Task(each.file, None, reason, "failed"))
+            yield Task(each.file, None, reason, "failed")
         elif reason := places.take(each, target):
-            tasks.append(Task(each.file, None, reason))
+            yield Task(each.file, None, reason)
         else:
-            tasks.append(Task(each.file, target))
-    return tasks
+            yield Task(each.file, target)
+
+
+class _OnDisk:
+    """Paths seen, each with the input it belongs to, in a database that the system removes with this object."""
+
+    def __init__(self) -> None:
+        self._base = sqlite3.connect("", check_same_thread=False)  # the empty name: a file without a name, on disk
+        self._base.execute("CREATE TABLE seen (path BLOB PRIMARY KEY, file BLOB, given BLOB) WITHOUT ROWID")
+
+    def add(self, path: Path, found: Found | None = None) -> bool:
+        """Add a path. Return whether it is new."""
+        names = (found.file, found.given) if found else (b"", b"")
+        row = tuple(map(os.fsencode, (path, *names)))
+        return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", row).rowcount == 1
+
+    def get(self, path: Path) -> tuple[Path, Path] | None:
+        """Return the file that a path belongs to, and the input that it was found under; None for a new path."""
+        row = self._base.execute("SELECT file, given FROM seen WHERE path = ?", (os.fsencode(path),)).fetchone()
+        return None if row is None else (Path(os.fsdecode(row[0])), Path(os.fsdecode(row[1])))
 
 
 @dataclass
@@ -109,25 +165,31 @@ class _Places:
 
     Attributes:
         output: the output folder.
-        sources: every input of this run, by its real path.
+        sources: the inputs of this run.
         results: results of earlier runs, by path below `output`.
         named: every file that the report in `output` names.
-        reserved, overwrite: see `find_tasks`.
+        reserved, overwrite: see `search_tasks`.
+        seen: the inputs so far.
         taken: places given away, and to which input.
         mapped: the same for their maps.
     """
 
     output: Path
-    sources: Mapping[str, Path]
-    results: Mapping[Path, FileEntry]
-    named: Collection[Path]
+    sources: Sources
+    results: Results
+    named: Named
     reserved: Collection[str]
     overwrite: bool
-    taken: dict[Path, Found] = field(default_factory=dict)
-    mapped: dict[Path, Found] = field(default_factory=dict)
+    seen: _OnDisk = field(default_factory=_OnDisk)
+    taken: _OnDisk = field(default_factory=_OnDisk)
+    mapped: _OnDisk = field(default_factory=_OnDisk)
 
     def __post_init__(self) -> None:
         self._longest = _measure_longest_name(self.output)
+
+    def is_new(self, place: Path) -> bool:
+        """Return whether an input was not found before, under another name."""
+        return self.seen.add(place)
 
     def check_length(self, target: Path) -> str | None:
         """Return the reason why the file system cannot hold a file of this name, or None."""
@@ -153,10 +215,11 @@ class _Places:
         if str(target) in self.reserved or target.parts[0] in self.reserved:
             return f"its result {target} would replace a file of the run itself. Rename it."
         for kind, path in maps.items():
-            if path in self.mapped:
-                return f"its {kind} map {path.name} would replace that of {self.mapped[path].file}. {_ELSEWHERE}"
-        self.taken[target] = found
-        self.mapped |= dict.fromkeys(maps.values(), found)
+            if other := self.mapped.get(path):
+                return f"its {kind} map {path.name} would replace that of {other[0]}. {_ELSEWHERE}"
+        self.taken.add(target, found)
+        for path in maps.values():
+            self.mapped.add(path, found)
         return None
 
     def _list_maps(self, target: Path) -> dict[str, Path]:
@@ -165,21 +228,23 @@ class _Places:
 
     def _check_other_result(self, found: Found, target: Path) -> str | None:
         """Return the reason if another input of this run has the same place."""
-        if target not in self.taken:
+        if (other := self.taken.get(target)) is None:
             return None
-        other = self.taken[target]
-        reason = f"its result {target} would replace that of {other.file}."
-        if common := _find_common_folder(other.given, found.given):
+        file, given = other
+        reason = f"its result {target} would replace that of {file}."
+        if common := _find_common_folder(given, found.given):
             return f"{reason} Name the folder that holds both ({common}), or choose another output folder."
         return f"{reason} Rename one of them, or choose another output folder."
 
     def _check_unnamed_file(self, target: Path, kind: str) -> str | None:
         """Return the reason if an input, or a file that no report names, is in the place of a result."""
         path = self.output / target
-        if source := self.sources.get(resolve_path(path)):
+        if not os.path.lexists(path):
+            return None
+        if source := self.sources.find(path):
             return f"its {kind} would replace the X-ray {source}. {_ELSEWHERE}"
         # A folder in the way is reported by the writer, which cannot replace it.
-        if target not in self.named and os.path.lexists(path) and not os.path.isdir(path):
+        if target not in self.named and not os.path.isdir(path):
             return f"its {kind} would replace {path}, which this program did not write. {_ELSEWHERE}"
         return None
 
@@ -194,9 +259,9 @@ class _Places:
         )
 
 
-def _check_reserved(path: Path, sources: Mapping[str, Path], *, named: bool) -> None:
+def _check_reserved(path: Path, sources: Sources, *, named: bool) -> None:
     """Raise SettingsError if the run itself would replace an input, or a file of the user's."""
-    if source := sources.get(resolve_path(path)):
+    if source := sources.find(path):
         raise SettingsError(f"{source}: this run's own {path.name} would replace the X-ray. {_ELSEWHERE}")
     if not named and os.path.isfile(path):
         raise SettingsError(

@@ -25,7 +25,7 @@ from bsdiff_rt.config import InferSettings, Schedule
 from bsdiff_rt.engines import select as choice
 from bsdiff_rt.errors import BundleError, EngineError, SettingsError
 from bsdiff_rt.files import file_sha256
-from bsdiff_rt.folder import ledger, pipeline, preview, reading, writing
+from bsdiff_rt.folder import ledger, preview, reading, worker, writing
 from bsdiff_rt.folder.ledger import only_run
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.folder.report import digest_path
@@ -685,7 +685,7 @@ def test_an_interruption_right_after_a_result_was_handed_over(run, toy, tmp_path
                 raise Stop
             return future
 
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(worker, "ThreadPoolExecutor", Interrupted)
     with pytest.raises(Stop):
         run(batch=1)
     assert fates(tmp_path / "out") == {"0.png": "ok", "1.png": "ok"}

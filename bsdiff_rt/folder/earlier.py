@@ -1,0 +1,153 @@
+"""What earlier runs left in an output folder: asked of report.json, or of the journal of a long run. Torch-free.
+
+A journal is asked for one path at a time, so that a folder of any length takes no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.folder import report as short
+from bsdiff_rt.folder.journal import JOURNAL, Journal
+from bsdiff_rt.folder.report import EARLIER, PARQUET, FileEntry, Report, read_entry, read_name
+
+
+class Results(Protocol):
+    """Results of earlier runs, by path below the output folder."""
+
+    def get(self, path: Path, /) -> FileEntry | None:
+        """Return the entry of a result, or None."""
+
+
+class Finished(Protocol):
+    """Results that need not be made again, by path below the output folder."""
+
+    def get(self, path: str, /) -> FileEntry | None:
+        """Return the entry of a result, or None."""
+
+
+class Named(Protocol):
+    """Files that this program wrote into the output folder, by path below it."""
+
+    def __contains__(self, path: object, /) -> bool: ...
+
+
+class _JournalResults:
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def get(self, path: Path, /) -> FileEntry | None:
+        """Return the entry of a result with the keys in `EARLIER`, or None."""
+        found = self._journal.find(path)
+        if found is None:
+            return None
+        return _to_entry({key: found[1].get(key) for key in EARLIER} | {"status": "skipped"})
+
+
+class _JournalFinished:
+    def __init__(self, journal: Journal, report: Report) -> None:
+        self._journal = journal
+        self._runs = {run for run, head in journal.read_heads().items() if short.makes_the_same(head, report)}
+
+    def get(self, path: str, /) -> FileEntry | None:
+        """Return the entry of a result of the same bundle and settings, or None."""
+        found = self._journal.find(path)
+        return _to_entry(found[1]) if found is not None and found[0] in self._runs else None
+
+
+class _JournalNamed:
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        names = (read_name(folder, "preview"), read_name(folder, "page"), JOURNAL, PARQUET)
+        self._pictures, self._journal = {Path(name) for name in names if name}, journal
+
+    def __contains__(self, path: object, /) -> bool:
+        return isinstance(path, Path) and (
+            path in self._pictures
+            or self._journal.find(path) is not None
+            or self._journal.is_planned(path)
+            or self._journal.is_map(path)
+        )
+
+
+def has_journal(folder: Path) -> bool:
+    """Return whether a long run has written into a folder. Its journal then serves every later run."""
+    return os.path.isfile(folder / JOURNAL)
+
+
+def check_output(folder: Path) -> None:
+    """Check that what an earlier run left in the output folder, if anything, is readable and of this program.
+
+    Raises:
+        SettingsError: another program wrote it, or it is damaged. A run would replace it.
+    """
+    short.check_output(folder)
+    for name in (JOURNAL, PARQUET):
+        if os.path.lexists(folder / name) and not os.path.isfile(folder / short.FILE_NAME):
+            raise SettingsError(
+                f"{folder / name}: no report.json says that this program wrote it. Move it away, or choose another "
+                "output folder.",
+                setting="output",
+            )
+    if has_journal(folder):
+        Journal(folder).close()
+
+
+def find_results(folder: Path) -> Results:
+    """Return what tells the result of an earlier run in a folder, of any version and settings."""
+    return _JournalResults(Journal(folder)) if has_journal(folder) else short.read_results(folder)
+
+
+def list_results(folder: Path) -> Iterator[tuple[Path, FileEntry]]:
+    """Yield every result that a run of any length left in a folder, by path below it."""
+    if not has_journal(folder):
+        yield from short.read_results(folder).items()
+        return
+    with Journal(folder) as journal:
+        for content in journal.read_results():
+            entry = _to_entry(content)
+            yield Path(str(entry.output)), entry
+
+
+def find_finished(folder: Path, report: Report) -> Finished:
+    """Return what tells the results of earlier runs with the bundle and settings of `report`."""
+    if not has_journal(folder):
+        return short.read_finished(folder, report)
+    return _JournalFinished(Journal(folder), report)
+
+
+def find_named(folder: Path) -> Named:
+    """Return what tells the files in a folder that a later run may replace. False if there are none."""
+    return _JournalNamed(folder, Journal(folder)) if has_journal(folder) else short.read_named(folder)
+
+
+def take_over(folder: Path, journal: Journal) -> None:
+    """Copy what report.json names into a new journal, before the first long run into a folder."""
+    content: dict[str, Any] = short.load_report(folder)
+    if not content:
+        return
+    head = {key: value for key, value in content.items() if key not in ("files", "earlier", "planned")}
+    for entries in (content.get("earlier", []), content["files"]):
+        # The results of other runs are known to be ours, but not how they were made.
+        journal.begin_run(head if entries is content["files"] else {"bundle": {"sha256": ""}, "settings": {}})
+        for place, one in enumerate(entries):
+            entry = {"status": "skipped", "input": ""} | one
+            if entry["output"] is not None:
+                maps = [short.locate_map(Path(), kind, entry["output"]) for kind in entry.get("maps", ())]
+                journal.add(place, dict.fromkeys(EARLIER) | {"maps": {}} | entry, maps)
+    journal.plan(map(Path, content.get("planned", [])))
+
+
+def _to_entry(content: dict[str, Any]) -> FileEntry:
+    """Return an entry of the journal.
+
+    Raises:
+        SettingsError: somebody changed it.
+    """
+    try:
+        return read_entry(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{JOURNAL}: damaged. Choose another output folder.", setting="output") from error
