@@ -199,8 +199,8 @@ class Inference:
         folder = self.settings.output
         _make_output_folder(folder)
         with ExitStack() as stack:
+            stack.enter_context(only_run(folder))  # first, so that it is let go when no worker writes any more
             worker = stack.enter_context(self._open_worker())
-            stack.enter_context(only_run(folder))
             self.report = worker.report
             before = self._find_finished()
             ledger: Ledger

@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import pickle
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +85,10 @@ class RayWorkers:
         self.busy_s = 0.0
 
     def __enter__(self) -> Self:
+        handler = signal.getsignal(signal.SIGTERM)
         _start(self._address)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray takes it, and would end the run without its report
         import ray
         from ray.data import DataContext
 
