@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -333,6 +334,8 @@ def _find_cause(error: BaseException) -> str:
             return str(cause)
         following = getattr(cause, "cause", None) or cause.__cause__
         if not isinstance(following, BaseException) or following is cause:
-            return one_line(cause)
+            break
         cause = following
-    return one_line(error)
+    # Ray's messages are whole tracebacks. Their last line says what was raised.
+    lines = [line for line in str(cause or error).splitlines() if re.search(r"\w", line)]
+    return " ".join(lines[-1].split()) if lines else one_line(error)
