@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUNTIME ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
-# torch first and pinned: an unpinned torch may bring gigabytes of GPU libraries a CPU machine has no use for.
+# torch first: where the CPU build was installed or configured, the rest takes it as it is.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a process: the tests run in two processes, and many threads on two cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

@@ -31,7 +31,7 @@ A list of X-rays is faster than a loop, because the model takes several at once.
 A model serves one thread at a time. Threads that work at the same time need a model each.
 
 [examples/suppress_array.py](../examples/suppress_array.py) and [examples/bsdiff_rt.ipynb](../examples/bsdiff_rt.ipynb)
-are complete programs.
+are complete programs. The notebook also needs matplotlib.
 """
 
 TAIL = """## Errors

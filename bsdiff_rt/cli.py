@@ -685,11 +685,19 @@ def build_engine(
     if targets:
         described += f", for compute capability {', '.join(options.capabilities)}"
         where = resolve_device("cpu")
-    if save_onnx is not None:
-        for path in save_graphs(model, options.precision, save_onnx):
+    graphs = [] if save_onnx is None else save_graphs(model, options.precision, save_onnx)
+    if not as_json:
+        for path in graphs:
             _print(str(path))
     if dry_run:
-        _print(f"{output or engine.locate_engine(model, options, where)}\n{described}. Nothing was built.")
+        if not graphs:  # graphs for other tools may be of a precision that no engine has here
+            engine.check_options(options, where)
+        folder = output or engine.locate_engine(model, options, where)
+        if as_json:
+            planned = {"engine": str(folder), **asdict(options), "graphs": [str(path) for path in graphs]}
+            _print(json.dumps(planned, indent=1))
+        else:
+            _print(f"{folder}\n{described}. Nothing was built.")
         return
     with BuildProgress(quiet) as phases:
         folder = engine.build_engine(model, options, where, output, phases.show)
@@ -742,8 +750,8 @@ def bench(
             "-r",
             metavar="NAME or ENGINE_FOLDER",
             show_default="all that can be used",
-            help="Runner to measure: eager, onnxruntime, openvino, aoti, tensorrt, or the folder of an engine. Repeat "
-            "it, or separate names by commas. The first row is always eager fp32.",
+            help="Runner to measure, by name as in `infer`, or the folder of an engine. Repeat it, or separate names by "
+            "commas. The first row is always eager fp32.",
         ),
     ] = None,
     precision: Annotated[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 ScheduleName = Literal["cosine", "squaredcos_cap_v2"]
 Objective = Literal["eps", "v", "x0"]
@@ -15,7 +15,7 @@ SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "release"]
 DetailName = Literal["full", "model"]
 FormatName = Literal["auto", "png", "dicom", "dicom-sc", "dicom-j2k"]
 Precision = Literal["fp32", "bf16", "fp16"]
-SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmpp-2m", "release")
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 @dataclass(frozen=True)

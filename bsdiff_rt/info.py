@@ -29,7 +29,8 @@ def describe_devices() -> dict[str, str]:
     """Return every device with its size."""
     import torch
 
-    found = {"cpu": f"{count_threads()} threads"}
+    threads = count_threads()
+    found = {"cpu": f"{threads} thread{'s' if threads > 1 else ''}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

@@ -156,14 +156,30 @@ def _try_runner(model: BenchModel, runner: str, wanted: Wanted, device: torch.de
         return []  # loaded already
     if not find_entry(runner).needs_engine:
         precisions = [p for p in wanted.precisions or ("fp32",) if (runner, p) != (BASELINE, "fp32")]
-        return [_try(runner, model, (runner, precision), device, asked=asked) for precision in precisions]
+        return [
+            _try(runner, model, (runner, p), device, asked=_is_asked(wanted, runner, p, device)) for p in precisions
+        ]
     if wanted.precisions:
-        return [_try(f"{runner} {p}", model, (runner, p), device, asked=asked) for p in wanted.precisions]
+        return [
+            _try(f"{runner} {p}", model, (runner, p), device, asked=_is_asked(wanted, runner, p, device))
+            for p in wanted.precisions
+        ]
     tried = [_try(f"{runner} {p}", model, (runner, p), device, asked=asked) for p in PRECISIONS]
     found: list[Candidate | Missing] = [outcome for outcome in tried if isinstance(outcome, Candidate)]
     reasons = [outcome for outcome in tried if isinstance(outcome, Missing)]
     # No precision was asked for: any one will do, and of several reasons one is enough.
     return found or [replace(reasons[0], name=runner, precision="auto")]
+
+
+def _is_asked(wanted: Wanted, runner: str, precision: str, device: torch.device) -> bool:
+    """Return whether a runner and a precision were asked for together.
+
+    Every runner is tried in every precision. One that runs here, but does not have a precision that another one has, was
+    not meant.
+    """
+    own = find_entry(runner).list_precisions(device)
+    able = [name for name in wanted.runners if precision in find_entry(name).list_precisions(device)]
+    return bool(wanted.runners) and (not own or precision in own or not able)
 
 
 def _try(

@@ -126,6 +126,27 @@ def locate_engine(bundle: Bundle, options: EngineOptions, device: torch.device) 
     return locate_cache() / name_engine(bundle, options, device)
 
 
+def check_options(options: EngineOptions, device: torch.device) -> None:
+    """Check that an engine can be built here, as far as that is known before it is tried.
+
+    Raises:
+        EngineError: a package is missing, or the runner does not run on the device or not in the precision.
+    """
+    entry = find_entry(options.runner)
+    if options.capabilities:
+        if problem := entry.find_missing_package():
+            raise EngineError(f"no engine of runner {options.runner} can be built here: {problem}.")
+        return
+    if problem := entry.find_problem(device):
+        raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}. Use runner auto.")
+    able = entry.list_precisions(device)
+    if options.precision not in able:
+        raise EngineError(
+            f"an {options.runner} engine for {device} cannot be in {options.precision}. Use precision "
+            f"{' or '.join(able)}."
+        )
+
+
 def build_engine(
     bundle: Bundle, options: EngineOptions, device: torch.device, output: Path | None, progress: Progress
 ) -> Path:
@@ -150,10 +171,7 @@ def build_engine(
         EngineError: the engine cannot be built here, or it was rejected.
         SettingsError: `output` cannot be written, or holds something that is not an engine.
     """
-    entry = find_entry(options.runner)
-    problem = entry.find_missing_package() if options.capabilities else entry.find_problem(device)
-    if problem:
-        raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}. Use runner auto.")
+    check_options(options, device)
     limit = find_batch_limit(options.runner, bundle.manifest)
     if limit is not None and options.batch[1] > limit:
         logger.warning(

@@ -149,3 +149,33 @@ def test_the_command(cli, cache):
     assert "--for: tensorrt-rtx does not build for compute capability 9.0" in refused.err
     said = cli("build-engine", "demo", "--runner", "aoti", "--dry-run")
     assert "aoti fp32, batch 1. Nothing was built." in said.out
+
+
+def test_a_dry_run_refuses_what_the_build_would(cli, monkeypatch, cache):
+    said = cli("build-engine", "demo", "--precision", "fp16", "--dry-run")
+    assert (said.code, said.out) == (4, "")
+    assert "an aoti engine for cpu cannot be in fp16. Use precision fp32 or bf16" in said.err
+    said = cli("build-engine", "demo", "--runner", "tensorrt", "--dry-run")
+    assert said.code == 4
+    assert "it runs on NVIDIA GPUs, not on cpu" in said.err
+    monkeypatch.setattr(registry, "find_spec", lambda _: None)
+    said = cli("build-engine", "demo", "--for", "8.9", "--dry-run")
+    assert said.code == 4
+    assert "no engine of runner tensorrt-rtx can be built here: the package" in said.err
+    assert not cache.exists()
+
+
+def test_graphs_for_other_tools_may_be_of_any_precision(cli, tiny_bundle, tmp_path, cache):
+    """No engine of this precision can be built here, and none is wanted."""
+    said = cli("build-engine", tiny_bundle, "--precision", "fp16", "--dry-run", "--save-onnx", tmp_path / "g", "--json")
+    assert said.code == 0
+    assert json.loads(said.out)["graphs"][0].endswith("denoiser.onnx")
+
+
+def test_a_dry_run_as_json(cli, cache):
+    planned = json.loads(
+        cli("build-engine", "demo", "--runner", "aoti", "--precision", "bf16", "--dry-run", "--json").out
+    )
+    assert (planned["runner"], planned["precision"], planned["batch"]) == ("aoti", "bf16", [1, 1])
+    assert planned["engine"].startswith(str(cache))
+    assert planned["graphs"] == []
