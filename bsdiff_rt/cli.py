@@ -750,8 +750,8 @@ def bench(
             "-r",
             metavar="NAME or ENGINE_FOLDER",
             show_default="all that can be used",
-            help="Runner to measure, by name as in `infer`, or the folder of an engine. Repeat it, or separate names by "
-            "commas. The first row is always eager fp32.",
+            help="Runner to measure, by name as in `infer`, or the folder of an engine. Repeat it, or separate names "
+            "by commas. The first row is always eager fp32.",
         ),
     ] = None,
     precision: Annotated[

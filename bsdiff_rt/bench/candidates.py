@@ -174,8 +174,8 @@ def _try_runner(model: BenchModel, runner: str, wanted: Wanted, device: torch.de
 def _is_asked(wanted: Wanted, runner: str, precision: str, device: torch.device) -> bool:
     """Return whether a runner and a precision were asked for together.
 
-    Every runner is tried in every precision. One that runs here, but does not have a precision that another one has, was
-    not meant.
+    Every runner is tried in every precision. A precision that one does not have, and another one has, was not meant for
+    it.
     """
     own = find_entry(runner).list_precisions(device)
     able = [name for name in wanted.runners if precision in find_entry(name).list_precisions(device)]
