@@ -169,9 +169,14 @@ class Orthanc:
 
     def stop(self) -> None:
         """Go down. What arrived is kept."""
-        if self._process is not None:
-            self._process.terminate()
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
             self._process.wait(60)
+        except subprocess.TimeoutExpired:  # it waits for associations that stay open
+            self._process.kill()
+            self._process.wait()
 
     def _get(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://{HOST}:{self._http_port}{path}", timeout=60) as answer:
@@ -316,20 +321,29 @@ class NodeProcess:
         self._process.kill()
         self._process.join()
 
+    def read_processor_s(self) -> float:
+        """Return the processor time that it has taken, s."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def read_memory(self) -> int:
         """Return the bytes of memory that it has (resident set size)."""
         pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_infer(asked: Trial, paths: list[Path], output: Path) -> tuple[dict[str, bytes], float]:
-    """Process the files as `infer` does. Return the pixels of each result by its UID, and the seconds it took."""
+def run_infer(asked: Trial, paths: list[Path], output: Path) -> tuple[dict[str, bytes], float, float]:
+    """Process the files as `infer` does.
+
+    Returns:
+        The pixels of each result by its UID; the seconds it took; the seconds of processor time.
+    """
     inference = make_inference(asked, output)
-    begin = time.monotonic()
+    begin, spent = time.monotonic(), time.process_time()
     report = inference.run(inference.find_tasks([paths[0].parent]))
-    seconds = time.monotonic() - begin
+    seconds, spent = time.monotonic() - begin, time.process_time() - spent
     results = [dcmread(output / str(entry.output)) for entry in report.files]
-    return {str(result.SOPInstanceUID): result.PixelData for result in results}, seconds
+    return {str(result.SOPInstanceUID): result.PixelData for result in results}, seconds, spent
 
 
 def judge(archive: Archive, expected: dict[str, bytes]) -> dict[str, int]:
@@ -349,7 +363,7 @@ def judge(archive: Archive, expected: dict[str, bytes]) -> dict[str, int]:
 def try_kills(asked: Trial, folder: Path) -> dict[str, object]:
     """Send X-rays while the node is killed and the archive goes down once. Return what was counted."""
     paths = make_x_rays(folder / "in", asked.images, asked.seed)
-    expected, infer_s = run_infer(asked, paths, folder / "infer")
+    expected, infer_s, _ = run_infer(asked, paths, folder / "infer")
     archive: Archive = Orthanc(folder / "orthanc") if asked.orthanc else CountingArchive()
     chance = random.Random(asked.seed)
     begin = time.monotonic()
@@ -395,24 +409,26 @@ def try_speed(asked: Trial, folder: Path) -> dict[str, object]:
         wait_for(lambda: archive.count() >= len(single), 600)
         waits = [archive.arrived[uid] - alone.begun[uid] for uid in alone.begun]
         memory = [node.read_memory()]
-        begin, done = time.monotonic(), archive.count()
+        begin, done, spent = time.monotonic(), archive.count(), node.read_processor_s()
         together = Modality(paths[done:], node.port)
         together.start()
         for share in range(1, 11):
             goal = done + (asked.images - done) * share // 10
             wait_for(lambda goal=goal: archive.count() >= goal, 7200)  # type: ignore[misc]
             memory.append(node.read_memory())
-        node_s = time.monotonic() - begin
+        node_s, spent = time.monotonic() - begin, node.read_processor_s() - spent
     finally:
         node.kill()
         archive.stop()
     for path in single:
         path.unlink()
-    expected, infer_s = run_infer(asked, paths[done:], folder / "infer")
+    expected, infer_s, infer_spent = run_infer(asked, paths[done:], folder / "infer")
     return {
         "images": len(expected),
         "node_images_per_minute": round(60 * len(expected) / node_s, 1),
         "infer_images_per_minute": round(60 * len(expected) / infer_s, 1),
+        "node_processor_s_per_image": round(spent / len(expected), 3),
+        "infer_processor_s_per_image": round(infer_spent / len(expected), 3),
         "single_images": len(waits),
         "c_store_to_archive_s": {
             "median": round(statistics.median(waits), 2),

@@ -83,6 +83,7 @@ class Connection:
             self._ae.add_requested_context(image_class, JPEG2000Lossless)
         self._ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
         self._association: Association | None = None
+        self._may_ask = True
 
     def open(self) -> Association:
         """Return the association, opened if there is none.
@@ -105,17 +106,19 @@ class Connection:
         """Release the association if there is one."""
         if self._association is not None and self._association.is_established:
             self._association.release()
-        self._association = None
+        self._association, self._may_ask = None, True
 
     def has(self, identity: Identity) -> bool:
-        """Return whether the destination says, asked by C-FIND, that it has an image. False if it cannot be asked.
+        """Return whether the destination says, asked by C-FIND, that it has an image. False if it gives no answer.
+
+        Orthanc ends the association if it does not know who asks. It is not asked again before this one is closed.
 
         Raises:
-            NotSent: the destination does not answer.
+            NotSent: the destination cannot be reached.
         """
         association = self.open()
         known = {context.abstract_syntax for context in association.accepted_contexts}
-        if StudyRootQueryRetrieveInformationModelFind not in known:
+        if StudyRootQueryRetrieveInformationModelFind not in known or not self._may_ask:
             return False
         query = Dataset()
         query.QueryRetrieveLevel = "IMAGE"
@@ -125,8 +128,12 @@ class Connection:
         with quiet_pydicom():
             for status, answer in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
                 if "Status" not in status:
-                    raise NotSent(f"{self._destination} did not answer a question", away=True, unsure=True)
+                    logger.warning("%s does not answer C-FIND. It may get a result twice.", self._destination)
+                    self._may_ask = False
                 found = found or (answer is not None and answer.get("SOPInstanceUID") == identity.instance)
+        if not self._may_ask:  # it may look open for a while, and nobody is there
+            association.abort()
+            self._association = None
         return found
 
     def send(self, path: Path) -> None:

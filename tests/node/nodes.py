@@ -37,6 +37,8 @@ ARCHIVE = "ARCHIVE"
 class Archive:
     """A PACS that keeps what it is sent, counts how often, and answers C-FIND if it `answers`.
 
+    With `hangs_up`, it ends the association of who asks, as Orthanc does.
+
     `before` and `after` are called with the SOP Instance UID around the answer; `status` is what it answers.
     """
 
@@ -44,6 +46,7 @@ class Archive:
         self.stored: dict[str, Dataset] = {}
         self.times: Counter[str] = Counter()
         self.questions = 0
+        self.hangs_up = False
         self.status = 0
         self.port, self._answers, self._context = port, answers, ssl_context
         self._ae: AE | None = None
@@ -83,6 +86,9 @@ class Archive:
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
         self.questions += 1
+        if self.hangs_up:
+            event.assoc.abort()
+            return
         wanted = event.identifier.SOPInstanceUID
         if wanted in self.stored:
             found = Dataset()

@@ -39,6 +39,15 @@ def test_results_are_sent_once(cli, results):
     assert list(archive.times.values()) == [1, 1]
 
 
+def test_an_archive_that_hangs_up_on_questions_gets_results(cli, results):
+    with Archive() as archive:
+        archive.hangs_up = True
+        outcome = cli("send", results, "--to", f"{ARCHIVE}@{HOST}:{archive.port}")
+    assert (outcome.code, archive.questions) == (0, 1)
+    assert outcome.err.count("does not answer C-FIND") == 1
+    assert list(archive.times.values()) == [1, 1]
+
+
 @pytest.mark.parametrize("trouble", ["refuses", "away", "damaged", "missing"])
 def test_what_is_not_sent_is_named(cli, results, trouble):
     with Archive() as archive:
