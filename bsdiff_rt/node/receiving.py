@@ -42,6 +42,7 @@ IMAGE_CLASSES = (
 MAX_OBJECT_BYTES = 1 << 28  # twice the pixels of the largest picture that is processed
 FREE_BYTES = 1 << 28  # of the disk, left for the journal and for results of what is being processed
 TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 10.0  # a connection without a request holds the place of a sender so long
 # Statuses of C-STORE (PS3.4 table B.2-1).
 SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
 _REJECT_SENDER = (1, 1, 3)  # permanent, by the user, calling AE title not recognised (PS3.8 table 9-21)
@@ -84,7 +85,8 @@ class Receiver:
         self._ae = AE(ae_title=settings.aet)
         self._ae.maximum_associations = settings.associations
         self._ae.maximum_pdu_size = settings.pdu_bytes
-        self._ae.acse_timeout = self._ae.dimse_timeout = self._ae.network_timeout = TIMEOUT_S
+        self._ae.acse_timeout = REQUEST_TIMEOUT_S
+        self._ae.dimse_timeout = self._ae.network_timeout = TIMEOUT_S
         self._ae.add_supported_context(Verification)
         for image_class in IMAGE_CLASSES:
             self._ae.add_supported_context(image_class, list_transfer_syntaxes())

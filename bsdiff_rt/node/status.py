@@ -184,7 +184,8 @@ def write_page(lines: list[Line], state: State, unsent: dict[str, tuple[int, flo
         f"<title>bsdiff-rt</title><style>{_STYLE}</style></head><body><h1>bsdiff-rt {escape(__version__)}</h1>"
         f"<p>Not for diagnostic use.</p>{problems or '<p>Working.</p>'}<h2>Destinations</h2><ul>{destinations}</ul>"
         f"<p>Files: {used_bytes / 1e9:.2f} of {state.quota_bytes / 1e9:.2f} GB.</p>"
-        f"<h2>Today: {len(lines)} X-rays</h2><table><thead><tr><th>Number</th><th>Received</th><th>From</th>"
+        f"<h2>Today: {len(lines)} X-ray{'' if len(lines) == 1 else 's'}</h2>"
+        f"<table><thead><tr><th>Number</th><th>Received</th><th>From</th>"
         f"<th>State</th><th>Seconds</th><th>Sent</th><th>Reason</th></tr></thead><tbody>{rows}</tbody></table>"
         f"</body></html>\n"
     )
@@ -194,7 +195,8 @@ def _describe_unsent(waiting: tuple[int, float] | None) -> str:
     if waiting is None:
         return "everything sent"
     since = datetime.fromtimestamp(waiting[1]).astimezone()
-    return f"{waiting[0]} results wait, the oldest since {since:%Y-%m-%d %H:%M}"
+    results = "1 result waits" if waiting[0] == 1 else f"{waiting[0]} results wait"
+    return f"{results}, the oldest since {since:%Y-%m-%d %H:%M}"
 
 
 def _write_row(line: Line) -> str:
