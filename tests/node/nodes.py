@@ -151,8 +151,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["nodes"])  # torch and the others are imported once for all nodes
+# Torch and the others are imported once for all nodes. Windows cannot fork, and its tests start no such process.
+FORKS = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+if os.name != "nt":
+    FORKS.set_forkserver_preload(["nodes"])
 
 
 def _kill_at(place: str, when: str) -> None:
