@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -17,7 +18,7 @@ from synthetic import SECRETS
 
 from bsdiff_rt.node import receiving
 
-SESSIONS = 40
+SESSIONS = int(os.environ.get("FUZZ_EXAMPLES", 40))
 
 
 def record(port, path):
