@@ -241,7 +241,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
     """Bone suppression of chest X-rays by conditional diffusion. Not for diagnostic use."""
     if show:
         _print(f"bsdiff-rt {__version__}")
-        raise typer.Exit
+        raise SystemExit(0)
 
 
 @app.command(cls=GroupedCommand)
@@ -1096,6 +1096,8 @@ def main() -> None:
     if any(not word or (word.startswith("--") and word.find("=") == len(word) - 1) for word in sys.argv[1:]):
         _print_error("an empty argument would mean the current folder. Is a variable of a script not set?")
         raise SystemExit(SettingsError.exit_code)
+    if sys.argv[1:] == ["--version"]:  # typer would load pydantic first, which takes longer than everything else
+        version(show=True)
     _set_up_signals()
     try:
         app()
