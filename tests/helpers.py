@@ -126,3 +126,18 @@ class ToyRunner(Runner):
 def mode(path: Path) -> int:
     """Who may do what with a file or folder, as chmod takes it."""
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def toy_command(size: int, arguments: list[str]) -> str:
+    """Return the code of a program that runs `bsdiff-rt` with a toy runner, as a process of its own."""
+    return f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from helpers import ToyRunner
+from bsdiff_rt import cli
+from bsdiff_rt.folder import pipeline
+pipeline.load_runner_for = lambda bundle, settings: (
+    pipeline.choose(pipeline.request_runner(bundle, settings)), ToyRunner({size}))
+sys.argv = ["bsdiff-rt", *{arguments!r}]
+cli.main()
+"""

@@ -30,6 +30,7 @@ from bsdiff_rt.runners.registry import (
     list_bundle_runners,
     list_engine_runners,
     load_runner,
+    resolve_precision,
 )
 from bsdiff_rt.runners.timing import time_call, time_in_turn
 
@@ -139,12 +140,10 @@ def check_options(options: EngineOptions, device: torch.device) -> None:
         return
     if problem := entry.find_problem(device):
         raise EngineError(f"runner {options.runner} cannot be used on {device}: {problem}. Use runner auto.")
-    able = entry.list_precisions(device)
-    if options.precision not in able:
-        raise EngineError(
-            f"an {options.runner} engine for {device} cannot be in {options.precision}. Use precision "
-            f"{' or '.join(able)}."
-        )
+    try:
+        resolve_precision(options.runner, options.precision, device)
+    except EngineError as error:
+        raise EngineError(f"no engine of runner {options.runner} can be built here: {error}.") from error
 
 
 def build_engine(

@@ -73,7 +73,7 @@ class Worker(Protocol):
         """Take every file to its end.
 
         Args:
-            tasks: the files, taken one by one as there is room.
+            tasks: the files. The next one is read when another one leaves memory.
             before: results that need not be made again.
             add: called with each file's entry, by any thread. When this returns, and after an interruption, no thread
                 is left.

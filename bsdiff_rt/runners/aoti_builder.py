@@ -68,13 +68,9 @@ def build(
         The options used, for the engine's manifest.
 
     Raises:
-        EngineError: the device lacks the precision, the C++ compiler or the CUDA toolkit is missing, or torch cannot
+        EngineError: the C++ compiler or the CUDA toolkit is missing, or torch cannot
             compile a network.
     """
-    if options.precision == "fp16" and device.type == "cpu":
-        raise EngineError(
-            "an aoti engine for the CPU cannot be in fp16: processors convolve in fp32 and bf16. Use bf16 or fp32."
-        )
     if options.precision == "bf16" and not computes_bf16(device):
         logger.warning("%s emulates bf16. The engine will be slower than one in fp32.", device)
     _check_compiler()

@@ -9,7 +9,7 @@ import torch
 
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions
-from bsdiff_rt.errors import EngineError
+from bsdiff_rt.errors import EngineError, one_line
 from bsdiff_rt.runners.base import Progress
 from bsdiff_rt.runners.openvino import DENOISER, ENHANCER, choose_device, compile_bundle
 
@@ -30,7 +30,7 @@ def build(
         The options used, for the engine's manifest.
 
     Raises:
-        EngineError: OpenVINO cannot load a graph or keep it, lacks the device, or the device lacks the precision.
+        EngineError: OpenVINO cannot load a graph or save it, lacks the device, or the device lacks the precision.
     """
     progress("compiling both networks", 0.0)
     compiled = compile_bundle(bundle, options.precision, {}, options.batch)
@@ -38,5 +38,8 @@ def build(
         try:
             (folder / file).write_bytes(model.export_model().getvalue())
         except RuntimeError as error:  # some devices cannot
-            raise EngineError(f"OpenVINO cannot keep what it compiled for {choose_device()} ({error})") from error
+            raise EngineError(
+                f"OpenVINO cannot save a model that it compiled for {choose_device()} ({one_line(error)}). Use runner "
+                "openvino without an engine."
+            ) from error
     return {"openvino_device": choose_device(), "enhancer_precision": "fp32"}

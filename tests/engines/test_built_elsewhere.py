@@ -154,7 +154,7 @@ def test_the_command(cli, cache):
 def test_a_dry_run_refuses_what_the_build_would(cli, monkeypatch, cache):
     said = cli("build-engine", "demo", "--precision", "fp16", "--dry-run")
     assert (said.code, said.out) == (4, "")
-    assert "an aoti engine for cpu cannot be in fp16. Use precision fp32 or bf16" in said.err
+    assert "no engine of runner aoti can be built here: it computes in fp32 or bf16 on cpu, not in fp16" in said.err
     said = cli("build-engine", "demo", "--runner", "tensorrt", "--dry-run")
     assert said.code == 4
     assert "it runs on NVIDIA GPUs, not on cpu" in said.err

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ToyRunner, fates, pixels, png, report_of, tree
+from helpers import ToyRunner, fates, pixels, png, report_of, toy_command, tree
 from stand_in import SIZE
 
 from bsdiff_rt.config import InferSettings
@@ -218,19 +218,6 @@ def test_other_runs_are_kept_out(watch, small, folder, tmp_path):
 
 # --- the command ---
 
-COMMAND = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from helpers import ToyRunner
-from bsdiff_rt import cli
-from bsdiff_rt.folder import pipeline
-pipeline.load_runner_for = lambda bundle, settings: (
-    pipeline.choose(pipeline.request_runner(bundle, settings)), ToyRunner({size}))
-sys.argv = ["bsdiff-rt", *{arguments!r}]
-cli.main()
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -238,7 +225,7 @@ cli.main()
 def test_a_signal_ends_the_command_cleanly(small, folder, tmp_path, number):
     png(folder / "a.png")
     arguments = ["watch", str(folder), "-o", str(tmp_path / "out"), "--bundle", str(small.folder), "--every", "0.1"]
-    code = COMMAND.format(tests=str(Path(__file__).parents[1]), size=SIZE, arguments=[*arguments, "--runner", "eager"])
+    code = toy_command(SIZE, [*arguments, "--runner", "eager"])
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

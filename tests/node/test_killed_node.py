@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pynetdicom")
 pytest.importorskip("prometheus_client")
-from helpers import dicom
+from helpers import dicom, toy_command
 from nodes import ARCHIVE, HOST, Archive, NodeProcess, free_port, listens, send, wait_for
 from stand_in import SIZE
 
@@ -94,26 +93,13 @@ def test_an_x_ray_that_ends_the_program_is_given_up(small, tmp_path):
         journal.close()
 
 
-COMMAND = """
-import sys
-sys.path.insert(0, {tests!r})
-from helpers import ToyRunner
-from bsdiff_rt import cli
-from bsdiff_rt.folder import pipeline
-pipeline.load_runner_for = lambda bundle, settings: (
-    pipeline.choose(pipeline.request_runner(bundle, settings)), ToyRunner({size}))
-sys.argv = ["bsdiff-rt", *{arguments!r}]
-cli.main()
-"""
-
-
 @pytest.mark.slow
 def test_sigterm_ends_the_command_cleanly(small, tmp_path):
     port = free_port()
     with Archive() as archive:
         arguments = ["serve", str(tmp_path / "node"), "--to", f"{ARCHIVE}@{HOST}:{archive.port}", "--http", "0"]
         arguments += ["--listen", f"{HOST}:{port}", "--bundle", str(small.folder), "--runner", "eager"]
-        code = COMMAND.format(tests=str(Path(__file__).parents[1]), size=SIZE, arguments=arguments)
+        code = toy_command(SIZE, arguments)
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
         try:
             wait_for(lambda: listens(port) or process.poll() is not None, 120)
