@@ -53,7 +53,7 @@ class Result:
         bone: what was taken away, [H, W], float32, in [0, 1]; 0 where nothing was.
         uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None unless samples > 1.
         retention: how much of a small nodule would survive at each place; None unless probe=True.
-        warnings: what the reader had to assume, and whether the X-ray may be inverted. One sentence each.
+        warnings: what the reader had to assume, and what is wrong with picture or result, one sentence each.
     """
 
     soft_tissue: NDArray[np.float32]
@@ -288,7 +288,7 @@ def from_array(pixels: Pixels) -> Radiograph:
 def make_result(radiograph: Radiograph, prepared: Prepared, finished: Finished) -> Result:
     """Return what the public API returns for one X-ray."""
     bone = np.clip(radiograph.cxr - finished.soft_tissue, 0, 1, dtype=np.float32)
-    warnings = (*radiograph.warnings, *prepared.warnings)
+    warnings = (*radiograph.warnings, *prepared.warnings, *finished.warnings)
     return Result(finished.soft_tissue, bone, finished.uncertainty, finished.retention, warnings)
 
 

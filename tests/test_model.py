@@ -19,7 +19,9 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, ModelSettings
 from bsdiff_rt.errors import BundleError, EngineError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.imaging.one_image import INVERTED, finish, prepare
+from bsdiff_rt.imaging.chest_guard import INVERTED
+from bsdiff_rt.imaging.one_image import finish, prepare
+from bsdiff_rt.imaging.result_guard import TOO_DIFFERENT
 from bsdiff_rt.model import Model, make_table, resolve_settings
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.noise import ImageNoise
@@ -174,8 +176,8 @@ def test_an_array_that_is_no_x_ray_is_refused(model, pixels, message):
 
 
 def test_a_warning_is_in_the_result(model):
-    assert model.suppress(255 - clean()).warnings == (INVERTED,)
-    assert model.suppress(clean()).warnings == ()
+    assert model.suppress(255 - clean()).warnings == (INVERTED, TOO_DIFFERENT)  # the toy's air is grey
+    assert model.suppress(clean()).warnings == (TOO_DIFFERENT,)
 
 
 def test_a_runner_that_fails_says_so(tiny_bundle, toy):

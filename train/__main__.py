@@ -9,6 +9,7 @@ import typer
 
 from bsdiff_rt.errors import run_command
 from train.commands.average import average_command
+from train.commands.chest_guard import chest_guard_command
 from train.commands.comparator import comparator_command
 from train.commands.demo import demo_command
 from train.commands.denoiser import denoiser_command
@@ -33,6 +34,7 @@ app.command("enhancer")(enhancer_command)
 app.command("average")(average_command)
 app.command("demo")(demo_command)
 app.command("comparator")(comparator_command)
+app.command("chest-guard")(chest_guard_command)
 
 
 def main() -> None:

@@ -62,6 +62,8 @@ class Writer:
                 path, finished.soft_tissue, like=ready.radiograph, kind=settings.format, derivation=derivation
             )
             digest = file_sha256(path)
+            for warning in finished.warnings:
+                logger.warning("%s: %s", ready.task.input, warning)
         except Exception as error:
             reason = describe_error(error, "written")
             return make_not_done(ready.task, "failed", reason, started - spent, ready.input_sha256)
@@ -76,7 +78,7 @@ class Writer:
             maps=maps,
             retention=finished.retention.to_report() if finished.retention else None,
             view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
-            warnings=list(ready.warnings),
+            warnings=[*ready.warnings, *finished.warnings],
         )
 
     def _write_maps(self, ready: Ready, finished: Finished) -> dict[str, str]:

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import DetailName, Preprocessing
 from bsdiff_rt.errors import InputFailed
+from bsdiff_rt.imaging.chest_guard import INVERTED, load_guard
 from bsdiff_rt.imaging.detail import add_fine_detail
 from bsdiff_rt.imaging.network_input import Placement, from_network, to_network, view_picture, without_mirror
 from bsdiff_rt.imaging.probe import PICTURES, Nodule, Retention, add_nodules, measure_retention, place_nodules
+from bsdiff_rt.imaging.result_guard import check_result
 from bsdiff_rt.imaging.view import View, find_view, looks_negative
 
 Image = NDArray[np.float32]
 
-INVERTED = "may be inverted (lungs brighter than mediastinum). If so, invert it and run again."
 CONSTANT = 1e-4  # a result whose grey levels, in [0, 1], span less than this shows nothing
 
 
@@ -54,15 +55,17 @@ class Finished:
         soft_tissue: [H, W], float32, in [0, 1].
         uncertainty: standard deviation of the samples, [H, W], float32, in [0, 1]; None for a single sample.
         retention: how much of a small nodule would survive at each place; None if nothing was probed.
+        warnings: limits of plausible results that this one breaks, one sentence each.
     """
 
     soft_tissue: Image
     uncertainty: Image | None
     retention: Retention | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False, probe: bool = False) -> Prepared:
-    """Make an X-ray into the model's input.
+    """Make an X-ray into the model's input. Warn of a picture that looks inverted, turned, or like no chest.
 
     Uniform borders and burned-in text are hidden from the model, and a faint picture is spread over more grey levels.
     `finish` undoes all three.
@@ -74,8 +77,13 @@ def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False,
         probe: also put virtual nodules into copies of the X-ray, to measure how much of them survives.
     """
     view = find_view(cxr, trim=not raw_view, least_span=preprocessing.least_span)
-    cxr_net, placement = to_network(view.crop(cxr), preprocessing)
-    warnings = (INVERTED,) if looks_negative(view_picture(cxr_net, placement)) else ()
+    shown_cxr = view.crop(cxr)
+    cxr_net, placement = to_network(shown_cxr, preprocessing)
+    if looks_negative(view_picture(cxr_net, placement)):
+        warnings: tuple[str, ...] = (INVERTED,)
+    else:
+        warning = load_guard().check(shown_cxr)
+        warnings = () if warning is None else (warning,)
     cxr_net = view.hide_marks(cxr_net, placement)
     nodules = tuple(place_nodules(cxr[view.top : view.bottom, view.left : view.right])) if probe else ()
     return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings, nodules)
@@ -130,7 +138,10 @@ def finish(prepared: Prepared, passes: Image, *, mirror: bool, detail: DetailNam
         corner = prepared.view.top, prepared.view.left
         retention = measure_retention(prepared.probe, soft_tissue, results, corner)
     uncertainty = _measure_uncertainty(prepared, samples[:count]) if count > 1 else None
-    return Finished(soft_tissue, uncertainty, retention)
+    seen, result = (
+        view_picture(one, prepared.placement) for one in (prepared.cxr_net, samples[:count].mean(0, dtype=np.float32))
+    )
+    return Finished(soft_tissue, uncertainty, retention, check_result(seen, result))
 
 
 def _make_picture(prepared: Prepared, samples: Image, detail: DetailName) -> Image:

@@ -190,7 +190,8 @@ def test_names_stay_names(run, tmp_path, name):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
-def test_a_name_that_is_no_text(run, tmp_path):
+def test_a_name_that_is_no_text(run, tmp_path, caplog):
+    caplog.set_level("ERROR", "bsdiff_rt")  # xdist cannot pass on a log that holds such a name
     name = os.fsdecode(b"a\xff.png")
     try:
         png(tmp_path / "in" / name)
@@ -223,7 +224,7 @@ def test_a_file_that_is_gone_has_a_card_without_pictures(small, tmp_path):
     (tmp_path / "in" / "a.png").unlink()
     card = cards_of("".join(html.make_page(report, tmp_path / "out")))["a.png"]
     assert card["pictures"] == []
-    assert card["warnings"][0].startswith("no pictures: cannot be read")
+    assert card["warnings"][-1].startswith("no pictures: cannot be read")
 
 
 def test_warnings_are_shown(small, tmp_path):

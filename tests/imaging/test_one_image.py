@@ -8,8 +8,9 @@ from synthetic import chest
 
 from bsdiff_rt.config import Preprocessing
 from bsdiff_rt.errors import InputFailed
+from bsdiff_rt.imaging.chest_guard import INVERTED
 from bsdiff_rt.imaging.network_input import from_network
-from bsdiff_rt.imaging.one_image import INVERTED, finish, list_passes, prepare
+from bsdiff_rt.imaging.one_image import finish, list_passes, prepare
 
 PREP = Preprocessing(64)
 
