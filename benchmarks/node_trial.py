@@ -46,8 +46,9 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when py
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.node import sending
+from bsdiff_rt.node.journal import Journal
 from bsdiff_rt.node.receiving import IMAGE_CLASSES
-from bsdiff_rt.node.serving import Node
+from bsdiff_rt.node.serving import JOURNAL, Node
 from bsdiff_rt.node.settings import Destination, NodeSettings
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "phantom10000003_cxr.dcm"
@@ -136,12 +137,13 @@ class Orthanc:
 
     Args:
         folder: for its database and its configuration.
+        node_port: where it reports on storage commitment.
 
     Raises:
         RuntimeError: other machines could reach it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, node_port: int) -> None:
         if [name for _, name in socket.if_nameindex() if name != "lo"]:
             raise RuntimeError("Orthanc would listen at every address. See the first lines of this file.")
         self.port, self._http_port = find_port(), find_port()
@@ -154,7 +156,7 @@ class Orthanc:
             "DicomPort": self.port,
             "DicomAet": ARCHIVE,
             "RemoteAccessAllowed": False,
-            "DicomModalities": {"node": [NODE, HOST, 1]},  # who may ask by C-FIND
+            "DicomModalities": {"node": [NODE, HOST, node_port]},  # who may ask by C-FIND
             "Plugins": [],
         }
         self._configuration.write_text(json.dumps(content))
@@ -293,6 +295,7 @@ def make_inference(asked: Trial, output: Path) -> Inference:
 def serve(asked: Trial, folder: Path, archive_port: int, port: int) -> None:
     """Run a node until it is killed."""
     vars(sending)["LONGEST_PAUSE_S"] = 2.0  # the archive is down for seconds here
+    vars(sending)["ASK_AGAIN_S"] = 10.0  # and reports come at once, or were lost by a kill
     destination = Destination(ARCHIVE, HOST, archive_port)
     settings = NodeSettings(folder=folder, destinations=(destination,), port=port, http_port=None)
     with ExitStack() as stack:
@@ -305,8 +308,8 @@ def serve(asked: Trial, folder: Path, archive_port: int, port: int) -> None:
 class NodeProcess:
     """A node in a process of its own, started again after each kill."""
 
-    def __init__(self, asked: Trial, folder: Path, archive_port: int) -> None:
-        self.port = find_port()
+    def __init__(self, asked: Trial, folder: Path, archive_port: int, port: int) -> None:
+        self.port = port
         self._arguments = (asked, folder, archive_port, self.port)
         self.start()
 
@@ -364,11 +367,12 @@ def try_kills(asked: Trial, folder: Path) -> dict[str, object]:
     """Send X-rays while the node is killed and the archive goes down once. Return what was counted."""
     paths = make_x_rays(folder / "in", asked.images, asked.seed)
     expected, infer_s, _ = run_infer(asked, paths, folder / "infer")
-    archive: Archive = Orthanc(folder / "orthanc") if asked.orthanc else CountingArchive()
+    port = find_port()
+    archive: Archive = Orthanc(folder / "orthanc", port) if asked.orthanc else CountingArchive()
     chance = random.Random(asked.seed)
     begin = time.monotonic()
     archive.start()
-    node = NodeProcess(asked, folder / "node", archive.port)
+    node = NodeProcess(asked, folder / "node", archive.port, port)
     # The images arrive over half of the time that they take, so that kills meet all parts of the node.
     pause = infer_s / asked.images / 2
     modality = Modality(paths, node.port, before=lambda _: time.sleep(chance.uniform(0, 2 * pause)))
@@ -387,12 +391,24 @@ def try_kills(asked: Trial, folder: Path) -> dict[str, object]:
         time.sleep(5)  # what should not come would come now
         seconds = round(time.monotonic() - begin, 1)
         outcome = judge(archive, expected)
+        commitments = wait_for_commitments(folder / "node" / JOURNAL, 60)
     finally:
         node.kill()
         archive.stop()
     faulty = outcome["once"] != asked.images or any(outcome[key] for key in outcome if key != "once")
     sent = {"images": asked.images, "kills": asked.kills, "c_store_requests": modality.tries, "seconds": seconds}
-    return {**sent, "results": outcome, "faulty": faulty}
+    return {**sent, "results": outcome, "commitments": commitments, "faulty": faulty}
+
+
+def wait_for_commitments(path: Path, seconds: float) -> dict[str, int]:
+    """Return the number of results by state of their storage commitment, when no request is open or time is up."""
+    journal, deadline = Journal(path), time.monotonic() + seconds
+    try:
+        while (counts := journal.count_commitments())["wanted"] + counts["asked"] and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return counts
+    finally:
+        journal.close()
 
 
 def try_speed(asked: Trial, folder: Path) -> dict[str, object]:
@@ -400,7 +416,7 @@ def try_speed(asked: Trial, folder: Path) -> dict[str, object]:
     paths = make_x_rays(folder / "in", asked.images, asked.seed)
     archive = CountingArchive()
     archive.start()
-    node = NodeProcess(asked, folder / "node", archive.port)
+    node = NodeProcess(asked, folder / "node", archive.port, find_port())
     single = paths[: max(10, asked.images // 5)]
     alone = Modality(single, node.port, before=lambda number: wait_for(lambda: archive.count() >= number, 600))
     try:

@@ -514,6 +514,15 @@ def serve(
     any_view: Annotated[
         bool, _flag("--any-view", help="Process lateral views and other body parts, too.", group=MODEL)
     ] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="all are processed",
+            help="TOML file: which X-rays to process, by modality, body part, station and view.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     bundle: BundleName = "demo",
     runner: RunnerName = "auto",
     device: Device = "auto",
@@ -526,6 +535,7 @@ def serve(
     """Be a DICOM node: receive X-rays, send their results to a PACS, until Ctrl-C or SIGTERM."""
     _log(quiet, verbose)
     from bsdiff_rt.node import settings as node
+    from bsdiff_rt.node.rules import Rules, read_rules
 
     node.check_packages()
     host, port = node.parse_listen(listen)
@@ -542,6 +552,7 @@ def serve(
         keep_days=keep,
         http_port=http or None,
         tls=node.make_tls(tls_cert, tls_key, tls_ca),
+        rules=Rules() if rules is None else read_rules(rules),
     )
     settings.check()
     from bsdiff_rt.folder.pipeline import Inference

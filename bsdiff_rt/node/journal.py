@@ -5,6 +5,7 @@ An SQLite file says it all, so that a node that is killed at any point goes on w
     received -> done -> waiting, sending, sent (for each destination)
              -> refused or failed, with a reason
 
+A result that was sent to a destination that offers storage commitment is then wanted, asked, and done or failed.
 It holds no element of a header but the SOP Instance UIDs of results.
 """
 
@@ -23,7 +24,8 @@ from bsdiff_rt.errors import SettingsError
 
 State = Literal["received", "done", "refused", "failed"]
 
-VERSION = 1
+VERSION = 2
+MOST_ASKS = 3  # how often a destination is asked to answer for one result
 _SCHEMA = """
 CREATE TABLE objects (
   id INTEGER PRIMARY KEY,
@@ -49,14 +51,29 @@ CREATE TABLE sendings (
   tries INTEGER NOT NULL DEFAULT 0,
   reason TEXT,
   sent_at REAL,
+  commitment TEXT NOT NULL DEFAULT 'none' CHECK (commitment IN ('none', 'wanted', 'asked', 'done', 'failed')),
+  asks INTEGER NOT NULL DEFAULT 0,
+  asked_at REAL,
+  transaction_uid TEXT,
   PRIMARY KEY (result_uid, destination)
 );
 CREATE INDEX unsent ON sendings (destination, object) WHERE state != 'sent';
 CREATE INDEX of_object ON sendings (object);
+CREATE INDEX uncommitted ON sendings (destination, object) WHERE commitment IN ('wanted', 'asked');
+"""
+# From version 1, which knew no storage commitment.
+_UPGRADE = """
+ALTER TABLE sendings ADD COLUMN commitment TEXT NOT NULL DEFAULT 'none'
+  CHECK (commitment IN ('none', 'wanted', 'asked', 'done', 'failed'));
+ALTER TABLE sendings ADD COLUMN asks INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sendings ADD COLUMN asked_at REAL;
+ALTER TABLE sendings ADD COLUMN transaction_uid TEXT;
+CREATE INDEX uncommitted ON sendings (destination, object) WHERE commitment IN ('wanted', 'asked');
 """
 # An object that nothing will be done to any more.
 _FINISHED = """state != 'received' AND NOT EXISTS (
-  SELECT 1 FROM sendings WHERE sendings.object = objects.id AND sendings.state != 'sent')"""
+  SELECT 1 FROM sendings WHERE sendings.object = objects.id
+  AND (sendings.state != 'sent' OR sendings.commitment IN ('wanted', 'asked')))"""
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,23 @@ class Sending:
 
 
 @dataclass(frozen=True)
+class Uncommitted:
+    """A result that a destination is to be asked to answer for.
+
+    Attributes:
+        number: of the X-ray.
+        sha256: of the X-ray's file.
+        result_uid: SOP Instance UID of the result.
+        asks: how often it was asked before.
+    """
+
+    number: int
+    sha256: str
+    result_uid: str
+    asks: int
+
+
+@dataclass(frozen=True)
 class Line:
     """One X-ray on the status page.
 
@@ -98,6 +132,7 @@ class Line:
         state: what became of it.
         reason: why it was refused or failed, or was not sent yet.
         sent, unsent: number of destinations that have the result, and that wait for it.
+        committed: number of destinations that answer for it (storage commitment).
     """
 
     number: int
@@ -108,6 +143,7 @@ class Line:
     reason: str | None
     sent: int
     unsent: int
+    committed: int = 0
 
 
 class Journal:
@@ -130,6 +166,8 @@ class Journal:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            elif version == 1:
+                self._db.executescript(f"BEGIN; {_UPGRADE} PRAGMA user_version = {VERSION}; COMMIT;")
             elif version != VERSION:
                 raise SettingsError(f"{path}: a journal of version {version}; {VERSION} is known. Use a new folder.")
         except sqlite3.Error as error:
@@ -257,9 +295,94 @@ class Journal:
         """Enter that sending a result begins. If the node is killed now, nobody knows whether it has arrived."""
         self._note(sending, destination, "state = 'sending', reason = NULL, tries = tries + 1")
 
-    def note_sent(self, sending: Sending, destination: str) -> None:
-        """Enter that a destination has a result."""
-        self._note(sending, destination, "state = 'sent', reason = NULL, sent_at = ?", time.time())
+    def note_sent(self, sending: Sending, destination: str, *, commit: bool = False) -> None:
+        """Enter that a destination has a result.
+
+        Args:
+            sending: from `find_sending`.
+            destination: which has it.
+            commit: whether the destination offers storage commitment, so that it is to be asked for it.
+        """
+        change = "state = 'sent', reason = NULL, sent_at = ?, commitment = ?, transaction_uid = NULL"
+        self._note(sending, destination, change, time.time(), "wanted" if commit else "none")
+
+    def find_uncommitted(self, destination: str, before: float, limit: int) -> list[Uncommitted]:
+        """Return results that a destination is to be asked to answer for.
+
+        Args:
+            destination: which has them.
+            before: those that were asked for before this time (s of 1970) and not answered are asked for again.
+            limit: how many at most.
+        """
+        rows = self._ask(
+            "SELECT objects.id, sha256, result_uid, asks FROM sendings JOIN objects ON objects.id = object "
+            "WHERE destination = ? AND commitment IN ('wanted', 'asked') "
+            "AND (commitment = 'wanted' OR asked_at < ?) AND sendings.state = 'sent' ORDER BY object LIMIT ?",
+            (destination, before, limit),
+        )
+        return [Uncommitted(*row) for row in rows]  # type: ignore[arg-type]
+
+    def begin_commitment(self, results: Collection[str], destination: str, transaction: str) -> None:
+        """Enter that a destination is asked to answer for results.
+
+        Args:
+            results: their SOP Instance UIDs.
+            destination: whom is asked.
+            transaction: UID of the request.
+        """
+        with self._change() as db:
+            db.executemany(
+                "UPDATE sendings SET commitment = 'asked', asks = asks + 1, asked_at = ?, transaction_uid = ? "
+                "WHERE result_uid = ? AND destination = ?",
+                [(time.time(), transaction, result, destination) for result in results],
+            )
+
+    def note_commitment(self, transaction: str, committed: Collection[str], failed: Collection[str]) -> int:
+        """Enter a destination's report. A result that it does not answer for is sent again, a few times.
+
+        Args:
+            transaction: UID of the request. Nothing happens if it is not known.
+            committed, failed: SOP Instance UIDs.
+
+        Returns:
+            How many results of the request were found.
+        """
+        with self._change() as db:
+            found = db.executemany(
+                "UPDATE sendings SET commitment = 'done', reason = NULL "
+                "WHERE transaction_uid = ? AND result_uid = ? AND commitment = 'asked'",
+                [(transaction, result) for result in committed],
+            ).rowcount
+            found += db.executemany(
+                "UPDATE sendings SET commitment = 'failed', reason = 'the destination does not answer for it', "
+                "state = iif(asks < ?, 'waiting', state) "
+                "WHERE transaction_uid = ? AND result_uid = ? AND commitment = 'asked'",
+                [(MOST_ASKS, transaction, result) for result in failed],
+            ).rowcount
+        return found
+
+    def give_up_commitment(self, results: Collection[str], destination: str, reason: str) -> None:
+        """Enter that a destination is not asked any more to answer for results, and why."""
+        with self._change() as db:
+            db.executemany(
+                "UPDATE sendings SET commitment = 'failed', reason = ? WHERE result_uid = ? AND destination = ?",
+                [(reason, result, destination) for result in results],
+            )
+
+    def keep_destinations(self, names: Collection[str]) -> None:
+        """Enter that only these destinations are asked for storage commitment from now on."""
+        marks = ", ".join("?" * len(names))
+        with self._change() as db:
+            db.execute(
+                "UPDATE sendings SET commitment = 'failed', reason = 'the destination is not named any more' "
+                f"WHERE commitment IN ('wanted', 'asked') AND destination NOT IN ({marks})",
+                tuple(names),
+            )
+
+    def count_commitments(self) -> dict[str, int]:
+        """Return the number of results sent to destinations that offer storage commitment, by state."""
+        rows = self._ask("SELECT commitment, COUNT(*) FROM sendings WHERE commitment != 'none' GROUP BY commitment")
+        return {"wanted": 0, "asked": 0, "done": 0, "failed": 0} | {str(name): int(str(n)) for name, n in rows}
 
     def note_unsent(self, sending: Sending, destination: str, reason: str, *, unsure: bool) -> None:
         """Enter that a result was not sent, and why.
@@ -329,7 +452,8 @@ class Journal:
         rows = self._ask(
             "SELECT objects.id, sender, received_at, ended_at, objects.state, "
             "COALESCE(objects.reason, MAX(sendings.reason)), "
-            "COALESCE(SUM(sendings.state = 'sent'), 0), COALESCE(SUM(sendings.state != 'sent'), 0) "
+            "COALESCE(SUM(sendings.state = 'sent'), 0), COALESCE(SUM(sendings.state != 'sent'), 0), "
+            "COALESCE(SUM(commitment = 'done'), 0) "
             "FROM objects LEFT JOIN sendings ON object = objects.id "
             "WHERE received_at >= ? GROUP BY objects.id ORDER BY objects.id DESC LIMIT ?",
             (begin, limit),

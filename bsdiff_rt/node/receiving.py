@@ -24,11 +24,15 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made when pynetdicom is imported
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when pynetdicom is imported
+    StorageCommitmentPushModel,
+    Verification,
+)
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.dicom_in import quiet_pydicom
+from bsdiff_rt.node.commitment import OnReport, make_handler
 from bsdiff_rt.node.journal import Journal
 from bsdiff_rt.node.settings import NodeSettings
 
@@ -45,6 +49,7 @@ TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 10.0  # a connection without a request holds the place of a sender so long
 # Statuses of C-STORE (PS3.4 table B.2-1).
 SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
+NOT_AUTHORISED = 0x0124  # PS3.7 annex C.5.20
 _REJECT_SENDER = (1, 1, 3)  # permanent, by the user, calling AE title not recognised (PS3.8 table 9-21)
 
 _UNCOMPRESSED = (
@@ -64,6 +69,7 @@ class Receiver:
         files: held while files are written and entered, and by the caller while it removes some.
         make_room: called with a number of bytes that do not fit into the quota; returns how many it freed.
         on_new: called when there is an X-ray to process.
+        on_report: called with each report on storage commitment.
 
     Attributes:
         counts: X-rays since the start by what was answered: new, known, no_room, damaged. Also rejected senders.
@@ -76,7 +82,9 @@ class Receiver:
         files: RLock,
         make_room: Callable[[int], int],
         on_new: Callable[[], None],
+        on_report: OnReport,
     ) -> None:
+        self._on_report = on_report
         self._settings, self._journal = settings, journal
         self._make_room, self._on_new = make_room, on_new
         self._files = files
@@ -90,6 +98,8 @@ class Receiver:
         self._ae.add_supported_context(Verification)
         for image_class in IMAGE_CLASSES:
             self._ae.add_supported_context(image_class, list_transfer_syntaxes())
+        # A destination that reports is the SCP on its own association (PS3.4 J.3.3).
+        self._ae.add_supported_context(StorageCommitmentPushModel, scu_role=False, scp_role=True)
         self.port = self._listen()
 
     def _listen(self) -> int:
@@ -104,6 +114,7 @@ class Receiver:
             (evt.EVT_REQUESTED, self._check_sender),
             (evt.EVT_DATA_RECV, self._limit_size),
             (evt.EVT_C_STORE, self._store),
+            make_handler(self._on_report),
         ]
         try:
             self._server = self._ae.start_server(
@@ -126,18 +137,20 @@ class Receiver:
         self._ae.shutdown()
 
     def _check_sender(self, event: evt.Event) -> None:
-        """Reject an association of somebody who may not send."""
+        """Reject an association of somebody who may neither send nor report on storage commitment."""
         aet = str(getattr(event.assoc.requestor.primitive, "calling_ae_title", "")).strip()
         address = event.assoc.requestor.address
-        for sender in self._settings.senders:
-            if sender.aet == aet and sender.address in (None, address):
-                return
-        if not self._settings.senders:
+        if self._may_send(aet, address) or any(aet == one.aet for one in self._settings.destinations):
             return
         self.counts["rejected"] += 1
         logger.warning("rejected an association of %r from %s: not allowed to send", aet, address)
         event.assoc.acse.send_reject(*_REJECT_SENDER)
         event.assoc.kill()
+
+    def _may_send(self, aet: str, address: str) -> bool:
+        """Return whether a node may send X-rays."""
+        senders = self._settings.senders
+        return not senders or any(one.aet == aet and one.address in (None, address) for one in senders)
 
     def _limit_size(self, event: evt.Event) -> None:
         """Abort an association that sends more than an object may have, before memory runs out."""
@@ -158,6 +171,10 @@ class Receiver:
             logger.warning("an object was not understood (%s)", type(error).__name__)
             return NOT_UNDERSTOOD
         sender = str(event.assoc.requestor.ae_title).strip()
+        if not self._may_send(sender, event.assoc.requestor.address):
+            self.counts["rejected"] += 1
+            logger.warning("an object of %r was refused: not allowed to send", sender)
+            return NOT_AUTHORISED
         try:
             return self._keep(content, sender)
         except OSError as error:

@@ -16,16 +16,19 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    generate_uid,
 )
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made when pynetdicom is imported
+    StorageCommitmentPushModel,
     StudyRootQueryRetrieveInformationModelFind,
 )
 
 from bsdiff_rt.errors import BsdiffError, InputFailed
 from bsdiff_rt.formats.dicom_in import quiet_pydicom
-from bsdiff_rt.node.journal import Journal, Sending
+from bsdiff_rt.node.commitment import OnReport, make_handler, offers_commitment, request_commitment
+from bsdiff_rt.node.journal import MOST_ASKS, Journal, Sending, Uncommitted
 from bsdiff_rt.node.receiving import IMAGE_CLASSES, TIMEOUT_S
 from bsdiff_rt.node.settings import Destination, Tls
 
@@ -33,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 _IDLE_S = 0.5  # a wake-up call that is missed costs this much
+ASK_AGAIN_S = 600.0  # a report on storage commitment that does not come is asked for again
+_REPORT_S = 3.0  # how long an association stays open for the report
+_MOST_ASKED = 100  # results in one request
 _DUPLICATE = 0x0111  # Duplicate SOP Instance (PS3.7 annex C.4)
 _WARNINGS = (0xB000, 0xB006, 0xB007)  # stored, with changes or not as the class asks (PS3.4 table B.2-1)
 
@@ -58,6 +64,7 @@ class Identity:
     study: str
     series: str
     instance: str
+    sop_class: str
 
 
 class Connection:
@@ -67,10 +74,14 @@ class Connection:
         destination: whom to speak to.
         aet: our own AE title.
         tls: our certificate; needed if the destination wants TLS.
+        on_report: takes reports on storage commitment that come on the same association; None to ask for no commitment.
     """
 
-    def __init__(self, destination: Destination, aet: str, tls: Tls | None = None) -> None:
+    def __init__(
+        self, destination: Destination, aet: str, tls: Tls | None = None, on_report: OnReport | None = None
+    ) -> None:
         self._destination = destination
+        self._handlers = [] if on_report is None else [make_handler(on_report)]
         self._context: ssl.SSLContext | None = None
         if destination.tls:
             assert tls is not None
@@ -82,6 +93,8 @@ class Connection:
             self._ae.add_requested_context(image_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
             self._ae.add_requested_context(image_class, JPEG2000Lossless)
         self._ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+        if on_report is not None:
+            self._ae.add_requested_context(StorageCommitmentPushModel)
         self._association: Association | None = None
         self._may_ask = True
 
@@ -95,7 +108,13 @@ class Connection:
             return self._association
         destination = self._destination
         tls = None if self._context is None else (self._context, destination.host)
-        association = self._ae.associate(destination.host, destination.port, ae_title=destination.aet, tls_args=tls)
+        association = self._ae.associate(
+            destination.host,
+            destination.port,
+            ae_title=destination.aet,
+            tls_args=tls,
+            evt_handlers=self._handlers,  # type: ignore[arg-type]
+        )
         if not association.is_established:
             why = "rejected the association" if association.is_rejected else "cannot be reached"
             raise NotSent(f"{destination} {why}", away=True)
@@ -136,6 +155,34 @@ class Connection:
             self._association = None
         return found
 
+    @property
+    def offers_commitment(self) -> bool:
+        """Return whether the destination, whose association is open, offers storage commitment."""
+        return self._association is not None and offers_commitment(self._association)
+
+    def ask_commitment(self, transaction: str, results: Iterable[Identity]) -> bool:
+        """Ask the destination to answer for results. Return False if it does not offer this.
+
+        Args:
+            transaction: UID of the request.
+            results: which it has.
+
+        Raises:
+            NotSent: the destination cannot be reached, refused the request, or did not answer.
+        """
+        association = self.open()
+        if not offers_commitment(association):
+            return False
+        try:
+            status = request_commitment(association, transaction, [(one.sop_class, one.instance) for one in results])
+        except RuntimeError as error:
+            raise NotSent(f"{self._destination} ended the association", away=True) from error
+        if status is None:
+            raise NotSent(f"{self._destination} did not answer the request for storage commitment", away=True)
+        if status:
+            raise NotSent(f"{self._destination} refused storage commitment with status 0x{status:04X}")
+        return True
+
     def send(self, path: Path) -> None:
         """Send one image by C-STORE.
 
@@ -163,7 +210,7 @@ def read_identity(path: Path) -> Identity:
         OSError: the file is missing or cannot be read.
         InputFailed: it is damaged.
     """
-    keywords = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
+    keywords = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"]
     try:
         with quiet_pydicom():
             header = dcmread(path, specific_tags=list(keywords), stop_before_pixels=True)
@@ -254,9 +301,12 @@ class SendingThread(threading.Thread):
         try:
             while not self._ended.is_set():
                 self._send_all()
-                self._connection.close()
-                self._wanted.wait(_IDLE_S)
+                asked = self._ask_commitment()
+                if not asked:
+                    self._connection.close()
+                self._wanted.wait(_REPORT_S if asked else _IDLE_S)
                 self._wanted.clear()
+            self._connection.close()
         except Exception as error:
             logger.debug("sending to %s ended", self._name, exc_info=True)
             self.error = error
@@ -304,7 +354,43 @@ class SendingThread(threading.Thread):
             self._connection.open()
             self._journal.begin_sending(sending, self._name)
             self._connection.send(path)
-        self._journal.note_sent(sending, self._name)
+        self._journal.note_sent(sending, self._name, commit=self._connection.offers_commitment)
         self._pauses.pop(None, None)
         self._pauses.pop(sending.number, None)
         self._on_sent(sending)
+
+    def _ask_commitment(self) -> bool:
+        """Ask the destination to answer for what it was sent. Return whether it was asked and has taken the request."""
+        asked_before = time.time() - ASK_AGAIN_S
+        results = self._journal.find_uncommitted(self._name, asked_before, _MOST_ASKED)
+        tired = [result.result_uid for result in results if result.asks >= MOST_ASKS]
+        if tired:
+            logger.warning("%s does not answer for %d results. They are not asked for again.", self._name, len(tired))
+            self._journal.give_up_commitment(tired, self._name, "the destination does not report on it")
+        identities = [one for result in results if result.asks < MOST_ASKS for one in self._identify(result)]
+        if not identities or self._ended.is_set():
+            return False
+        transaction, instances = generate_uid(prefix=None), [one.instance for one in identities]
+        try:
+            self._connection.open()
+            # Before the request: the report may come first. Without one, this is what asks again later.
+            self._journal.begin_commitment(instances, self._name, transaction)
+            offered = self._connection.ask_commitment(transaction, identities)
+        except NotSent as error:
+            logger.warning("%s. It is asked for storage commitment again later.", error)
+            if error.away:
+                self._connection.close()
+                self._ended.wait(self._lengthen_pause(None))
+            return False
+        self._pauses.pop(None, None)
+        if not offered:
+            self._journal.give_up_commitment(instances, self._name, "the destination offers no commitment any more")
+        return offered
+
+    def _identify(self, result: Uncommitted) -> list[Identity]:
+        """Return the identity of a result in a list, which is empty if its file is gone. Nobody can ask for it then."""
+        try:
+            return [read_identity(self._results / f"{result.sha256}.dcm")]
+        except (OSError, InputFailed):
+            self._journal.give_up_commitment([result.result_uid], self._name, "its file is gone")
+            return []

@@ -10,14 +10,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+from pydicom import dcmread
+
 from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.files import flush_to_disk
 from bsdiff_rt.folder.ledger import only_run
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.folder.report import FileEntry
 from bsdiff_rt.folder.tasks import Task
+from bsdiff_rt.formats.dicom_in import quiet_pydicom
+from bsdiff_rt.node.commitment import CommitmentReport
 from bsdiff_rt.node.journal import Journal, Sending
 from bsdiff_rt.node.receiving import Receiver, quiet_libraries, remove_orphans
+from bsdiff_rt.node.rules import ELEMENTS
 from bsdiff_rt.node.sending import Connection, SendingThread, read_identity
 from bsdiff_rt.node.settings import NodeSettings
 from bsdiff_rt.node.status import State, StatusServer
@@ -96,7 +101,9 @@ class Node:
         stack.callback(worker.join)
         stack.callback(self._stop)
         # The last one to start and the first one to stop: what it takes, the others can do.
-        self._receiver = Receiver(settings, self._journal, self._files, self._make_room, self._wanted.set)
+        self._receiver = Receiver(
+            settings, self._journal, self._files, self._make_room, self._wanted.set, self._note_report
+        )
         stack.callback(self._receiver.close)
 
     def _start_sending(self, stack: ExitStack) -> None:
@@ -107,11 +114,12 @@ class Node:
                 logger.warning(
                     "%d results wait for %s, which is no destination now. Name it to send them.", count, name
                 )
+        self._journal.keep_destinations(names)
         self._senders = [
             SendingThread(
                 destination,
                 self._journal,
-                Connection(destination, settings.aet, settings.tls),
+                Connection(destination, settings.aet, settings.tls, self._note_report),
                 settings.results,
                 self._note_sent,
             )
@@ -183,8 +191,12 @@ class Node:
             if waiting.starts >= MOST_STARTS:
                 self._give_up(waiting.sha256, "failed", f"the program ended {MOST_STARTS} times while processing it")
                 continue
-            self._journal.begin(waiting.number)
             name = f"{waiting.sha256}.dcm"
+            reason = self._settings.rules.find_reason(read_rule_values(self._settings.received / name))
+            if reason is not None:
+                self._give_up(waiting.sha256, "refused", reason)
+                continue
+            self._journal.begin(waiting.number)
             yield Task(self._settings.received / name, Path(name))
             if waiting.starts >= _LONE_STARTS:
                 return
@@ -218,6 +230,16 @@ class Node:
         if self._status is not None:
             self._status.observe_sent(max(0.0, time.time() - sending.received_at))
 
+    def _note_report(self, report: CommitmentReport) -> None:
+        """Enter what a destination says about results that it has. Called in the thread of an association."""
+        found = self._journal.note_commitment(report.transaction, report.committed, report.failed)
+        if not found:
+            logger.warning("a report on storage commitment belongs to no request of this node")
+            return
+        logger.info("a destination answers for %d results", len(report.committed))
+        if report.failed:
+            logger.warning("a destination does not answer for %d results. They are sent again.", len(report.failed))
+
     def _clean(self) -> None:
         """Remove the files of objects that were finished some days ago, and very old entries."""
         for number, sha256, _ in self._journal.find_finished(time.time() - self._settings.keep_days * 86400):
@@ -241,6 +263,19 @@ class Node:
             for folder in (self._settings.received, self._settings.results):
                 (folder / f"{sha256}.dcm").unlink(missing_ok=True)
         return True
+
+
+def read_rule_values(path: Path) -> dict[str, str]:
+    """Return what rules may ask for of a received X-ray, by name of ELEMENTS; {} for a file that cannot be read.
+
+    Such a file is given to the model's pipeline, which says what is wrong with it.
+    """
+    try:
+        with quiet_pydicom():
+            header = dcmread(path, specific_tags=list(ELEMENTS.values()), stop_before_pixels=True, force=True)
+            return {name: str(header.get(keyword, "") or "") for name, keyword in ELEMENTS.items()}
+    except Exception:  # damaged files make pydicom raise anything
+        return {}
 
 
 def _make_folder(folder: Path) -> None:

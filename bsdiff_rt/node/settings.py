@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.node.rules import Rules
 
 _PACKAGES = {"pynetdicom": "pynetdicom", "prometheus_client": "prometheus-client"}
 _AE_TITLE = r"[A-Za-z0-9_.#+\- ]{1,16}"  # PS3.5 6.2, AE, without what a shell or a log line would trip over
@@ -114,6 +115,7 @@ class NodeSettings:
         keep_days: how long files of finished objects are kept.
         http_port: port of the status page on 127.0.0.1; 0 for any free one, None for no page.
         tls: files of TLS; None to receive without it.
+        rules: which X-rays are processed.
     """
 
     folder: Path
@@ -128,6 +130,7 @@ class NodeSettings:
     keep_days: float = 1.0
     http_port: int | None = 8080
     tls: Tls | None = None
+    rules: Rules = Rules()  # noqa: RUF009  # frozen
 
     @property
     def received(self) -> Path:

@@ -153,6 +153,12 @@ class _JournalMetrics(Collector):
             unsent.add_metric([name], count)
             oldest.add_metric([name], max(0.0, time.time() - since) if count else 0.0)
         yield from (unsent, oldest)
+        commitments = GaugeMetricFamily(
+            "bsdiff_rt_commitments", "Results by state of their storage commitment.", labels=["state"]
+        )
+        for name, count in self._journal.count_commitments().items():
+            commitments.add_metric([name], count)
+        yield commitments
         yield GaugeMetricFamily("bsdiff_rt_disk_bytes", "Bytes of X-rays and results.", self._journal.count_bytes())
         yield GaugeMetricFamily("bsdiff_rt_quota_bytes", "Bytes that they may take.", state.quota_bytes)
         yield GaugeMetricFamily("bsdiff_rt_up", "Whether the node works.", float(not state.problems))
@@ -203,6 +209,7 @@ def _write_row(line: Line) -> str:
     received = datetime.fromtimestamp(line.received_at).astimezone()
     seconds = "" if line.ended_at is None else f"{line.ended_at - line.received_at:.1f}"
     sent = f"{line.sent} of {line.sent + line.unsent}" if line.sent + line.unsent else ""
+    sent += f", {line.committed} committed" if line.committed else ""
     return (
         f'<tr><td class="number">{line.number}</td><td>{received:%H:%M:%S}</td><td>{escape(line.sender)}</td>'
         f'<td class="{line.state}">{line.state}</td><td class="number">{seconds}</td><td>{sent}</td>'

@@ -25,6 +25,7 @@ from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.node import receiving, sending
+from bsdiff_rt.node.rules import read_rules
 from bsdiff_rt.node.settings import Destination, Sender, Tls
 
 
@@ -256,3 +257,16 @@ def test_a_port_that_is_taken_is_named(archive, small, tmp_path):
     ):
         pass
     assert free_port() != archive.port
+
+
+def test_rules_decide_what_is_processed(archive, small, tmp_path):
+    path = tmp_path / "rules.toml"
+    path.write_text('[[rule]]\nstation = "ICU*"\ndo = "ignore"\n[[rule]]\nmodality = "CR"\ndo = "process"')
+    with run_node(tmp_path / "node", small, archive, rules=read_rules(path)) as node:
+        send(node.port, dicom(tmp_path / "a.dcm", StationName="ICU-SECRET"), dicom(tmp_path / "b.dcm", seed=1))
+        wait_for(lambda: archive.stored)
+        wait_for(lambda: metric(node, 'bsdiff_rt_objects{state="refused"}') == 1)
+        page = get(node, "/")
+    assert "ignored by rule 1" in page
+    assert "SECRET" not in page
+    assert len(archive.stored) == 1
