@@ -130,6 +130,7 @@ def test_the_product_needs_only_what_it_declares():
         "openvino": {"bsdiff_rt/runners/openvino.py"},
         "tensorrt": {"bsdiff_rt/runners/tensorrt.py", "bsdiff_rt/runners/tensorrt_builder.py"},  # for types alone
         "matplotlib": {"bsdiff_rt/bench/plot.py"},
+        "triton": {"bsdiff_rt/sampling/tail_kernel.py"},  # comes with torch for CUDA
         "pynetdicom": {f"bsdiff_rt/node/{name}.py" for name in ("receiving", "sending", "commitment")},
         "prometheus_client": {"bsdiff_rt/node/status.py"},
         "pyarrow": {f"bsdiff_rt/folder/{name}.py" for name in ("long_ledger", "summary", "ray_workers")},

@@ -197,7 +197,7 @@ class Denoiser(nn.Module):
         """
         sinusoids = sinusoidal_embedding(t, self.config.channels[0])
         # Only the sinusoids need float32, because the angles reach 999 rad. They are in [-1, 1] and can be cast then.
-        time_embedding = self.time_embed(sinusoids.to(self.conv_in.weight.dtype))
+        time_embedding = F.silu(self.time_embed(sinusoids.to(self.conv_in.weight.dtype)))
 
         h = self.conv_in(torch.cat((x_t, cxr), dim=1))
         skips = [h]

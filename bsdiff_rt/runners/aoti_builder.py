@@ -25,7 +25,7 @@ from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import EngineOptions, Precision
 from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.networks.autoencoder import Enhancer
-from bsdiff_rt.networks.blocks import SelfAttention
+from bsdiff_rt.networks.blocks import SelfAttention, join_projections
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.aoti import DENOISER, ENHANCER
 from bsdiff_rt.runners.base import Progress
@@ -76,7 +76,7 @@ def build(
     _check_compiler()
     toolkit = find_toolkit() if device.type == "cuda" else None
     _find_instructions(device)
-    denoiser, enhancer = load_networks(bundle)
+    denoiser, enhancer = (join_projections(network) for network in load_networks(bundle))
     size = bundle.manifest.preprocessing.size
     # Tensor cores read half precision channels-last. So does oneDNN on a CPU, in both precisions. Otherwise the
     # compiler reorders around each convolution (docs/experiments.md). On a GPU in fp32 the compiler decides.
@@ -121,7 +121,7 @@ def pin_attention(network: nn.Module, run: Callable[[], object], device: torch.d
     chosen: dict[torch.Size, str] = {}
     for block, shape in shapes.items():
         if shape not in chosen:
-            chosen[shape] = _find_fastest_attention(shape, block.to_q.weight.dtype, device)
+            chosen[shape] = _find_fastest_attention(shape, block.dtype, device)
         block.attend = ATTENTION_FORMS[chosen[shape]]
     return {f"{shape[-2]} x {shape[-1]}": name for shape, name in chosen.items()}
 
@@ -192,7 +192,7 @@ def choose_attention(network: nn.Module, precision: Precision, device: torch.dev
             continue
         if device.type == "cpu":
             block.attend = attention_in_parts
-        elif block.to_q.in_features > FUSED_WIDTH:
+        elif block.norm.num_channels > FUSED_WIDTH:
             block.attend = attention_as_products
 
 

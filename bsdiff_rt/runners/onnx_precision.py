@@ -37,7 +37,7 @@ _SUFFIX: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16
 # further operator must be considered before it is added.
 _OPERATORS = (
     *("Add", "Concat", "Conv", "Cos", "Gemm", "InstanceNormalization", "MatMul", "Mul", "Reshape", "Resize", "Shape"),
-    *("Sigmoid", "Sin", "Slice", "Softmax", "Squeeze", "Transpose", "Unsqueeze"),
+    *("Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 )
 _FP32_INPUTS = {"Resize": (1, 2)}  # region and scales are float32 for every type of image
 

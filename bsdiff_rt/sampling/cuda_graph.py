@@ -14,6 +14,7 @@ import torch
 from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.buffers import StepBuffers, table_rows
+from bsdiff_rt.sampling.fused_step import choose_step
 from bsdiff_rt.sampling.sampler import Draw, step
 from bsdiff_rt.sampling.schedule import Table
 
@@ -110,10 +111,13 @@ class _Recording:
 
     def replay(self, k: int) -> None:
         """Do step k, the next one."""
-        step(self._runner, self.buffers)
+        self._do_step()
 
     def release(self) -> None:
         """Wait until nothing uses the buffers any more."""
+
+    def _do_step(self) -> None:
+        choose_step(self.buffers.cxr.device, step)(self._runner, self.buffers)
 
 
 class _Plain(_Recording):
@@ -151,13 +155,13 @@ class _Graph(_Recording):
             self.buffers.cxr.zero_()
             for _ in range(WARM_UP_STEPS):
                 self.buffers.index.zero_()
-                step(self._runner, self.buffers)
+                self._do_step()
         # cuBLAS keeps one workspace per stream, and the graph keeps its address. Cleared before, the workspace is made
         # anew in the graph's own memory. Cleared after, nobody else uses it (torch/_inductor/cudagraph_trees.py).
         torch._C._cuda_clearCublasWorkspaces()
         # Other threads go on allocating pinned memory meanwhile: only this thread's calls are checked.
         with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            step(self._runner, self.buffers)
+            self._do_step()
         torch._C._cuda_clearCublasWorkspaces()
 
     def send(self, k: int, draw: Draw) -> None:

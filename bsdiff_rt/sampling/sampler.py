@@ -13,7 +13,8 @@ Notation. schedule.py makes the table and names its sources; it has one row per 
 | `A`, `B`, `C`, `S`       | the sampler's coefficients | weights of x_t, x0, x0_previous and z in the next x_t |
 
 A step does device work only. Nothing is allocated or read back, so the host never waits. To watch or stop a run between
-steps, wrap the runner: its `denoise` is called once per step. cuda_graph.py records the same `step` and replays it.
+steps, wrap the runner: its `denoise` is called once per step. cuda_graph.py records the same step and replays it. On a
+GPU everything behind the denoiser is one kernel (fused_step.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.buffers import StepBuffers
+from bsdiff_rt.sampling.fused_step import Denoises, choose_step
 from bsdiff_rt.sampling.schedule import Table
 
 # Returns draw k of every image, [B, 1, H, W], on any device.
@@ -53,14 +55,15 @@ def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch
     buffers = StepBuffers.allocate(cxr, table)
     buffers.start(draw(0))
     adds_noise = (table.S != 0.0).tolist()
+    do_step = choose_step(cxr.device, step)
     for k in range(table.steps):
         if adds_noise[k]:
             buffers.ring[0].copy_(draw(k + 1), non_blocking=True)
-        step(runner, buffers)
+        do_step(runner, buffers)
     return buffers.x0
 
 
-def step(runner: Runner, buffers: StepBuffers) -> None:
+def step(runner: Denoises, buffers: StepBuffers) -> None:
     """Do one step of any sampler, in place: replace `x_t` by the next one.
 
     Args:

@@ -123,6 +123,23 @@ def test_the_safetensors_file_is_the_state_dict(tiny_bundle):
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in names)
 
 
+def test_queries_keys_and_values_are_one_product(graph):
+    """Three products for each attention: the projections, the scores, the weighted values."""
+    kinds = [node.op_type for node in model_of(graph).graph.node]
+    attentions = kinds.count("Softmax")
+    assert attentions > 1
+    assert kinds.count("Split") == attentions
+    assert kinds.count("MatMul") == 3 * attentions
+
+
+def test_the_time_embedding_passes_its_activation_once(tiny_bundle):
+    """Each residual block has two more, around its convolutions."""
+    kinds = [node.op_type for node in model_of(tiny_bundle / "denoiser.onnx").graph.node]
+    blocks = kinds.count("Gemm") - 2  # each projects the time embedding, which is made by two layers
+    assert blocks == 8
+    assert kinds.count("Sigmoid") == 2 * blocks + 1 + 2  # before the output; in the embedding and behind it
+
+
 # --- share_weights on a graph made here ---
 
 
@@ -162,6 +179,27 @@ def test_renamed_reshaped_and_transposed_weights_are_shared(tmp_path):
     inline = [tensor.name for tensor in model.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
     assert inline == ["small"]
     assert [node.op_type for node in model.graph.node].count("Transpose") == 1
+    for found, expected in zip(run(model, tmp_path / "m.onnx"), initialisers.values(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_joined_weights_are_made_of_the_stored_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    stored = {
+        f"block.to_{letter}.{kind}": rng.standard_normal(shape).astype(np.float32)
+        for letter in "qkv"
+        for kind, shape in (("weight", (8, 8)), ("bias", (64,)))
+    }
+    weight, bias = (
+        np.concatenate([stored[f"block.to_{letter}.{kind}"] for letter in "qkv"]) for kind in ("weight", "bias")
+    )
+    initialisers = {"for a product": np.ascontiguousarray(weight.T), "as it is": weight, "bias": bias}
+    model = make(initialisers, tmp_path, stored)
+    share_weights(model, tmp_path / "w.safetensors")
+    assert all(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    assert len(model.graph.initializer) == 9
+    kinds = [node.op_type for node in model.graph.node]
+    assert (kinds.count("Concat"), kinds.count("Transpose")) == (3, 1)
     for found, expected in zip(run(model, tmp_path / "m.onnx"), initialisers.values(), strict=True):
         np.testing.assert_array_equal(found, expected)
 
