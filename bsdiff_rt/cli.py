@@ -120,13 +120,14 @@ Sampler = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--steps",
         "-n",
-        metavar="N",
+        metavar="N[:M]",
         show_default="the bundle's",
-        help="Denoiser steps per image, 1 to 1000.",
+        help="Denoiser steps per image, 1 to 1000. With :M, from 20 steps on: compute the model's deep features in "
+        "every Mth step only. Faster, but not exact.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -307,6 +308,7 @@ def infer(
 ) -> None:
     """Remove the bones from chest X-rays: DICOM, PNG, JPEG or TIFF in, an image of the same matrix out."""
     _log(quiet, verbose)
+    count, cache_every = _parse_steps(steps)
     settings = InferSettings(
         output=output,
         bundle=bundle,
@@ -314,7 +316,8 @@ def infer(
         device=device,
         precision=precision,
         sampler=sampler,
-        steps=steps,
+        steps=count,
+        cache_every=cache_every,
         seed=seed,
         samples=samples,
         batch=_parse_batch(batch),
@@ -399,6 +402,7 @@ def watch(
 ) -> None:
     """Process X-rays as they arrive in a folder, with the model kept loaded, until Ctrl-C or SIGTERM."""
     _log(quiet, verbose)
+    count, cache_every = _parse_steps(steps)
     settings = InferSettings(
         output=output,
         bundle=bundle,
@@ -406,7 +410,8 @@ def watch(
         device=device,
         precision=precision,
         sampler=sampler,
-        steps=steps,
+        steps=count,
+        cache_every=cache_every,
         seed=seed,
         samples=samples,
         batch=_parse_batch(batch),
@@ -966,6 +971,16 @@ def _parse_batch_range(text: str) -> tuple[int, int]:
 
 def _parse_batch(text: str) -> int | None:
     return None if text == "auto" else _parse_whole(text, "--batch", "auto or ")
+
+
+def _parse_steps(text: str | None) -> tuple[int | None, int]:
+    """Return the number of steps (None: the bundle's), and in which of them deep features are computed (1: in all)."""
+    if text is None:
+        return None, 1
+    steps, colon, every = text.partition(":")
+    if not all(part.isascii() and part.isdecimal() for part in (steps, every if colon else "1")):
+        raise typer.BadParameter(f"{text!r} is not N or N:M, such as 50 or 1000:3", param_hint="'--steps'")
+    return int(steps), int(every) if colon else 1
 
 
 def _parse_whole(text: str, option: str, alternative: str = "") -> int:

@@ -124,6 +124,7 @@ class ModelSettings:
         threads: CPU threads; None takes the library's default.
         sampler: None takes the bundle's.
         steps: denoiser steps per image; None takes the bundle's.
+        cache_every: compute the model's deep features in every Nth step only, from 20 steps on. 1 is exact.
         seed: of the noise. The same image and seed give the same result.
         samples: samples per image. Their mean is the result.
         enhance: whether stage 2 runs; None takes the bundle's choice.
@@ -141,6 +142,7 @@ class ModelSettings:
     threads: int | None = None
     sampler: SamplerName | None = None
     steps: int | None = None
+    cache_every: int = 1
     seed: int = 0
     samples: int = 1
     enhance: bool | None = None

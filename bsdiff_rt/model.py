@@ -33,6 +33,7 @@ from bsdiff_rt.imaging.view import make_whole_view
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device, set_threads
 from bsdiff_rt.sampling.batching import Suppressor, Taken, choose_batch
+from bsdiff_rt.sampling.deep_cache import check_cache, list_denoisers
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
@@ -73,7 +74,8 @@ def open_model(
         runner: auto, eager, onnxruntime, openvino, aoti, tensorrt, tensorrt-rtx, or the folder of a built engine.
         device: auto, cpu, cuda or cuda:N.
         **options: further fields of `bsdiff_rt.config.ModelSettings`, which are the options of `bsdiff-rt infer`:
-            precision, batch, threads, sampler, steps, seed, samples, enhance, mirror, detail, raw_view, probe.
+            precision, batch, threads, sampler, steps, cache_every, seed, samples, enhance, mirror, detail, raw_view,
+            probe.
 
     Returns:
         The model, ready to run. Use it as a context manager, or close it.
@@ -116,6 +118,7 @@ class Model:
 
     Raises:
         SettingsError: steps, seed or batch are out of range.
+        EngineError: the runner cannot reuse deep features, as the settings ask for.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner, settings: ModelSettings, choice: Choice | None = None) -> None:
@@ -125,11 +128,13 @@ class Model:
         self.engine_sha256 = choice.engine.sha256 if choice is not None and choice.engine else None
         self.batch = resolve_batch(self.settings.batch, runner)
         self._runner = runner
+        list_denoisers(runner, 1, self.settings.cache_every)  # refuses a runner that cannot reuse deep features
         self._suppressor = Suppressor(
             runner,
             self.table,
             enhance=bool(self.settings.enhance),
             batch=self.batch,
+            cache_every=self.settings.cache_every,
             step_down=settings.runner == AUTO,  # a runner that was named is used as it is, or the run stops
         )
 
@@ -310,19 +315,21 @@ def make_table(settings: ModelSettings, manifest: Manifest) -> Table:
     """Return the sampler's coefficients of resolved settings, and refuse seeds out of range before any work is done.
 
     Raises:
-        SettingsError: the number of steps or the seed is out of range.
+        SettingsError: the number of steps or the seed is out of range, or the steps are too few to reuse deep features.
     """
     if settings.sampler is None or settings.steps is None:
         raise SettingsError("the settings are not resolved: sampler and steps are missing")
+    check_cache(settings.cache_every, settings.steps)
     for seed in (settings.seed, settings.seed + settings.samples - 1):
         ImageNoise(seed, b"")
     return sampler_table(manifest.schedule, settings.sampler, settings.steps)
 
 
 def request_runner(bundle: Bundle, settings: ModelSettings) -> RunnerRequest:
-    """Return which runner the settings request for a bundle."""
+    """Return which runner the settings request for a bundle. Among those of `auto`, only eager reuses deep features."""
     device = resolve_device(settings.device)
-    return RunnerRequest(bundle, settings.runner, device, settings.precision, settings.batch)
+    runner = "eager" if settings.runner == AUTO and settings.cache_every > 1 else settings.runner
+    return RunnerRequest(bundle, runner, device, settings.precision, settings.batch)
 
 
 def load_runner_for(bundle: Bundle, settings: ModelSettings) -> tuple[Choice, Runner]:
@@ -354,7 +361,8 @@ def resolve_batch(asked: int | None, runner: Runner) -> int:
 
 def list_decisive(settings: ModelSettings, runner: str, precision: Precision) -> dict[str, Any]:
     """Return what decides the pixels of a result besides the bundle, for reports and the UIDs of DICOM objects."""
-    return {name: getattr(settings, name) for name in DECISIVE} | {"runner": runner, "precision": precision}
+    cached = {"cache_every": settings.cache_every} if settings.cache_every > 1 else {}
+    return {name: getattr(settings, name) for name in DECISIVE} | cached | {"runner": runner, "precision": precision}
 
 
 def describe_derivation(
@@ -377,6 +385,7 @@ def describe_derivation(
     words = [
         f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}",
         step_count(settings.steps or 0),
+        f"deep features in every {settings.cache_every}th step" if settings.cache_every > 1 else "",
         seeds,
         f"stage 2 {'on' if settings.enhance else 'off'}",
         "averaged with the mirrored image" if settings.mirror else "",

@@ -258,6 +258,21 @@ def test_progress_on_a_terminal(infer, toy, tmp_path, monkeypatch):
 # --- infer: options ---
 
 
+def test_deep_features_in_every_third_step(infer, tiny_bundle, tmp_path):
+    """`auto` takes the one runner that can reuse them. A runner that cannot is refused."""
+    png(tmp_path / "in" / "a.png")
+    given = ("--bundle", tiny_bundle, "--sampler", "ddim")
+    assert infer(*given, "--steps", "20").code == 0
+    exact = (tmp_path / "out" / "a.png").read_bytes()
+    assert infer(*given, "--steps", "20:3").code == 0  # another setting: the file is made again
+    settings = report_of(tmp_path / "out")["settings"]
+    assert (settings["steps"], settings["cache_every"], settings["runner"]) == (20, 3, "eager")
+    assert (tmp_path / "out" / "a.png").read_bytes() != exact
+    refused = infer(*given, "--steps", "20:3", "--runner", "onnxruntime")
+    assert refused.code == 4
+    assert "runner onnxruntime cannot reuse deep features. Use runner eager, or compute every step." in refused.err
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m", "release"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_samplers_and_steps(infer, toy, tmp_path, sampler, steps):
@@ -308,6 +323,9 @@ def test_every_option_arrives(infer, toy, tmp_path):
         ("--steps 0", "0 sampling steps requested"),
         ("--steps 1001", "--steps: 1001 sampling steps"),
         ("--steps many", "Invalid value for '--steps'"),
+        ("--steps 50:", "Invalid value for '--steps': '50:' is not N or N:M, such as 50 or 1000:3"),
+        ("--steps 19:2", "--steps: deep features can be reused from 20 steps on, not with 19 steps"),
+        ("--steps 50:0", "--steps: deep features cannot be computed in every 0th of 50 steps. Give 1 to 50."),
         ("--seed -1", "--seed: -1 is out of range"),
         ("--seed 1.5", "Invalid value for '--seed'"),
         ("--batch 0", "'0' is not auto or a whole number above 0"),

@@ -198,6 +198,8 @@ def test_a_runner_that_fails_says_so(tiny_bundle, toy):
         ({"seed": -1}, SettingsError, "-1 is out of range"),
         ({"precision": "fp16", "runner": "eager"}, EngineError, "fp16"),
         ({"device": "tpu"}, SettingsError, "tpu"),
+        ({"cache_every": 2}, SettingsError, "from 20 steps on, not with 3 steps"),
+        ({"cache_every": 2, "steps": 20, "runner": "onnxruntime"}, EngineError, "onnxruntime cannot reuse deep"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(tiny_bundle, options, error, message):

@@ -6,6 +6,8 @@ that level's channels; `published.py` converts its weights and tests/networks/ c
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,12 +62,21 @@ class DownBlock(nn.Module):
         Returns:
             Every intermediate result in order, for the decoder. The last one is the level's output.
         """
+        outputs = self.run_blocks(h, time_embedding)
+        if self.downsampler is not None:
+            outputs.append(self.downsampler(outputs[-1]))
+        return outputs
+
+    def run_blocks(self, h: Tensor, time_embedding: Tensor) -> list[Tensor]:
+        """Apply the level without its stride-2 convolution. The arguments are those of `forward`.
+
+        Returns:
+            The result of each residual block, with its attention: [B, out_channels, H, W] each.
+        """
         outputs: list[Tensor] = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = attention(resnet(h, time_embedding))
             outputs.append(h)
-        if self.downsampler is not None:
-            outputs.append(self.downsampler(h))
         return outputs
 
 
@@ -195,16 +206,42 @@ class Denoiser(nn.Module):
         Returns:
             [B, out_channels, H, W], same dtype (autocast's under autocast).
         """
+        return self.compute(x_t, cxr, t)[0]
+
+    def compute(self, x_t: Tensor, cxr: Tensor, t: Tensor, deep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predict, and return the deep features, which may be those of an earlier step (DeepCache, Ma et al. 2024).
+
+        Args:
+            x_t, cxr, t: those of `forward`.
+            deep: the deep features of another step, `shape_deep`. Then the first level alone is computed. None computes
+                all levels.
+
+        Returns:
+            The prediction, and the deep features that it was made with.
+        """
         sinusoids = sinusoidal_embedding(t, self.config.channels[0])
         # Only the sinusoids need float32, because the angles reach 999 rad. They are in [-1, 1] and can be cast then.
         time_embedding = F.silu(self.time_embed(sinusoids.to(self.conv_in.weight.dtype)))
 
         h = self.conv_in(torch.cat((x_t, cxr), dim=1))
-        skips = [h]
-        for down_block in self.down_blocks:
+        skips = [h, *cast(DownBlock, self.down_blocks[0]).run_blocks(h, time_embedding)]
+        if deep is None:
+            deep = self._run_deep_levels(skips[-1], time_embedding)
+        h = self.up_blocks[-1](deep, skips, time_embedding)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return (cxr + out if self.config.residual else out), deep
+
+    def shape_deep(self, batch: int, size: int) -> tuple[int, int, int, int]:
+        """Return the shape of the deep features of `batch` images of `size` x `size` px."""
+        return batch, self.config.channels[:2][-1], size, size
+
+    def _run_deep_levels(self, h: Tensor, time_embedding: Tensor) -> Tensor:
+        """Apply all levels below the first one: [B, channels[0], H, W] -> the deep features, `shape_deep`."""
+        downsample = cast(DownBlock, self.down_blocks[0]).downsampler
+        skips = [h if downsample is None else downsample(h)]
+        for down_block in self.down_blocks[1:]:
             skips += down_block(skips[-1], time_embedding)
         h = self.middle_block(skips[-1], time_embedding)
-        for up_block in self.up_blocks:
+        for up_block in self.up_blocks[:-1]:
             h = up_block(h, skips, time_embedding)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return cxr + out if self.config.residual else out
+        return h

@@ -73,6 +73,32 @@ class Runner(ABC):
             RuntimeError: the backend failed on this batch, for example for lack of memory.
         """
 
+    def make_deep(self, batch: int) -> torch.Tensor:
+        """Return memory for the deep features of a batch, for the two methods below.
+
+        Deep features are what the denoiser computes below its first level. They change little from one step to the
+        next (Ma et al. 2024, DeepCache). Most runners have a graph of the whole denoiser, and cannot return them.
+
+        Args:
+            batch: number of images.
+
+        Raises:
+            EngineError: this runner cannot reuse deep features.
+        """
+        raise EngineError(f"runner {self.name} cannot reuse deep features. Use runner eager, or compute every step.")
+
+    def denoise_and_keep(
+        self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor, deep: torch.Tensor
+    ) -> None:
+        """Do what `denoise` does, and write the deep features into `deep`, the memory of `make_deep`."""
+        raise NotImplementedError
+
+    def denoise_top(
+        self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor, deep: torch.Tensor
+    ) -> None:
+        """Run the denoiser's first level alone, with the deep features of an earlier step in `deep`."""
+        raise NotImplementedError
+
     def close(self) -> None:  # noqa: B027 - most runners hold nothing that garbage collection does not release
         """Release what the runner holds. It cannot be used afterwards. A second call does nothing."""
 

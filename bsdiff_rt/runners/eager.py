@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -43,6 +43,30 @@ class EagerRunner(Runner):
         """Run stage 1 (`Runner.denoise`)."""
         self.check(x_t, cxr, out, t=t)
         out.copy_(self._denoiser(x_t, cxr, t))
+
+    def make_deep(self, batch: int) -> torch.Tensor:
+        """Return memory for the deep features of a batch (`Runner.make_deep`)."""
+        if not isinstance(self._denoiser, Denoiser):
+            return super().make_deep(batch)
+        return torch.zeros(self._denoiser.shape_deep(batch, self.image_size), device=self.device)
+
+    @torch.no_grad()
+    def denoise_and_keep(
+        self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor, deep: torch.Tensor
+    ) -> None:
+        """Run stage 1 and keep its deep features (`Runner.denoise_and_keep`)."""
+        self.check(x_t, cxr, out, t=t)
+        prediction, features = cast(Denoiser, self._denoiser).compute(x_t, cxr, t)  # `make_deep` has checked it
+        out.copy_(prediction)
+        deep.copy_(features)
+
+    @torch.no_grad()
+    def denoise_top(
+        self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor, deep: torch.Tensor
+    ) -> None:
+        """Run the first level of stage 1 (`Runner.denoise_top`)."""
+        self.check(x_t, cxr, out, t=t)
+        out.copy_(cast(Denoiser, self._denoiser).compute(x_t, cxr, t, deep)[0])
 
     @torch.no_grad()
     def enhance(self, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -94,6 +94,7 @@ class Suppressor:
         table: the sampler.
         enhance: whether stage 2 runs.
         batch: the largest batch.
+        cache_every: compute deep features in every Nth step only (deep_cache.py); 1 is exact.
         step_down: whether a step that cannot be recorded in a CUDA graph is called each time, with a warning.
 
     Attributes:
@@ -102,12 +103,21 @@ class Suppressor:
             networks wait for between steps, such as noise.
     """
 
-    def __init__(self, runner: Runner, table: Table, *, enhance: bool, batch: int, step_down: bool = False) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        table: Table,
+        *,
+        enhance: bool,
+        batch: int,
+        cache_every: int = 1,
+        step_down: bool = False,
+    ) -> None:
         self._runner, self._table, self._enhance = runner, table, enhance
         self.smallest = runner.batch_range[0]
         self._cuda = runner.device.type == "cuda"
         self._size = (runner.image_size, runner.image_size)
-        self._sampler = CapturedSampler(runner, step_down=step_down)
+        self._sampler = CapturedSampler(runner, cache_every=cache_every, step_down=step_down)
         self._draws = ThreadPoolExecutor(NOISE_THREADS)
         self._free: queue.SimpleQueue[HostBatch] = queue.SimpleQueue()
         shape = (max(batch, self.smallest), 1, *self._size)

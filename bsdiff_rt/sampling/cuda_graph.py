@@ -14,6 +14,7 @@ import torch
 from bsdiff_rt.errors import EngineError, one_line, out_of_memory
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.buffers import StepBuffers, table_rows
+from bsdiff_rt.sampling.deep_cache import list_denoisers
 from bsdiff_rt.sampling.fused_step import choose_step
 from bsdiff_rt.sampling.sampler import Draw, step
 from bsdiff_rt.sampling.schedule import Table
@@ -38,11 +39,14 @@ class CapturedSampler:
     Args:
         runner: runs the denoiser. `close` does not close it.
         graphs: how many recordings are kept. Each holds its buffers and the runner's working memory.
+        cache_every: compute deep features in every Nth step only (deep_cache.py); 1 is exact. Above 1 a recording has
+            two graphs: one of a whole step, one of a step with the first level alone.
         step_down: whether a step that cannot be recorded is called each time, with a warning. Otherwise it is an error.
     """
 
-    def __init__(self, runner: Runner, graphs: int = 4, *, step_down: bool = False) -> None:
+    def __init__(self, runner: Runner, graphs: int = 4, *, cache_every: int = 1, step_down: bool = False) -> None:
         self._runner = runner
+        self._cache_every = cache_every
         self._limit = graphs
         self._step_down = step_down
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
@@ -64,7 +68,8 @@ class CapturedSampler:
 
         Raises:
             SettingsError: the noise has another shape than the images.
-            EngineError: the runner cannot use the buffers, or the step cannot be recorded and `step_down` is off.
+            EngineError: the runner cannot use the buffers or reuse deep features, or the step cannot be recorded and
+                `step_down` is off.
         """
         recording = self._recording(cxr, table)
         buffers = recording.buffers
@@ -90,20 +95,20 @@ class CapturedSampler:
     def _record(self, cxr: torch.Tensor, table: Table) -> _Recording:
         kind = _Graph if cxr.is_cuda else _Recording
         try:
-            return kind(self._runner, cxr, table)
+            return kind(self._runner, cxr, table, self._cache_every)
         except EngineError as error:
             if not self._step_down:
                 raise
             logger.warning("%s The step is called each time instead, which is slower.", error)
-            return _Plain(self._runner, cxr, table)
+            return _Plain(self._runner, cxr, table, self._cache_every)
 
 
 class _Recording:
     """A step and its buffers on the CPU, where the step is called each time."""
 
-    def __init__(self, runner: Runner, cxr: torch.Tensor, table: Table) -> None:
+    def __init__(self, runner: Runner, cxr: torch.Tensor, table: Table, cache_every: int) -> None:
         self.buffers = StepBuffers.allocate(torch.empty_like(cxr), table, RING_SLOTS)
-        self._runner = runner
+        self._denoisers = list_denoisers(runner, len(cxr), cache_every)
 
     def send(self, k: int, draw: Draw) -> None:
         """Put the noise of step k into its slot of the ring."""
@@ -111,13 +116,14 @@ class _Recording:
 
     def replay(self, k: int) -> None:
         """Do step k, the next one."""
-        self._do_step()
+        self._do_step(k)
 
     def release(self) -> None:
         """Wait until nothing uses the buffers any more."""
 
-    def _do_step(self) -> None:
-        choose_step(self.buffers.cxr.device, step)(self._runner, self.buffers)
+    def _do_step(self, k: int) -> None:
+        denoiser = self._denoisers[k % len(self._denoisers)]
+        choose_step(self.buffers.cxr.device, step)(denoiser, self.buffers)
 
 
 class _Plain(_Recording):
@@ -127,12 +133,13 @@ class _Plain(_Recording):
 class _Graph(_Recording):
     """A step recorded in a CUDA graph. A second stream copies noise while earlier steps run."""
 
-    def __init__(self, runner: Runner, cxr: torch.Tensor, table: Table) -> None:
-        super().__init__(runner, cxr, table)
+    def __init__(self, runner: Runner, cxr: torch.Tensor, table: Table, cache_every: int) -> None:
+        super().__init__(runner, cxr, table, cache_every)
         self._copies = torch.cuda.Stream(cxr.device)
         # Slot k mod R has been read by step k.
         self._used = [torch.cuda.Event() for _ in range(RING_SLOTS)]
-        self._graph = torch.cuda.CUDAGraph()
+        # The first is of a whole step. A second one, of the first level alone, serves all steps in between.
+        self._graphs = [torch.cuda.CUDAGraph() for _ in self._denoisers[:2]]
         pool = torch.cuda.graph_pool_handle()
         side, current = torch.cuda.Stream(cxr.device), torch.cuda.current_stream(cxr.device)
         side.wait_stream(current)
@@ -150,18 +157,22 @@ class _Graph(_Recording):
         current.wait_stream(side)
 
     def _record(self, side: torch.cuda.Stream, pool: Any) -> None:
-        """Warm up and record the step on the stream `side`, with memory from `pool`."""
+        """Warm up and record the steps on the stream `side`, with memory from `pool`.
+
+        Graphs may share a pool: they run one after the other, and what lasts lies outside of it.
+        """
         with torch.cuda.stream(side):
             self.buffers.cxr.zero_()
-            for _ in range(WARM_UP_STEPS):
+            for k in range(WARM_UP_STEPS * len(self._graphs)):
                 self.buffers.index.zero_()
-                self._do_step()
+                self._do_step(k // WARM_UP_STEPS)
         # cuBLAS keeps one workspace per stream, and the graph keeps its address. Cleared before, the workspace is made
         # anew in the graph's own memory. Cleared after, nobody else uses it (torch/_inductor/cudagraph_trees.py).
         torch._C._cuda_clearCublasWorkspaces()
         # Other threads go on allocating pinned memory meanwhile: only this thread's calls are checked.
-        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._do_step()
+        for k, graph in enumerate(self._graphs):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._do_step(k)
         torch._C._cuda_clearCublasWorkspaces()
 
     def send(self, k: int, draw: Draw) -> None:
@@ -174,14 +185,15 @@ class _Graph(_Recording):
         torch.cuda.current_stream(self.buffers.cxr.device).wait_event(sent)
 
     def replay(self, k: int) -> None:
-        """Replay the graph on the current stream."""
-        self._graph.replay()
+        """Replay the graph of step k on the current stream."""
+        self._graphs[min(k % len(self._denoisers), 1)].replay()
         self._used[k % RING_SLOTS].record()
 
     def release(self) -> None:
-        """Wait for the device, then return the graph's memory."""
+        """Wait for the device, then return the graphs' memory."""
         torch.cuda.synchronize(self.buffers.cxr.device)
-        self._graph.reset()
+        for graph in self._graphs:
+            graph.reset()
 
 
 def record_call(call: Callable[[], object], device: torch.device) -> Callable[[], object]:

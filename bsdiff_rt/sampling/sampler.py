@@ -25,6 +25,7 @@ import torch
 
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.buffers import StepBuffers
+from bsdiff_rt.sampling.deep_cache import list_denoisers
 from bsdiff_rt.sampling.fused_step import Denoises, choose_step
 from bsdiff_rt.sampling.schedule import Table
 
@@ -33,7 +34,7 @@ Draw = Callable[[int], torch.Tensor]
 
 
 @torch.no_grad()
-def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch.Tensor:
+def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw, cache_every: int = 1) -> torch.Tensor:
     """Run stage 1: sample the soft-tissue image of each X-ray.
 
     Args:
@@ -43,6 +44,7 @@ def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch
         draw: returns draw k of all images, [B, 1, H, W], on any device. Draw 0 is x_T; draw k + 1 is the noise of
             step k, requested in that order and only where S is not 0. It is copied on the current stream without
             waiting. Reuse a pinned buffer only after that copy: record an event when the next draw is requested.
+        cache_every: compute deep features in every Nth step only (deep_cache.py); 1 is exact.
 
     Returns:
         [B, 1, H, W] float32, in [-1, 1]: the x0 of the last step, in a new tensor. NaN where the denoiser returned NaN
@@ -50,8 +52,9 @@ def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch
 
     Raises:
         SettingsError: the noise has another shape than the images.
-        EngineError: the runner cannot use the buffers.
+        EngineError: the runner cannot use the buffers, or cannot reuse deep features.
     """
+    denoisers = list_denoisers(runner, len(cxr), cache_every)
     buffers = StepBuffers.allocate(cxr, table)
     buffers.start(draw(0))
     adds_noise = (table.S != 0.0).tolist()
@@ -59,7 +62,7 @@ def sample(runner: Runner, cxr: torch.Tensor, table: Table, draw: Draw) -> torch
     for k in range(table.steps):
         if adds_noise[k]:
             buffers.ring[0].copy_(draw(k + 1), non_blocking=True)
-        do_step(runner, buffers)
+        do_step(denoisers[k % cache_every], buffers)
     return buffers.x0
 
 

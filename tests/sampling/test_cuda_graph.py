@@ -205,6 +205,21 @@ def test_records_after_warming_up_on_a_side_stream_and_replays(cuda: FakeCuda) -
     assert cuda.log == ["synchronize", "reset"]
 
 
+def test_reuse_of_deep_features_has_two_graphs(cuda: FakeCuda) -> None:
+    """One of a whole step and one of the first level, warmed up and recorded in this order, in one pool."""
+    denoiser = Denoiser(PRESETS["tiny"].denoiser).eval()
+    randomise(denoiser, 1)
+    cxr, noise = torch.randn(2, 2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with EagerRunner(denoiser, torch.nn.Identity(), 32, torch.device("cpu")) as runner:
+        expected = sample(runner, cxr, table("ddim", 20), lambda _: noise, 3)
+        with CapturedSampler(runner, cache_every=3) as captured:
+            for _ in range(2):
+                assert torch.equal(captured.sample(cxr, table("ddim", 20), lambda _: noise), expected)
+        recording = [*RECORDING]
+        recording.insert(RECORDING.index("record"), "record")
+        assert cuda.log == [*recording, *["replay on main"] * 40, "synchronize", "reset", "reset"]
+
+
 def test_noise_is_sent_on_its_own_stream_and_never_overtakes(cuda: FakeCuda) -> None:
     cxr, steps = images(1), RING_SLOTS + 2
     expected = sample(ToyRunner(SCHEDULE), cxr, table("ddpm", steps), draws(len(cxr)))
