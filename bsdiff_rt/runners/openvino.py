@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import openvino as ov
@@ -28,6 +29,16 @@ DENOISER, ENHANCER = "denoiser.blob", "enhancer.blob"  # files of an engine
 DEVICE_VARIABLE = "BSDIFF_RT_OPENVINO_DEVICE"
 # What each precision is called as a hint, and as a capability of a device.
 HINTS: dict[Precision, tuple[str, str]] = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16")}
+
+
+@cache
+def get_core() -> ov.Core:
+    """Return OpenVINO's core, one for the process.
+
+    Each core replaces the stack that the calling thread handles signals on, and puts the earlier one back when it ends.
+    Two cores that do not end in reverse order leave a stack that is freed, and the next signal kills the process.
+    """
+    return ov.Core()
 
 
 class OpenVinoRunner(Runner):
@@ -113,7 +124,7 @@ def compile_bundle(
     Raises:
         EngineError: OpenVINO cannot load a graph, lacks the device, or the device lacks the precision.
     """
-    core, device = ov.Core(), choose_device()
+    core, device = get_core(), choose_device()
     _check_device(core, device, precision)
     logger.info("OpenVINO computes on %s (%s)", device, core.get_property(device, "FULL_DEVICE_NAME"))
     compiled = []
@@ -150,12 +161,12 @@ def load_engine(
 def list_versions() -> dict[str, str]:
     """Return what an engine is tied to: OpenVINO, and the device that it computes on."""
     device = choose_device()
-    return {"openvino": ov.get_version(), "openvino device": str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))}
+    return {"openvino": ov.get_version(), "openvino device": str(get_core().get_property(device, "FULL_DEVICE_NAME"))}
 
 
 def find_problem(device: torch.device) -> str | None:
     """Return why OpenVINO cannot be used here: it lacks the device that the user chose. None if it can."""
-    chosen, known = choose_device(), ov.Core().available_devices
+    chosen, known = choose_device(), get_core().available_devices
     if chosen in known or f"{chosen}.0" in known:
         return None
     return f"OpenVINO has no device {chosen} here, only {', '.join(known)}. Change {DEVICE_VARIABLE}"
@@ -196,7 +207,7 @@ def _list_options(device: str, precision: Precision, threads: int | None) -> dic
 def _import(file: Path, precision: Precision) -> ov.CompiledModel:
     device = choose_device()
     try:
-        return ov.Core().import_model(file.read_bytes(), device, _list_options(device, precision, None))
+        return get_core().import_model(file.read_bytes(), device, _list_options(device, precision, None))
     except Exception as error:
         raise _describe(file, error) from error
 

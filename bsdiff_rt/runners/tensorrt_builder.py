@@ -118,9 +118,8 @@ def _plan(
 
     # In a thread of its own, so that an interruption reaches this one. TensorRT stops at its next step.
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
         try:
-            plan = future.result()
+            plan = pool.submit(work).result()
         except BaseException:
             monitor.cancel()
             raise

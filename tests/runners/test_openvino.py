@@ -29,7 +29,7 @@ from bsdiff_rt.runners.openvino import OpenVinoRunner, locate_model_cache  # noq
 SIZE = 64
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of the largest output; both compute in fp32 with sums in another order
-CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CAPABILITIES = module.get_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 HALF = [
     pytest.param(
         precision,
@@ -224,8 +224,8 @@ class FakeCore:
     available_devices = ("CPU", "GPU")
     options: list  # of every network compiled
 
-    def __init__(self, real=ov.Core):
-        self.real = real()
+    def __init__(self):
+        self.real = ov.Core()
 
     def get_property(self, device, name):
         return {"OPTIMIZATION_CAPABILITIES": ["FP32", "FP16", "INT8"], "FULL_DEVICE_NAME": "Intel Arc"}[name]
@@ -241,9 +241,9 @@ class FakeCore:
 def test_an_intel_gpu(load, runners, monkeypatch, tmp_path):
     monkeypatch.setenv(module.DEVICE_VARIABLE, "GPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    core = FakeCore
-    monkeypatch.setattr(module.ov, "Core", core)
-    monkeypatch.setattr(core, "options", [], raising=False)
+    core = FakeCore()
+    monkeypatch.setattr(module, "get_core", lambda: core)
+    monkeypatch.setattr(FakeCore, "options", [], raising=False)
     assert RUNNERS["openvino"].find_problem(CPU) is None
     x_t, cxr, expected, actual = images(4, 1)
     t = torch.tensor([999.0])
@@ -256,6 +256,34 @@ def test_an_intel_gpu(load, runners, monkeypatch, tmp_path):
     assert core.options == [("GPU", common | {"INFERENCE_PRECISION_HINT": hint}) for hint in hints]
     with pytest.raises(EngineError, match="OpenVINO computes in fp32 or fp16 on this GPU, not in bf16"):
         load(precision="bf16")
+
+
+SIGNAL_AFTER_TWO = """
+import gc, signal, sys
+from pathlib import Path
+import torch
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.runners.registry import RUNNERS, load_runner
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+import faulthandler
+faulthandler.enable()  # gives the thread a stack for signals, as a test run does
+bundle, cpu = open_bundle(Path(sys.argv[1])), torch.device("cpu")
+first = load_runner(bundle, "openvino", cpu)
+second = load_runner(bundle, "openvino", cpu)
+for each in (first, second):
+    each.close()
+del first, second, each
+gc.collect()
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_two_runners(tiny_bundle):
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_AFTER_TWO, str(tiny_bundle)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_threads(load, monkeypatch):
