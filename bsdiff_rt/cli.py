@@ -430,9 +430,7 @@ def watch(
     if not folder.is_dir():
         raise SettingsError(f"{folder}: not a folder. Name one to watch, or use infer.")
     from bsdiff_rt.folder.pipeline import Inference
-    from bsdiff_rt.folder.watching import Once
 
-    logging.getLogger("bsdiff_rt.folder.search").addFilter(Once())
     inference = Inference(settings)
     if not quiet:
         print_line(f"watching {folder}; stop with Ctrl-C or SIGTERM")

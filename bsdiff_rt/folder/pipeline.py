@@ -34,7 +34,7 @@ from bsdiff_rt.folder.report import (
     read_entry,
 )
 from bsdiff_rt.folder.tasks import Listing, Task, list_tasks, search_tasks
-from bsdiff_rt.folder.watching import Watcher
+from bsdiff_rt.folder.watching import Watcher, say_once
 from bsdiff_rt.folder.worker import LocalWorker, Worker, begin_report
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import (
@@ -159,7 +159,7 @@ class Inference:
                 setting="output",
             )
         watcher = Watcher(folder, self.settings.output)
-        with self._begin(on_file) as do:
+        with say_once(), self._begin(on_file) as do:
             while True:
                 if ready := watcher.poll():
                     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from bsdiff_rt.folder.search import resolve_path
+from bsdiff_rt.folder.search import logger, resolve_path
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
@@ -69,3 +71,14 @@ class Once(logging.Filter):
         known = message in self._said
         self._said.add(message)
         return not known
+
+
+@contextmanager
+def say_once() -> Iterator[None]:
+    """Let the search of folders say each message once, until the block ends."""
+    once = Once()
+    logger.addFilter(once)
+    try:
+        yield
+    finally:
+        logger.removeFilter(once)

@@ -22,6 +22,7 @@ from bsdiff_rt.files import file_sha256
 from bsdiff_rt.folder import ledger
 from bsdiff_rt.folder.ledger import only_run
 from bsdiff_rt.folder.pipeline import Inference
+from bsdiff_rt.folder.search import find_files
 from bsdiff_rt.folder.watching import Once, Watcher
 
 # --- which files, and when ---
@@ -95,6 +96,15 @@ def test_a_message_passes_once():
     once = Once()
     records = [logging.makeLogRecord({"msg": "%s: left out", "args": (name,)}) for name in ("a", "b", "a")]
     assert [once.filter(record) for record in records] == [True, True, False]
+
+
+def test_a_search_says_everything_again_after_a_watch(watch, folder, caplog):
+    text = "left out files of kinds not read here (1 .npy)"
+    (folder / "scan.npy").write_bytes(b"")
+    watch(lambda: png(folder / "a.png"), lambda: png(folder / "b.png"))
+    assert caplog.text.count(text) == 1
+    list(find_files([folder], folder / "out"))
+    assert caplog.text.count(text) == 2
 
 
 # --- the engine on a folder ---
