@@ -16,6 +16,7 @@ from bsdiff_rt.bench.busy import check_load, check_rates, check_tail, write_warn
 from bsdiff_rt.bench.candidates import Candidate, Missing, Wanted, load_candidates
 from bsdiff_rt.bench.conditions import describe_conditions, name_device, read_clocks
 from bsdiff_rt.bench.flops import (
+    count_denoiser_parts,
     count_denoiser_work,
     count_enhancer_work,
     measure_copy_rate,
@@ -175,6 +176,7 @@ def describe_run(plan: Plan) -> dict[str, Any]:
         "repeats": plan.repeats,
         "image_repeats": plan.image_repeats,
         "work_per_image": {"denoiser": asdict(denoiser), "enhancer": asdict(enhancer)},
+        "work_parts": {kind: asdict(part) for kind, part in count_denoiser_parts(model.denoiser, model.size).items()},
         "matmul_tflops": {name: rate / 1e12 for name, rate in plan.ceilings.items()},
         "copy_gb_s": measure_copy_rate(plan.device) / 1e9,
     }

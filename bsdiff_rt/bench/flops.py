@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bsdiff_rt.config import DenoiserConfig, EnhancerConfig
 from bsdiff_rt.networks.autoencoder import Enhancer
+from bsdiff_rt.networks.blocks import SelfAttention
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.timing import time_call
 
@@ -24,6 +26,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,21 @@ class Work:
             batch: number of images.
             value_bytes: size of one number.
         """
-        return self.flop * batch / ((self.weights + self.values * batch) * value_bytes)
+        return self.flop * batch / self._count_bytes(batch, value_bytes)
+
+    def compute_floor_s(self, batch: int, value_bytes: int, flop_per_s: float, bytes_per_s: float) -> float:
+        """Return the least seconds that a device can take: for the arithmetic or for the memory traffic.
+
+        Args:
+            batch: number of images.
+            value_bytes: size of one number.
+            flop_per_s: rate of the device's matrix products.
+            bytes_per_s: rate of the device's memory, reads and writes together.
+        """
+        return max(self.flop * batch / flop_per_s, self._count_bytes(batch, value_bytes) / bytes_per_s)
+
+    def _count_bytes(self, batch: int, value_bytes: int) -> int:
+        return (self.weights + self.values * batch) * value_bytes
 
 
 def count_denoiser_work(config: DenoiserConfig, size: int) -> Work:
@@ -58,6 +75,60 @@ def count_denoiser_work(config: DenoiserConfig, size: int) -> Work:
     with torch.device("meta"):
         image = torch.empty(1, 1, size, size)
         return _count_work(Denoiser(config), image, image, torch.empty(1))
+
+
+def count_denoiser_parts(config: DenoiserConfig, size: int) -> dict[str, Work]:
+    """Return the work of one denoiser call on one image of `size` x `size` px by kind.
+
+    Returns:
+        "attention": the products of scores and values. Its values are queries, keys, values and results, as a fused
+        kernel reads and writes them. "convolutions". "rest": linear layers and norms.
+    """
+    with torch.device("meta"):
+        network = Denoiser(config)
+        image = torch.empty(1, 1, size, size)
+        values = dict.fromkeys(("attention", "convolutions", "rest"), 0)
+        weights = dict(values)
+
+        def count(kind: str, times: int, module: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+            values[kind] += times * sum(tensor.numel() for tensor in (*arguments, result))
+            weights[kind] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+        for module in network.modules():
+            if isinstance(module, SelfAttention):
+                module.register_forward_hook(partial(count, "attention", 2))
+            elif isinstance(module, nn.Conv2d):
+                module.register_forward_hook(partial(count, "convolutions", 1))
+            elif isinstance(module, nn.Linear | nn.GroupNorm):
+                module.register_forward_hook(partial(count, "rest", 1))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(image, image, torch.empty(1))
+    flop = dict.fromkeys(values, 0.0)
+    for operator, number in counter.get_flop_counts()["Global"].items():
+        flop[_name_kind(str(operator))] += number
+    return {kind: Work(flop[kind], weights[kind], values[kind]) for kind in values}
+
+
+def _name_kind(operator: str) -> str:
+    """Return the kind of work of an operator of torch, a key of `count_denoiser_parts`."""
+    if "convolution" in operator:
+        return "convolutions"
+    return "attention" if "bmm" in operator or "attention" in operator else "rest"
+
+
+def compute_floor_ms(document: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Return the least milliseconds of a row's step on its device, kind by kind; None if a rate is not known.
+
+    Args:
+        document: `Document.to_dict()`, or the content of its JSON file.
+        row: one of its rows.
+    """
+    if "work_parts" not in document or row["ceiling"] is None:
+        return None
+    rate = document["matmul_tflops"][row["ceiling"]]
+    of_device = VALUE_BYTES[row["precision"]], rate * 1e12, document["copy_gb_s"] * 1e9
+    parts = [Work(**part) for part in document["work_parts"].values()]
+    return 1e3 * sum(part.compute_floor_s(row["batch"], *of_device) for part in parts)
 
 
 def count_enhancer_work(config: EnhancerConfig, size: int) -> Work:

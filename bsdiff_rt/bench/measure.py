@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ class Row:
         runner: its runner, or the peer's package.
         precision: of weights and activations.
         batch: images at once.
-        step_ms: one denoiser call.
+        step_ms: one denoiser call; on CUDA replayed from a recording, as `infer` does.
+        step_ms_uncaptured: on CUDA one denoiser call without a recording; None elsewhere.
         step_ms_p95: 95th percentile of the same.
         step_times_ms: all denoiser calls, in the order they were measured.
         enhance_ms: one enhancer call; None if stage 2 is no part of the image.
@@ -75,6 +76,7 @@ class Row:
     precision: str
     batch: int
     step_ms: float
+    step_ms_uncaptured: float | None
     step_ms_p95: float
     step_times_ms: tuple[float, ...]
     enhance_ms: float | None
@@ -135,7 +137,7 @@ def _measure_batch(
             forget_frames(error)
             failed[candidate.name] = error
     logger.info("batch %d: measuring %d rounds of steps and %d of images", batch, plan.repeats, plan.image_repeats)
-    calls: dict[tuple[str, str], Callable[[], object]] = {(name, "step"): trial.step for name, trial in trials.items()}
+    calls = {(name, what): call for name, trial in trials.items() for what, call in trial.list_step_calls().items()}
     images = {(name, what): call for name, trial in trials.items() for what, call in trial.list_whole_calls().items()}
     times, broken = time_in_turn(calls, plan.repeats, plan.device)
     image_times, broken_images = time_in_turn(images, plan.image_repeats, plan.device, warm_up=0)  # rehearsed
@@ -169,6 +171,7 @@ def compute_psnr(reference: Tensor, other: Tensor, data_range: float) -> float |
 def _make_row(trial: Trial, plan: Plan, times: Mapping[tuple[str, str], list[float]], eager: Trial | None) -> Row:
     model, runner, name = plan.model, trial.candidate.runner, trial.candidate.name
     steps_s, images_s, uncaptured_s = (times.get((name, what), []) for what in ("step", "image", "uncaptured"))
+    plain_steps_s = times.get((name, "uncaptured step"), [])
     step, image = statistics.median(steps_s), statistics.median(images_s)
     stage_2 = statistics.median(times[name, "enhance"]) if model.enhance else 0.0
     outside = image - plan.steps * step - stage_2
@@ -180,6 +183,7 @@ def _make_row(trial: Trial, plan: Plan, times: Mapping[tuple[str, str], list[flo
         precision=runner.precision,
         batch=trial.batch,
         step_ms=step * 1e3,
+        step_ms_uncaptured=statistics.median(plain_steps_s) * 1e3 if plain_steps_s else None,
         step_ms_p95=compute_p95(steps_s) * 1e3,
         step_times_ms=tuple(seconds * 1e3 for seconds in steps_s),
         enhance_ms=stage_2 * 1e3 if model.enhance else None,

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bsdiff_rt.bench.flops import Work
+from bsdiff_rt.bench.flops import VALUE_BYTES, Work
 from bsdiff_rt.config import step_count
 from bsdiff_rt.errors import SettingsError
 
@@ -25,7 +25,6 @@ COLOURS = {
 OTHER_COLOUR = "#999999"
 MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D"}
 SAME_LINE = 0.1  # rates closer than this share one label
-VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def check_plot(path: Path) -> None:
@@ -131,14 +130,27 @@ def _draw_throughput(axes: Any, document: dict[str, Any], names: list[str]) -> N
     axes.set_title(f"Whole images, {step_count(document['steps'])}")
 
 
+def _list_parts(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return each kind of work with its FLOP per byte, for the smallest batch and the precision of the fastest row."""
+    row = min(document["rows"], key=lambda row: (row["batch"], row["step_ms"]))
+    value_bytes = VALUE_BYTES[row["precision"]]
+    parts = [(kind, Work(**part)) for kind, part in document.get("work_parts", {}).items()]
+    return [(kind, part.intensity(row["batch"], value_bytes)) for kind, part in parts if part.flop]
+
+
 def _draw_roofline(axes: Any, document: dict[str, Any]) -> None:
-    """Draw the arithmetic rate of each row against its arithmetic per byte, and the measured rates of the device."""
+    """Draw the arithmetic rate of each row against its arithmetic per byte, and the measured rates of the device.
+
+    Dotted lines show where attention, convolutions and the rest of a step would lie on their own.
+    """
     work = Work(**document["work_per_image"]["denoiser"])
     points = []
     for row in document["rows"]:
         intensity = work.intensity(row["batch"], VALUE_BYTES[row["precision"]])
         points.append(intensity)
         axes.plot(intensity, row["tflops"], **choose_style(row), markersize=8, markeredgecolor="white")
+    parts = _list_parts(document)
+    points += [intensity for _, intensity in parts]
     bandwidth = document["copy_gb_s"] / 1e3  # TB/s: TFLOP/s per FLOP/byte
     rates = choose_ceilings(document)
     ridges = [rate / bandwidth for _, rate in rates]
@@ -151,6 +163,18 @@ def _draw_roofline(axes: Any, document: dict[str, Any]) -> None:
             axes.annotate(text, (right, rate), xytext=(-2, 3), textcoords="offset points", ha="right", size=8)
     axes.plot([left, ridges[-1]], [left * bandwidth, rates[-1][1]], color="#666666", linewidth=1)
     axes.annotate("copies", (ridges[0], rates[0][1]), xytext=(6, -10), textcoords="offset points", size=8)
+    for kind, intensity in parts:
+        axes.axvline(intensity, color="#666666", linewidth=1, linestyle=":")
+        axes.annotate(
+            kind,
+            (intensity, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            rotation=90,
+            va="bottom",
+            size=8,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):

@@ -89,6 +89,12 @@ class Trial:
         if memory is not None and loading is not None:
             self.peak_bytes = max(loading.most, loading.held + memory.most)
 
+    def list_step_calls(self) -> dict[str, Callable[[], object]]:
+        """Return the ways to make a denoiser call, by name; the first one is what `infer` does."""
+        if self._plan.device.type == "cuda" and self._sampler is not None:
+            return {"step": self.step, "uncaptured step": self.call_step}
+        return {"step": self.step}
+
     def list_image_calls(self) -> dict[str, Callable[[], Tensor]]:
         """Return the ways to make a whole image, by name; the first one is what `infer` does."""
         runner, own = self.candidate.runner, self.candidate.loop

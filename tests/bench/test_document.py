@@ -81,6 +81,12 @@ def test_the_table_says_what_is_extrapolated_and_what_is_missing(clock):
     found["rows"][0] |= {"image_s_uncaptured": 2.5, "captured_equals_uncaptured": False}
     header, (first, second) = build_table(found)
     assert (first[-2:], second[-2:]) == (["2.5", "NO"], ["-", "-"])
+    found["rows"][0] |= {"step_ms_uncaptured": 7.5, "step_ms": 10.0}
+    found |= {"matmul_tflops": {"fp32": 1.0}, "copy_gb_s": 1.0}
+    found |= {"work_parts": {"rest": {"flop": 4e9, "weights": 1, "values": 1}}}
+    header, (first, second) = build_table(found)
+    cells = dict(zip(header, first, strict=True))
+    assert (cells["uncaptured step ms"], cells["floor ms"], cells["step / floor"]) == ("7.5", "4", "2.50")
 
 
 def test_bench(cli, tiny_bundle, tmp_path, rates):
@@ -208,6 +214,15 @@ def test_notes():
         "work: 3 GFLOP a step and image; matrix products reach fp32 0.5 TFLOP/s; copies reach 12 GB/s",
         "not measured: aoti, batch 4: why",
         "not measured: x: w",
+    ]
+    found["work_parts"] = {
+        "attention": {"flop": 1e9, "weights": 0, "values": 1},
+        "rest": {"flop": 2e9, "weights": 0, "values": 6e6},
+    }
+    assert write_notes(found)[4:7] == [
+        "attention: 1 GFLOP (33%), at batch 1 at least fp32 2 ms",
+        "rest: 2 GFLOP (67%), at batch 1 at least fp32 4 ms",
+        "floor: the sum of these, each for the arithmetic or the memory traffic, whichever takes longer",
     ]
     assert "without stage 2, one pass (infer also runs" in write_notes(found | {"mirror": True})[1]
     unresolved = write_notes(found | {"rows": [{"outside_network_s": None}]})

@@ -9,6 +9,8 @@ from torch import nn
 from bsdiff_rt.bench import flops
 from bsdiff_rt.bench.flops import (
     Work,
+    compute_floor_ms,
+    count_denoiser_parts,
     count_denoiser_work,
     count_enhancer_work,
     measure_copy_rate,
@@ -52,6 +54,39 @@ def test_a_count_by_hand():
     assert work.flop == 2 * 4 * 8 * 9 * 2 * 3 + 2 * (3 * 4) * 8 * 5
     assert work.weights == 3 * 2 * 9 + 3 + 8 * 5 + 5
     assert work.values == (2 + 3) * 4 * 8 + 3 * 4 * 8 + 3 * 4 * 5
+
+
+def test_the_parts_are_the_whole():
+    parts = count_denoiser_parts(PRESETS["paper"].denoiser, 256)
+    whole = count_denoiser_work(PRESETS["paper"].denoiser, 256)
+    assert list(parts) == ["attention", "convolutions", "rest"]
+    assert sum(part.flop for part in parts.values()) == whole.flop
+    assert sum(part.weights for part in parts.values()) == whole.weights
+    assert parts["convolutions"].values + parts["rest"].values == whole.values
+    # Two products of every query with every key, of 7 blocks at each level with attention and one in the middle.
+    shapes = [(7, 16384, 128), (7, 4096, 256), (7, 1024, 512), (8, 256, 768)]
+    assert parts["attention"].flop == sum(4 * count * tokens**2 * width for count, tokens, width in shapes)
+    assert parts["attention"].values == sum(4 * count * tokens * width for count, tokens, width in shapes)
+    assert parts["attention"].weights == 0
+
+
+@pytest.mark.parametrize(("flop_per_s", "bytes_per_s", "expected"), [(1e3, 1e9, 2.0), (1e9, 110.0, 8.0)])
+def test_the_floor_is_arithmetic_or_memory(flop_per_s, bytes_per_s, expected):
+    work = Work(flop=1000.0, weights=100, values=60)
+    assert work.compute_floor_s(2, 4, flop_per_s, bytes_per_s) == pytest.approx(expected)
+
+
+def test_the_floor_of_a_row():
+    document = {"matmul_tflops": {"fp32": 1.0, "fp16": 4.0}, "copy_gb_s": 1.0}
+    row = {"precision": "fp32", "ceiling": "fp32", "batch": 2}
+    assert compute_floor_ms(document, row) is None  # recorded by an older version
+    document["work_parts"] = {
+        "attention": {"flop": 2e12, "weights": 0, "values": 10},  # bound by arithmetic
+        "rest": {"flop": 1.0, "weights": 1e9, "values": 5e8},  # bound by memory
+    }
+    assert compute_floor_ms(document, row) == pytest.approx(4e3 + 8e3)
+    assert compute_floor_ms(document, row | {"precision": "fp16", "ceiling": "fp16"}) == pytest.approx(1e3 + 4e3)
+    assert compute_floor_ms(document, row | {"precision": "bf16", "ceiling": None}) is None
 
 
 def test_the_enhancer_is_counted_too():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from bsdiff_rt.bench.memory import Memory
 from bsdiff_rt.bench.networks import BASELINE, make_random_model
 from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.bench.report import build_table
+from bsdiff_rt.bench.trial import Trial
 from bsdiff_rt.config import Schedule
 
 # --- statistics ---
@@ -56,8 +59,30 @@ def test_the_figures_of_a_row(clock):
     assert row.share_of_ceiling == pytest.approx(row.tflops)  # of 1 TFLOP/s
     assert (row.psnr_vs_eager, row.psnr_step_vs_eager, row.equals_eager) == (None, None, None)  # it is the baseline
     assert (row.image_s_uncaptured, row.captured_equals_uncaptured) == (None, None)  # no graphs on a CPU
+    assert row.step_ms_uncaptured is None
     assert row.eager_over_this == 1.0
     assert set(asdict(row)) >= CONTRACT
+
+
+def test_a_step_without_its_recording_is_measured_apart(clock, monkeypatch):
+    """As on CUDA: the recording and the plain call in turn."""
+    calls = {"step": lambda: None, "uncaptured step": lambda: None}
+    monkeypatch.setattr(Trial, "list_step_calls", lambda _: calls)
+    clock += [1.0]
+    clock += [50.0, 50.0, *[2.0, 3.0] * 5]  # both warm up, then five rounds in turn
+    ((rows, _),) = measure_batches(make_plan(), make_toys(BASELINE), [1])
+    assert (rows[0].step_ms, rows[0].step_ms_uncaptured) == (2000.0, 3000.0)
+
+
+def test_which_steps_are_measured(clock):
+    plan = make_plan()
+    (candidate,) = make_toys(BASELINE)
+    with ThreadPoolExecutor(1) as threads, Trial(candidate, plan, 1, threads) as trial:
+        assert list(trial.list_step_calls()) == ["step"]
+        trial._plan = SimpleNamespace(device=torch.device("cuda"))
+        assert list(trial.list_step_calls()) == ["step", "uncaptured step"]
+        trial._sampler = None  # a peer with a loop of its own is never recorded
+        assert list(trial.list_step_calls()) == ["step"]
 
 
 def test_all_steps_are_a_measurement_and_not_extrapolated(clock):

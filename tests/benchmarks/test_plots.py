@@ -21,6 +21,10 @@ DOCUMENT = {
     "steps": 10,
     "enhance": True,
     "work_per_image": {"denoiser": {"flop": 1.6e12, "weights": 2e8, "values": 1e9}},
+    "work_parts": {
+        "attention": {"flop": 1.1e12, "weights": 0, "values": 1e8},
+        "rest": {"flop": 5e11, "weights": 2e8, "values": 9e8},
+    },
     "matmul_tflops": {"fp32": 50.0, "bf16": 790.0, "fp16": 780.0},
     "copy_gb_s": 3000.0,
 }
