@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PART = ".bsdiff-rt-part-"  # how the name of a file begins that is being written
 
 
@@ -41,16 +43,27 @@ def write_atomically(path: Path, content: bytes, *, durable: bool = False) -> No
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Windows cannot do this with a folder.
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Windows cannot do this with a folder, and some network drives not at all. Nothing happens then.
 
     Raises:
         OSError: the disk has an error.
     """
-    if os.name == "nt" and path.is_dir():
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if is_folder:  # one that may be written but not read
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 

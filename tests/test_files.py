@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 
 import pytest
 
-from bsdiff_rt.files import file_sha256, open_atomically, put_in_place, remove_parts, write_atomically
+from bsdiff_rt.files import file_sha256, flush_to_disk, open_atomically, put_in_place, remove_parts, write_atomically
 
 
 def test_file_sha256(tmp_path):
@@ -79,3 +80,32 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path):
         put_in_place(tmp_path / "never made", tmp_path / "target", tmp_path / "aside")
     assert (tmp_path / "target" / "a").read_text() == "old"
     assert not (tmp_path / "aside").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_drive_that_cannot_flush_is_left_alone(tmp_path, monkeypatch, code):
+    monkeypatch.setattr("os.fsync", fail_with(code))
+    flush_to_disk(tmp_path)
+    (tmp_path / "a").write_bytes(b"a")
+    flush_to_disk(tmp_path / "a")
+
+
+def test_an_error_of_the_disk_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", fail_with(errno.EIO))
+    with pytest.raises(OSError, match="disk"):
+        flush_to_disk(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_left_alone_and_a_file_is_not(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"a")
+    monkeypatch.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+    flush_to_disk(tmp_path)
+    with pytest.raises(PermissionError):
+        flush_to_disk(tmp_path / "a")
+
+
+def fail_with(code):
+    def fsync(_):
+        raise OSError(code, "error of the disk")
+
+    return fsync

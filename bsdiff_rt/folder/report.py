@@ -150,12 +150,12 @@ class Report:
         return json.dumps(content, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write report.json into `folder`, completely or not at all.
+        """Write report.json into `folder`, completely or not at all. It is on the disk when this returns.
 
         Raises:
             OSError: the file cannot be written.
         """
-        write_atomically(folder / FILE_NAME, self.to_json().encode())
+        write_atomically(folder / FILE_NAME, self.to_json().encode(), durable=True)
 
 
 def check_output(folder: Path) -> None:

@@ -15,7 +15,7 @@ from bsdiff_rt import formats
 from bsdiff_rt.bundle import Bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import BsdiffError
-from bsdiff_rt.files import file_sha256, write_atomically
+from bsdiff_rt.files import file_sha256, flush_to_disk, write_atomically
 from bsdiff_rt.folder.pictures import DEVIATION_BITS, read_pictures
 from bsdiff_rt.folder.preview import ROWS, Preview
 from bsdiff_rt.folder.reading import Ready, describe_error, make_not_done
@@ -62,6 +62,7 @@ class Writer:
                 path, finished.soft_tissue, like=ready.radiograph, kind=settings.format, derivation=derivation
             )
             digest = file_sha256(path)
+            self._flush(path, maps, ready)
             for warning in finished.warnings:
                 logger.warning("%s: %s", ready.task.input, warning)
         except Exception as error:
@@ -80,6 +81,16 @@ class Writer:
             view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
             warnings=[*ready.warnings, *finished.warnings],
         )
+
+    def _flush(self, path: Path, maps: Iterable[str], ready: Ready) -> None:
+        """Wait until a result and its maps are on the disk. The report names them after that.
+
+        Raises:
+            OSError: the disk has an error.
+        """
+        written = [path, *(locate_map(self._settings.output, kind, ready.output) for kind in maps)]
+        for one in (*written, *{file.parent for file in written}):
+            flush_to_disk(one)
 
     def _write_maps(self, ready: Ready, finished: Finished) -> dict[str, str]:
         """Write the samples' standard deviation and the probe's picture. Return the SHA-256 of each by its folder."""

@@ -6,6 +6,7 @@ The trial with killed runs is tests/benchmarks/test_kill_trials.py.
 from __future__ import annotations
 
 import errno
+import json
 import os
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from stand_in import SIZE
 
 from bsdiff_rt import files
 from bsdiff_rt.config import InferSettings
-from bsdiff_rt.folder import report
+from bsdiff_rt.folder import ledger, report, writing
 from bsdiff_rt.folder.pipeline import Inference
 
 
@@ -87,7 +88,7 @@ def test_a_full_disk_fails_what_did_not_fit_and_the_same_run_ends_later(begin, t
     """After 30 kB every write fails, that of the report as well, until there is room again."""
     real, written = files.open_atomically, [0]
 
-    def fill(path: Path, content: bytes) -> None:
+    def fill(path: Path, content: bytes, *, durable: bool = False) -> None:
         written[0] += len(content)
         if written[0] > 30_000:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -109,3 +110,36 @@ def test_a_full_disk_fails_what_did_not_fit_and_the_same_run_ends_later(begin, t
     inference.run(tasks)
     for name in ("0.png", "1.png", "2.png"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_results_are_on_the_disk_before_the_report_names_them(begin, tmp_path, monkeypatch):
+    """A power failure cannot be tried here. So the order of flushing and reporting is checked."""
+    flushed, unflushed = set(), []
+    real_flush, real_write = writing.flush_to_disk, report.write_atomically
+
+    def flush(path):
+        real_flush(path)
+        flushed.add(path)
+
+    def write(path, content, **options):
+        named = [entry["output"] for entry in json.loads(content)["files"] if entry["status"] == "ok"]
+        unflushed.extend(name for name in named if tmp_path / "out" / name not in flushed)
+        assert options == {"durable": True}
+        real_write(path, content, **options)
+
+    monkeypatch.setattr(writing, "flush_to_disk", flush)
+    monkeypatch.setattr(report, "write_atomically", write)
+    monkeypatch.setattr(ledger, "SAVE_EVERY_S", 0.0)
+    inference, tasks = begin(samples=2)
+    inference.run(tasks)
+    assert fates(tmp_path / "out") == {f"{seed}.png": "ok" for seed in range(3)}
+    assert unflushed == []
+    assert {path.parent.name for path in flushed if path.suffix == ".png"} == {"out", "uncertainty"}
+    assert {tmp_path / "out", tmp_path / "out" / "uncertainty"} <= flushed
+
+
+def test_a_result_that_cannot_be_flushed_fails(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "flush_to_disk", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input error")))
+    inference, tasks = begin()
+    found = {(entry.status, entry.reason) for entry in inference.run(tasks).files}
+    assert found == {("failed", "cannot be written: Input error")}

@@ -83,7 +83,7 @@ def test_an_input_has_one_fate(tmp_path):
 
 
 def test_a_report_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, monkeypatch, caplog):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "write_atomically", full)
@@ -245,7 +245,7 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now, saves = [100.0], []
     monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now[0])
 
-    def slow(*_):
+    def slow(*_, **__):
         saves.append(now[0])
         now[0] += 3.0
 
