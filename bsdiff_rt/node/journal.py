@@ -130,7 +130,7 @@ class Line:
         sender: AE title that sent it.
         received_at, ended_at: times, seconds since 1970.
         state: what became of it.
-        reason: why it was refused or failed, or was not sent yet.
+        reason: why it was refused, failed or not sent yet, or a remark about its result.
         sent, unsent: number of destinations that have the result, and that wait for it.
         committed: number of destinations that answer for it (storage commitment).
     """
@@ -235,7 +235,9 @@ class Journal:
         with self._change() as db:
             db.execute("UPDATE objects SET starts = starts + 1 WHERE id = ?", (number,))
 
-    def finish(self, sha256: str, result_uid: str, size: int, destinations: Collection[str]) -> bool:
+    def finish(
+        self, sha256: str, result_uid: str, size: int, destinations: Collection[str], remark: str | None = None
+    ) -> bool:
         """Enter the result of an X-ray, which is on the disk, and that it is to be sent.
 
         A result that was sent before, or is to be sent, is not sent again. It is the same X-ray in another encoding.
@@ -245,14 +247,15 @@ class Journal:
             result_uid: SOP Instance UID of the result.
             size: of the result's file, in bytes.
             destinations: where to send it.
+            remark: what the page says about it.
 
         Returns:
             Whether it is sent to any of them.
         """
         with self._change() as db:
             db.execute(
-                "UPDATE objects SET state = 'done', ended_at = ?, result_bytes = ? WHERE sha256 = ?",
-                (time.time(), size, sha256),
+                "UPDATE objects SET state = 'done', ended_at = ?, result_bytes = ?, reason = ? WHERE sha256 = ?",
+                (time.time(), size, remark, sha256),
             )
             added = db.executemany(
                 "INSERT INTO sendings (result_uid, destination, object) "
@@ -451,7 +454,7 @@ class Journal:
         """Return the objects received since a time, seconds since 1970, the newest first."""
         rows = self._ask(
             "SELECT objects.id, sender, received_at, ended_at, objects.state, "
-            "COALESCE(objects.reason, MAX(sendings.reason)), "
+            "NULLIF(TRIM(COALESCE(objects.reason, '') || ' ' || COALESCE(MAX(sendings.reason), '')), ''), "
             "COALESCE(SUM(sendings.state = 'sent'), 0), COALESCE(SUM(sendings.state != 'sent'), 0), "
             "COALESCE(SUM(commitment = 'done'), 0) "
             "FROM objects LEFT JOIN sendings ON object = objects.id "

@@ -13,7 +13,6 @@ from typing import Literal
 from pydicom import dcmread
 
 from bsdiff_rt.errors import BsdiffError, SettingsError
-from bsdiff_rt.files import flush_to_disk
 from bsdiff_rt.folder.ledger import only_run
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.folder.report import FileEntry
@@ -207,11 +206,10 @@ class Node:
         if entry.output is None:
             self._give_up(sha256, "refused" if entry.status == "refused" else "failed", entry.reason or "")
             return
-        path = self._settings.results / entry.output
-        flush_to_disk(path)
-        flush_to_disk(path.parent)
+        path = self._settings.results / entry.output  # on the disk: the pipeline flushes it before it says ok
         names = [str(destination) for destination in self._settings.destinations]
-        is_sent = self._journal.finish(sha256, read_identity(path).instance, path.stat().st_size, names)
+        uid, remark = read_identity(path).instance, " ".join(f"Warning: {one}" for one in entry.warnings) or None
+        is_sent = self._journal.finish(sha256, uid, path.stat().st_size, names, remark)
         number = self._leave_work(sha256)
         logger.info("X-ray %d: done in %.1f s%s", number, entry.seconds, "" if is_sent else ", sent before")
         for sender in self._senders:

@@ -24,10 +24,16 @@ HOST = "127.0.0.1"
 _BUCKETS_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 86400)
 _LINES = 2000  # of the page
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse;width:100%}"
-    "th,td{text-align:left;padding:.3em .8em;border-bottom:1px solid #8884}td.number{text-align:right}"
-    ".refused,.failed,.away{color:#b40}:root{color-scheme:light dark}"
+    ":root{color-scheme:light dark;--good:#1a7f37;--bad:#b40}"
+    "@media(prefers-color-scheme:dark){:root{--good:#4ac26b;--bad:#f0883e}}"
+    "body{font:15px/1.5 system-ui,sans-serif;margin:1.5em auto;padding:0 1.5em;max-width:70em}"
+    "h1{font-size:1.5em;margin:0}h2{font-size:1.15em;margin:1.5em 0 .4em}p,ul{margin:.3em 0}ul{padding-left:1.2em}"
+    "div{overflow-x:auto}table{border-collapse:collapse;width:100%}td:last-child{white-space:normal;min-width:16em}"
+    "th,td{text-align:left;vertical-align:top;padding:.3em .8em;border-bottom:1px solid #8884;white-space:nowrap}"
+    ".number{text-align:right;font-variant-numeric:tabular-nums}"
+    ".done,.good{color:var(--good)}.refused,.failed,.away{color:var(--bad)}"
 )
+_WORKING = '<p class="good">Working.</p>'
 
 
 @dataclass(frozen=True)
@@ -188,12 +194,12 @@ def write_page(lines: list[Line], state: State, unsent: dict[str, tuple[int, flo
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="30">'
         f"<title>bsdiff-rt</title><style>{_STYLE}</style></head><body><h1>bsdiff-rt {escape(__version__)}</h1>"
-        f"<p>Not for diagnostic use.</p>{problems or '<p>Working.</p>'}<h2>Destinations</h2><ul>{destinations}</ul>"
+        f"<p>Not for diagnostic use.</p>{problems or _WORKING}<h2>Destinations</h2><ul>{destinations}</ul>"
         f"<p>Files: {used_bytes / 1e9:.2f} of {state.quota_bytes / 1e9:.2f} GB.</p>"
         f"<h2>Today: {len(lines)} X-ray{'' if len(lines) == 1 else 's'}</h2>"
-        f"<table><thead><tr><th>Number</th><th>Received</th><th>From</th>"
-        f"<th>State</th><th>Seconds</th><th>Sent</th><th>Reason</th></tr></thead><tbody>{rows}</tbody></table>"
-        f"</body></html>\n"
+        f'<div><table><thead><tr><th class="number">Number</th><th>Received</th><th>From</th><th>State</th>'
+        f'<th class="number">Seconds</th><th>Sent</th><th>Committed</th><th>Remark</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></body></html>\n"
     )
 
 
@@ -209,9 +215,9 @@ def _write_row(line: Line) -> str:
     received = datetime.fromtimestamp(line.received_at).astimezone()
     seconds = "" if line.ended_at is None else f"{line.ended_at - line.received_at:.1f}"
     sent = f"{line.sent} of {line.sent + line.unsent}" if line.sent + line.unsent else ""
-    sent += f", {line.committed} committed" if line.committed else ""
+    committed = f"by {line.committed}" if line.committed else ""
     return (
         f'<tr><td class="number">{line.number}</td><td>{received:%H:%M:%S}</td><td>{escape(line.sender)}</td>'
         f'<td class="{line.state}">{line.state}</td><td class="number">{seconds}</td><td>{sent}</td>'
-        f"<td>{escape(line.reason or '')}</td></tr>"
+        f"<td>{committed}</td><td>{escape(line.reason or '')}</td></tr>"
     )
