@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from bsdiff_rt.bench.candidates import Candidate, Missing, describe_missing, load_baseline, load_candidate
 from bsdiff_rt.bench.networks import BenchModel, make_random_model, open_bench_model
@@ -23,6 +24,9 @@ from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.bundle import FORMAT, MANIFEST, NOTICE, Bundle, Manifest
 from bsdiff_rt.config import EngineOptions, Precision, Preprocessing
 from bsdiff_rt.files import file_sha256
+from bsdiff_rt.networks.blocks import join_projections
+from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.runners.aoti_builder import choose_attention, lower_precision
 from bsdiff_rt.runners.devices import resolve_device
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.registry import RUNNERS, RunnerEntry, find_batch_limit, load_runner
@@ -249,6 +253,17 @@ class Tf32Runner(EagerRunner):
         """Run stage 2 (see `Runner.enhance`)."""
         with _allow_tf32():
             super().enhance(x, out)
+
+
+class HalfRunner(EagerRunner):
+    """Eager with the denoiser in fp16, as it is compiled for an engine: attention, layout, layers that stay fp32."""
+
+    def __init__(self, denoiser: Denoiser, enhancer: nn.Module, image_size: int, device: torch.device) -> None:
+        lower_precision(join_projections(denoiser), torch.float16)
+        choose_attention(denoiser, "fp16", device)
+        super().__init__(denoiser, enhancer, image_size, device)
+        self.precision = "fp16"
+        self._denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
 
 
 @contextmanager

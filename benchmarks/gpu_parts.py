@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_attention import measure_attention
 from benchmarks.gpu_common import (
     DEMO,
     ENGINES,
     TF32,
+    HalfRunner,
     Part,
     Skipped,
     find_backend,
@@ -34,15 +36,19 @@ from bsdiff_rt.bench.candidates import Candidate, Missing
 from bsdiff_rt.bench.document import describe_run
 from bsdiff_rt.bench.flops import measure_matmul_rates
 from bsdiff_rt.bench.measure import PICTURE_RANGE, compute_psnr, measure_batches
+from bsdiff_rt.bench.networks import BASELINE
 from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.bench.trial import Trial
 from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
+from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.timing import time_call
 
 ROOT = Path(__file__).parents[1]
 FIRST_TESTS = ("tests/sampling/test_cuda_graph.py", "tests/sampling/test_batching.py")
+LONG_TESTS = ("tests/engines/test_build.py",)  # it builds an engine, and the part `engines` has built some
+HALF = "eager fp16"
 TELLING_S = 10.0  # for pytest to report failures when time runs out
 COMPILING_S = 60.0  # torch.compile starts only if this much time is left
 DEMO_ENGINE_S = 60.0  # the demo model's engine likewise
@@ -60,7 +66,7 @@ def measure_machine(part: Part) -> None:
 
 
 def run_tests(part: Part) -> None:
-    """Run `pytest -m gpu`, the tests of the captured loop first."""
+    """Run `pytest -m gpu`, the tests of the captured loop first, and without those that build engines."""
     _require_cuda(part)
     absent = [name for name in ("pytest", "typer", "pydicom", "platformdirs") if find_spec(name) is None]
     if absent:
@@ -69,7 +75,8 @@ def run_tests(part: Part) -> None:
     # Other test files are not even imported: they need packages that a bare GPU machine may lack.
     first = [ROOT / path for path in FIRST_TESTS]
     marked = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
-    files = [*first, *(path for path in marked if path not in first)]
+    left_out = [ROOT / path for path in LONG_TESTS]
+    files = [*first, *(path for path in marked if path not in first + left_out)]
     log = part.options.output / "tests.log"
     with log.open("w") as output:
         running = subprocess.Popen(
@@ -101,6 +108,21 @@ def _require_cuda(part: Part) -> None:
     """Raise Skipped if the device is not a GPU."""
     if part.device.type != "cuda":
         raise Skipped(f"needs CUDA, this is {part.device}")
+
+
+def measure_half(part: Part) -> None:
+    """Make one image with all steps in eager fp16, then in eager fp32: known even if no engine can be built."""
+    plan = make_rated_plan(part, part.options.full_steps)
+    part.save(steps=plan.steps, images=[], step_ms={})
+    pictures: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(2) as threads, _open_stream(part.device):
+        for name, make in ((HALF, HalfRunner), (BASELINE, EagerRunner)):
+            runner = make(*plan.model.load_networks(), plan.model.size, part.device)
+            with Trial(Candidate(name, runner), plan, 1, threads) as trial:
+                seconds = min(time_call(trial.step, part.device) for _ in range(3))
+                part.save(step_ms=part.found["step_ms"] | {name: seconds * 1e3})
+                if part.has_time(1.2 * seconds * plan.steps, name):
+                    _make_full_image(part, name, trial.list_image_calls()["image"], pictures)
 
 
 def build_engines(part: Part) -> None:
@@ -343,11 +365,13 @@ def measure_peers(part: Part) -> None:
 
 PARTS: dict[str, Callable[[Part], None]] = {
     "machine": measure_machine,
-    "tests": run_tests,
+    "attention": measure_attention,
+    "half": measure_half,
     "engines": build_engines,
     "steps": measure_steps,
     "full": make_full_images,
     "profile": profile_kernels,
     "folder": run_folder,
     "peers": measure_peers,
+    "tests": run_tests,
 }

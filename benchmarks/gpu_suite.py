@@ -1,14 +1,16 @@
 """Run every check and measurement that needs a GPU, within a given time.
 
-    python -m benchmarks.gpu_suite --output results/           # one GPU, 9 minutes
+    python -m benchmarks.gpu_suite --output results/           # one GPU, 8 minutes
     python -m benchmarks.gpu_suite --device cpu --preset tiny  # a trial run on any machine
 
-The parts, most important first: rates of the machine, tests marked `gpu`, engines, step times, one full image, a
-profile, a folder of images, peers. Each part has its share of the time, plus the time that earlier parts left. It runs
-in its own process, so a crash or a hang costs no other part. Each part writes DIR/PART.json, and DIR/gpu_suite.json is
-written after each part. If something cannot be done, the file gives the reason.
+The parts, most telling first: rates of the machine, forms of attention, one full image in eager fp16, engines, step
+times, one full image by each engine, a profile, a folder of images, peers, tests marked `gpu`. Each part has its share
+of the time, plus the time that earlier parts left. It runs in its own process, so a crash or a hang costs no other
+part. DIR/gpu_suite.json is written after each part, and DIR/tests.log by the tests. Until the end each part also keeps
+its results in DIR/PART.json. If something cannot be done, the file gives the reason.
 
-Needs torch, NumPy and this repository. A part that needs more names what is missing.
+Needs torch, NumPy and this repository. A part that needs more names what is missing. docs/engines.md lists what to
+carry to a machine without a network.
 """
 
 from __future__ import annotations
@@ -35,16 +37,19 @@ from bsdiff_rt.tables import print_table
 
 SUMMARY = "gpu_suite.json"
 NO_DEVICE = "no device"
-# In seconds, for nine minutes in all; --minutes scales them.
+MINUTES = 8.0
+# In seconds, for eight minutes in all; --minutes scales them.
 BUDGETS_S = {
-    "machine": 45,
-    "tests": 60,
-    "engines": 150,
-    "steps": 75,
-    "full": 100,
-    "profile": 25,
-    "folder": 40,
-    "peers": 45,
+    "machine": 30,
+    "attention": 45,
+    "half": 60,
+    "engines": 105,
+    "steps": 55,
+    "full": 60,
+    "profile": 15,
+    "folder": 30,
+    "peers": 30,
+    "tests": 50,
 }
 BATCHES = (1, 8, 4, 16, 2)  # most important first: time may run out
 
@@ -118,7 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bundle", help="a bundle's folder instead of a preset; TensorRT needs its graphs")
     parser.add_argument("--size", type=int, help="side of the model's images, px (256; tiny: 64)")
     parser.add_argument("--output", type=Path, default=Path("out/gpu_suite"), help="folder for results (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts (9)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all parts (%(default)g)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma separated (all)")
     parser.add_argument(
         "--batches", default=",".join(map(str, BATCHES)), help="batch sizes, in this order (%(default)s)"
@@ -150,13 +155,15 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic()
     try:
         for name in options.parts:
-            deadline += BUDGETS_S[name] * options.minutes / 9.0  # plus what earlier parts left
+            deadline += BUDGETS_S[name] * options.minutes / MINUTES  # plus what earlier parts left
             found[name] = supervise(Part(name, options, work, deadline))
             (options.output / SUMMARY).write_text(json.dumps(summarise(found), indent=1) + "\n")
             if found[name]["status"] == NO_DEVICE:
                 break  # the other parts need it, too
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    for name in found:  # all of it is in the summary
+        (options.output / f"{name}.json").unlink(missing_ok=True)
     document = summarise(found)
     for name in ("steps", "peers"):
         rows = [row for row in document["rows"] if row["part"] == name]
@@ -166,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     print()
     for part in found.values():
         print(
-            f"{part['name']:8} {part['status']:12} {part.get('seconds', 0):6.1f} s  {part.get('reason', '')}".rstrip()
+            f"{part['name']:9} {part['status']:12} {part.get('seconds', 0):6.1f} s  {part.get('reason', '')}".rstrip()
         )
     return 1 if any(part["status"] in ("failed", NO_DEVICE) for part in found.values()) else 0
 

@@ -163,11 +163,11 @@ def _draw_roofline(axes: Any, document: dict[str, Any]) -> None:
             axes.annotate(text, (right, rate), xytext=(-2, 3), textcoords="offset points", ha="right", size=8)
     axes.plot([left, ridges[-1]], [left * bandwidth, rates[-1][1]], color="#666666", linewidth=1)
     axes.annotate("copies", (ridges[0], rates[0][1]), xytext=(6, -10), textcoords="offset points", size=8)
-    for kind, intensity in parts:
+    for number, (kind, intensity) in enumerate(parts):
         axes.axvline(intensity, color="#666666", linewidth=1, linestyle=":")
         axes.annotate(
             kind,
-            (intensity, 0.02),
+            (intensity, 0.02 + 0.2 * number),
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),
             textcoords="offset points",
