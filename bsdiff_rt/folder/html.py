@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -109,8 +109,7 @@ def _make_card(folder: Path, entry: FileEntry) -> tuple[dict[str, Any], dict[str
         return card, {}
     rows, columns = pictures.cxr.shape
     card["facts"] = [f"{rows} x {columns} px", f"{pictures.bits_stored} bits", f"{entry.seconds:.2f} s"]
-    if entry.view:
-        card["facts"].append("the model saw: " + ", ".join(f"{key} {value:g}" for key, value in entry.view.items()))
+    card["facts"] += describe_view(entry.view or {}, (rows, columns))
     kept = [(entry.retention or {}).get(key) for key in ("mean", "percentile_5")]
     if all(isinstance(share, float) for share in kept):
         card["facts"].append(f"small nodules keep {kept[0]:.0%}, 5 % of them {kept[1]:.0%} or less")
@@ -121,6 +120,26 @@ def _make_card(folder: Path, entry: FileEntry) -> tuple[dict[str, Any], dict[str
     small = _draw(pictures)
     card["pictures"] = list(small)
     return card, {key: _embed(picture) for key, picture in small.items()}
+
+
+def describe_view(view: Mapping[str, float], shape: tuple[int, int]) -> list[str]:
+    """Return what was changed of an X-ray before the model saw it, for a reader.
+
+    Args:
+        view: the report's entry (`View.to_report`).
+        shape: of the X-ray, [rows, columns].
+    """
+    facts = []
+    whole = {"top": 0, "bottom": shape[0], "left": 0, "right": shape[1], "gain": 1.0, "mark_pixels": 0}
+    top, bottom, left, right, gain, marks = (view.get(key, usual) for key, usual in whole.items())
+    if (top, bottom, left, right) != (0, shape[0], 0, shape[1]):
+        rows, columns = f"{top + 1:.0f}-{bottom:.0f}", f"{left + 1:.0f}-{right:.0f}"
+        facts.append(f"borders hidden from the model: it saw rows {rows}, columns {columns}")
+    if gain != 1.0:
+        facts.append(f"grey levels spread {gain:.2f} times for the model")
+    if marks:
+        facts.append(f"{marks:.0f} px of text or markers hidden from the model")
+    return facts
 
 
 def _draw(pictures: Pictures) -> dict[str, NDArray[np.float32]]:

@@ -264,3 +264,22 @@ def test_the_page_of_an_earlier_run_is_replaced(run, tmp_path):
     run(html=False)  # this run does not name the page, and its report must not forget it
     png(tmp_path / "in" / "b.png")
     assert set(cards_of(run())) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize(
+    ("view", "facts"),
+    [
+        ({}, []),
+        ({"top": 0, "bottom": 100, "left": 0, "right": 80, "gain": 1.0, "offset": 0.0, "mark_pixels": 0}, []),
+        (
+            {"top": 4, "bottom": 96, "left": 0, "right": 80, "gain": 1.5, "offset": 0.1, "mark_pixels": 7},
+            [
+                "borders hidden from the model: it saw rows 5-96, columns 1-80",
+                "grey levels spread 1.50 times for the model",
+                "7 px of text or markers hidden from the model",
+            ],
+        ),
+    ],
+)
+def test_what_was_hidden_from_the_model_is_said_in_words(view, facts):
+    assert html.describe_view(view, (100, 80)) == facts
