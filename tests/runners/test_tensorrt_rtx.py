@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -147,6 +149,43 @@ def test_what_progress_raises_ends_the_build(tmp_path):
     graph = save(tmp_path / "g.onnx", [helper.make_node("Relu", ["x"], ["out"])])
     with pytest.raises(KeyboardInterrupt):
         build_graph(graph, (1, 1), stop)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import EngineOptions
+import torch
+from bsdiff_rt.runners import tensorrt_rtx
+heard = []
+
+def progress(phase, share):
+    heard.append(phase)
+    if len(heard) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
+folder = Path(sys.argv[1])
+try:
+    tensorrt_rtx.build(
+        open_bundle("demo"),
+        EngineOptions("tensorrt-rtx", "fp32", (1, 1), ("8.9",)),
+        torch.device("cpu"),
+        folder,
+        progress,
+    )
+except KeyboardInterrupt:
+    print("interrupted", {phase.split(":")[0] for phase in heard}, list(folder.iterdir()))
+"""
+
+
+def test_an_interruption_ends_the_build(tmp_path):
+    """In a process of its own: the signal comes while the builder works, and TensorRT is told at its next step."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["interrupted {'denoiser'} []"], done.stdout + done.stderr
 
 
 def test_cards_that_it_does_not_build_for(tmp_path):
