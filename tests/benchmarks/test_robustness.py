@@ -26,7 +26,7 @@ def test_a_row_for_each_change(phantoms, tiny_bundle, tmp_path):
     assert result.exit_code == 0
     document = json.loads((tmp_path / "r.json").read_text())
     assert [row["change"] for row in document["rows"]] == list(robustness.CHANGES)
-    assert [line[:36].strip() for line in result.output.splitlines()[1:]] == list(robustness.CHANGES)
+    assert [line[:36].strip() for line in result.stdout.splitlines()[1:]] == list(robustness.CHANGES)
     assert {row["images"] for row in document["rows"]} == {2}
     assert all(np.isfinite(row["bsr"]) for row in document["rows"])
 
