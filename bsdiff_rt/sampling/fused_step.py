@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bsdiff_rt.errors import one_line, out_of_memory
+from bsdiff_rt.runners.devices import make_current
 from bsdiff_rt.sampling.buffers import StepBuffers
 from bsdiff_rt.sampling.schedule import Table
 
@@ -45,7 +46,8 @@ def fused_step(runner: Denoises, buffers: StepBuffers) -> None:
     runner.denoise(buffers.x_t, buffers.cxr, buffers.t, buffers.out)
     images = (buffers.x_t, buffers.out, buffers.x0, buffers.x0_previous, buffers.z)
     pixels = buffers.x_t.numel()
-    finish[(-(-pixels // BLOCK),)](*images, buffers.row, pixels, BLOCK=BLOCK)
+    with make_current(buffers.x_t.device):  # Triton starts kernels on the current device
+        finish[(-(-pixels // BLOCK),)](*images, buffers.row, pixels, BLOCK=BLOCK)
     buffers.index.add_(1)
 
 

@@ -128,6 +128,21 @@ def test_reuse_that_is_accepted():
     check_cache(50, 50)
 
 
+@pytest.mark.gpu
+def test_a_recorded_run_equals_the_plain_loop_bit_for_bit_on_a_gpu():
+    device = torch.device("cuda", 0)
+    denoiser = Denoiser(PRESETS["tiny"].denoiser).eval()
+    randomise(denoiser, 0)
+    cxr, draw = make_inputs()
+    table = sampler_table(Schedule(objective="v"), "ddpm", 23)
+    stream = torch.cuda.Stream(device)
+    with EagerRunner(denoiser, torch.nn.Identity(), SIZE, device) as runner, torch.cuda.stream(stream):
+        expected = sample(runner, cxr.to(device), table, draw, 3)
+        with CapturedSampler(runner, cache_every=3) as captured:
+            for _ in range(3):
+                assert torch.equal(captured.sample(cxr.to(device), table, draw), expected)
+
+
 def test_memory_and_buffers_are_checked():
     runner, (cxr, _) = make_runner(), make_inputs()
     deep = runner.make_deep(2)
