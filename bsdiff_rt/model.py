@@ -385,7 +385,7 @@ def describe_derivation(
     words = [
         f"Bone suppression by conditional diffusion (BS-Diff): sampler {settings.sampler}",
         step_count(settings.steps or 0),
-        f"deep features in every {settings.cache_every}th step" if settings.cache_every > 1 else "",
+        f"deep features every {settings.cache_every} steps" if settings.cache_every > 1 else "",
         seeds,
         f"stage 2 {'on' if settings.enhance else 'off'}",
         "averaged with the mirrored image" if settings.mirror else "",

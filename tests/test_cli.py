@@ -325,7 +325,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
         ("--steps many", "Invalid value for '--steps'"),
         ("--steps 50:", "Invalid value for '--steps': '50:' is not N or N:M, such as 50 or 1000:3"),
         ("--steps 19:2", "--steps: deep features can be reused from 20 steps on, not with 19 steps"),
-        ("--steps 50:0", "--steps: deep features cannot be computed in every 0th of 50 steps. Give 1 to 50."),
+        ("--steps 50:0", "--steps: deep features every 0 steps do not fit a sampler of 50 steps. Give 1 to 50."),
         ("--seed -1", "--seed: -1 is out of range"),
         ("--seed 1.5", "Invalid value for '--seed'"),
         ("--batch 0", "'0' is not auto or a whole number above 0"),

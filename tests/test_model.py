@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.imaging.chest_guard import INVERTED
 from bsdiff_rt.imaging.one_image import finish, prepare
 from bsdiff_rt.imaging.result_guard import TOO_DIFFERENT
-from bsdiff_rt.model import Model, make_table, resolve_settings
+from bsdiff_rt.model import Model, list_decisive, make_table, resolve_settings
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.sampling.noise import ImageNoise
 
@@ -227,3 +228,12 @@ def test_a_closed_model_has_released_its_runner(tiny_bundle, toy):
 def test_importing_the_package_loads_no_torch():
     code = "import sys, bsdiff_rt; dir(bsdiff_rt); assert 'torch' not in sys.modules; bsdiff_rt.open_model"
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' in sys.modules"], check=True)
+
+
+def test_reused_deep_features_are_named_and_exact_runs_keep_their_digest(tiny_bundle):
+    with bsdiff_rt.open_model(tiny_bundle, runner="eager", sampler="ddim", steps=20, cache_every=3) as model:
+        described = model.describe(model.prepare(chest(*SHAPE).astype(np.float32)), "dicom")
+        assert "20 steps, deep features every 3 steps, seed 0" in described.description
+    exact = list_decisive(replace(model.settings, cache_every=1), "eager", "fp32")
+    assert "cache_every" not in exact  # so that UIDs and finished files of earlier versions stay valid
+    assert list_decisive(model.settings, "eager", "fp32") == exact | {"cache_every": 3}

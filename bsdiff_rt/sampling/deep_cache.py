@@ -72,7 +72,7 @@ def check_cache(cache_every: int, steps: int) -> None:
         return
     if not 1 <= cache_every <= steps:
         raise SettingsError(
-            f"deep features cannot be computed in every {cache_every}th of {step_count(steps)}. Give 1 to {steps}.",
+            f"deep features every {cache_every} steps do not fit a sampler of {step_count(steps)}. Give 1 to {steps}.",
             setting="steps",
         )
     if steps < LEAST_STEPS:

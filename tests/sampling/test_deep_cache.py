@@ -110,9 +110,9 @@ def test_a_runner_that_has_only_whole_graphs():
     ("every", "steps", "message"),
     [
         (2, LEAST_STEPS - 1, "deep features can be reused from 20 steps on, not with 19 steps, which differ too much"),
-        (0, 50, "deep features cannot be computed in every 0th of 50 steps. Give 1 to 50."),
-        (51, 50, "deep features cannot be computed in every 51th of 50 steps. Give 1 to 50."),
-        (2, 1, "deep features cannot be computed in every 2th of 1 step. Give 1 to 1."),
+        (0, 50, "deep features every 0 steps do not fit a sampler of 50 steps. Give 1 to 50."),
+        (51, 50, "deep features every 51 steps do not fit a sampler of 50 steps. Give 1 to 50."),
+        (2, 1, "deep features every 2 steps do not fit a sampler of 1 step. Give 1 to 1."),
     ],
 )
 def test_reuse_that_is_refused(every, steps, message):
