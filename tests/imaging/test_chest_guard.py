@@ -75,6 +75,12 @@ def test_the_score_does_not_depend_on_tone_and_size(phantoms):
         assert guard.score(np.kron(smooth, np.ones((3, 3), np.float32))) == pytest.approx(guard.score(smooth), abs=1e-2)
 
 
+def test_a_large_picture_is_judged_like_a_small_one(phantoms):
+    guard = load_guard()
+    for turned in (phantoms[0], np.ascontiguousarray(phantoms[0][::-1, ::-1]), 1 - phantoms[0]):
+        assert guard.check(np.kron(turned, np.ones((20, 20), np.float32))) == guard.check(turned)
+
+
 def test_features_lie_within_their_bounds():
     for picture in (chest(64, 64), np.zeros((40, 90), np.float32), np.eye(200, dtype=np.float32)):
         features = describe_picture(picture)
