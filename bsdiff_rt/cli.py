@@ -31,6 +31,7 @@ from bsdiff_rt.errors import BsdiffError, SettingsError, describe_error
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.folder.progress import BuildProgress, FileProgress, discard, escape, print_line
 from bsdiff_rt.tables import print_table
+from bsdiff_rt.urls import is_url, parse_path
 
 if TYPE_CHECKING:
     from bsdiff_rt.folder.report import FileEntry, Report
@@ -92,7 +93,12 @@ AsJson = Annotated[bool, _flag("--json", help="Print the result as one JSON docu
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", metavar="DIR", help="Folder for the results and report.json.", rich_help_panel=FILES
+        "--output",
+        "-o",
+        metavar="DIR",
+        parser=parse_path,
+        help="Folder for the results and report.json.",
+        rich_help_panel=FILES,
     ),
 ]
 Format = Annotated[
@@ -248,7 +254,12 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command(cls=GroupedCommand)
 def infer(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT", help="Files, or folders, which are searched recursively.")
+        list[Path],
+        typer.Argument(
+            metavar="INPUT",
+            parser=parse_path,
+            help="Files, or folders, which are searched recursively. s3:// and gs:// URLs are taken, also as output.",
+        ),
     ],
     output: Output,
     output_format: Format = "auto",
@@ -367,7 +378,9 @@ def infer(
 
 @app.command(cls=GroupedCommand)
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder to watch, with everything below it.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="INPUT", parser=parse_path, help="Folder to watch, with everything below it.")
+    ],
     output: Output,
     every: Annotated[
         float,
@@ -426,6 +439,9 @@ def watch(
     )
     from bsdiff_rt.folder.search import check_inputs
 
+    for one in (folder, output):
+        if is_url(one):
+            raise SettingsError(f"{one}: watch needs folders on a disk. Use infer for object storage.")
     check_inputs([folder], output)
     if not folder.is_dir():
         raise SettingsError(f"{folder}: not a folder. Name one to watch, or use infer.")
@@ -929,7 +945,7 @@ def evaluate(
 
 @app.command(name="report")
 def summarise_report(
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of infer or watch.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", parser=parse_path, help="Output folder of infer or watch.")],
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,

@@ -12,12 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bsdiff_rt.urls import is_url, staged
+
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PART = ".bsdiff-rt-part-"  # how the name of a file begins that is being written
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
+    if is_url(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -45,11 +49,14 @@ def write_atomically(path: Path, content: bytes, *, durable: bool = False) -> No
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk.
 
-    Windows cannot do this with a folder, and some network drives not at all. Nothing happens then.
+    Windows cannot do this with a folder, and some network drives not at all. Nothing happens then. Object storage
+    answers an upload when it has the file.
 
     Raises:
         OSError: the disk has an error.
     """
+    if is_url(path):
+        return
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
         return
@@ -75,6 +82,10 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder does not exist, is full or not writable.
     """
+    if is_url(path):
+        with staged(path) as copy, copy.open("wb") as file:
+            yield file
+        return
     part = path.parent / f"{_PART}{secrets.token_hex(8)}"
     try:
         with part.open("wb") as file:

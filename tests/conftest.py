@@ -24,12 +24,14 @@ from stand_in import StandIn, build, change, install_stand_in, timed
 from stand_in import write_bundle as stand_in_bundle
 
 from bsdiff_rt import cli as command_line
+from bsdiff_rt import urls
 from bsdiff_rt.bundle import Bundle, open_bundle
 from bsdiff_rt.config import PRESETS, EngineOptions, InferSettings, Preprocessing, SamplerSettings, Schedule
 from bsdiff_rt.engines.select import Choice
 from bsdiff_rt.folder import pipeline
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
+from bsdiff_rt.urls import UrlPath
 
 SIZE_PX, STEPS = 64, 3
 OUR_LOGGERS = ("bsdiff_rt", "train", "export", "benchmarks")
@@ -262,6 +264,18 @@ def nothing_stays_changed() -> Iterator[None]:
     """Every test leaves the process as it was, whatever command it ran."""
     with put_back():
         yield
+
+
+@pytest.fixture
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[UrlPath]:
+    """An empty bucket in fsspec's storage in memory, memory://bucket, which stands for those that need a network."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setitem(urls.SCHEMES, "memory", "fsspec")
+    MemoryFileSystem.store.clear()
+    urls._HEADS_READ = urls._Heads()
+    yield UrlPath("memory:", "bucket")
+    MemoryFileSystem.store.clear()
 
 
 @pytest.fixture

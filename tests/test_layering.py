@@ -18,6 +18,7 @@ PRODUCT, WORKSHOPS = "bsdiff_rt", ("train", "export", "benchmarks")
 TORCH_FREE = [
     "config",
     "errors",
+    "urls",
     "files",
     "bundle",
     "cli",
@@ -32,8 +33,8 @@ TORCH_FREE = [
 ]
 # From the bottom up: a package or module imports only what stands before it (docs/design.md).
 LAYERS = (
-    *("", "errors", "config", "files", "tables", "imaging", "networks", "formats", "bundle", "runners", "sampling"),
-    *("engines", "model", "folder", "node", "bench", "info", "cli"),
+    *("", "errors", "config", "urls", "files", "tables", "imaging", "networks", "formats", "bundle", "runners"),
+    *("sampling", "engines", "model", "folder", "node", "bench", "info", "cli"),
 )
 # What a package must not know, whatever stands below it.
 MUST_NOT_IMPORT = {

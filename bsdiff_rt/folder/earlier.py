@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder import report as short
-from bsdiff_rt.folder.journal import JOURNAL, Journal
+from bsdiff_rt.folder.journal import JOURNAL, LONG, Journal
 from bsdiff_rt.folder.report import EARLIER, PARQUET, FileEntry, Report, read_entry, read_name
+from bsdiff_rt.urls import is_url
 
 
 class Results(Protocol):
@@ -75,7 +76,7 @@ class _JournalNamed:
 
 def has_journal(folder: Path) -> bool:
     """Return whether a long run has written into a folder. Its journal then serves every later run."""
-    return os.path.isfile(folder / JOURNAL)
+    return not is_url(folder) and os.path.isfile(folder / JOURNAL)
 
 
 def check_output(folder: Path) -> None:
@@ -85,6 +86,13 @@ def check_output(folder: Path) -> None:
         SettingsError: another program wrote it, or it is damaged. A run would replace it.
     """
     short.check_output(folder)
+    if is_url(folder):
+        if "files_in" in short.load_report(folder):
+            raise SettingsError(
+                f"{folder}: holds a run with more than {LONG} files, made on a disk. Choose another folder.",
+                setting="output",
+            )
+        return
     for name in (JOURNAL, PARQUET):
         if os.path.lexists(folder / name) and not os.path.isfile(folder / short.FILE_NAME):
             raise SettingsError(

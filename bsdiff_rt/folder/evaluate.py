@@ -21,6 +21,7 @@ from bsdiff_rt.formats.radiograph import hash_grey
 from bsdiff_rt.imaging.lungs import find_lungs
 from bsdiff_rt.imaging.metrics import Quality, quality
 from bsdiff_rt.imaging.network_input import place, resize
+from bsdiff_rt.urls import on_disk
 
 SIZE_PX = 256  # the longer side at which the paper's figures are measured
 ASPECT_TOLERANCE = 1.02  # ratio of the aspect ratios of two images that are still compared
@@ -143,7 +144,8 @@ def read_result(path: Path, bits_stored: int) -> NDArray[np.float32]:
         InputRefused, InputFailed: the file cannot be read. The message names it.
     """
     try:
-        return formats.read(path, any_view=True, derived=True, least_bits=bits_stored).cxr
+        with on_disk(path) as file:
+            return formats.read(file, any_view=True, derived=True, least_bits=bits_stored).cxr
     except BsdiffError as error:
         raise type(error)(f"{path}: {error}") from error
 

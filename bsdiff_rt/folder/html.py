@@ -31,6 +31,7 @@ from bsdiff_rt.folder.pictures import BONE_GAIN, DEVIATION_SHOWN, Pictures, draw
 from bsdiff_rt.folder.reading import READERS, read_ahead
 from bsdiff_rt.folder.report import PAGE, FileEntry, Report
 from bsdiff_rt.imaging.network_input import place, resize
+from bsdiff_rt.urls import is_url, to_path
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _make_card(folder: Path, entry: FileEntry) -> tuple[dict[str, Any], dict[str
         "reason": entry.reason,
         "warnings": list(entry.warnings),
         "facts": [],
-        "source": _link(Path(entry.input), folder),
+        "source": _link(to_path(entry.input), folder),
         "result": None if entry.output is None else _link(folder / entry.output, folder),
         "pictures": [],
     }
@@ -166,7 +167,9 @@ def _embed(picture: NDArray[np.float32]) -> str:
 
 
 def _link(path: Path, folder: Path) -> str | None:
-    """Return the relative URL of a file from the output folder; None if there is no way, as between Windows drives."""
+    """Return the relative URL of a file from the output folder; None if there is no way, as between drives."""
+    if is_url(path) or is_url(folder):
+        return quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else None
     try:
         relative = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     except ValueError:

@@ -28,6 +28,7 @@ from bsdiff_rt.folder.report import (
     read_results,
 )
 from bsdiff_rt.folder.search import STALE
+from bsdiff_rt.urls import is_url, list_below
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,12 @@ def only_run(folder: Path) -> Iterator[None]:
     Without this, the last run to end would replace the reports of the others.
 
     The lock belongs to the process and ends with it. Windows and some network drives have no such locks; there, other
-    runs are not kept out.
+    runs are not kept out. Object storage has none, either, and nothing in it is ever half written.
 
     Raises:
         SettingsError: another run is writing into the folder.
     """
-    if sys.platform == "win32":
+    if sys.platform == "win32" or is_url(folder):
         yield
         return
     import fcntl  # not on Windows
@@ -127,10 +128,11 @@ class Ledger:
             self._results = {*self._listed, *self._outputs.values()}
             self.report.files = [entry for entry in self.report.files if entry.input not in outputs]
             planned = read_planned(self._folder)  # nothing else knows what a killed run has written
+            self._there = list_below(self._folder) if is_url(self._folder) else None
             self._planned |= {
                 name: str(path)
                 for name, path in outputs.items()
-                if path and (path in planned or not os.path.exists(self._folder / path))
+                if path and (path in planned or not self._is_there(path))
             }
 
     def begin(self) -> None:
@@ -208,7 +210,13 @@ class Ledger:
             raise SettingsError(message, setting="output") from error
 
     def _exists(self, entry: FileEntry) -> bool:
-        return os.path.isfile(self._folder / str(entry.output))
+        if self._there is None:
+            return os.path.isfile(self._folder / str(entry.output))
+        return self._is_there(Path(str(entry.output)))
+
+    def _is_there(self, output: Path) -> bool:
+        """Return whether a result exists. In object storage, this was found out when its input was expected."""
+        return os.path.exists(self._folder / output) if self._there is None else output.as_posix() in self._there
 
     def _set_older_aside(self, output: Path | None, entry: FileEntry) -> FileEntry:
         """Rename the result of what the input was before, if it is still as it was written. Return the entry."""
@@ -249,7 +257,7 @@ class Ledger:
             if not path.is_file() or file_sha256(path) != sha256:
                 return None
             stale, number = path.with_name(path.name + STALE), 1
-            while os.path.lexists(stale):
+            while stale.exists() if is_url(stale) else os.path.lexists(stale):
                 number += 1
                 stale = path.with_name(f"{path.name}.{number}{STALE}")
             path.rename(stale)

@@ -14,6 +14,7 @@ from bsdiff_rt.errors import InputFailed
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.report import RETENTION, UNCERTAINTY, FileEntry, locate_map
 from bsdiff_rt.folder.retention_map import LINE_PX
+from bsdiff_rt.urls import on_disk, to_path
 
 BONE_GAIN = 2.0
 DEVIATION_BITS = 16  # of a deviation map: 65535 is the whole range of grey levels
@@ -52,7 +53,8 @@ def read_pictures(folder: Path, entry: FileEntry) -> Pictures:
     Raises:
         InputRefused, InputFailed: one of the files is gone or has changed since it was written. The message names it.
     """
-    radiograph = formats.read(Path(entry.input), any_view=True)
+    with on_disk(to_path(entry.input), formats.MAX_FILE_BYTES) as file:
+        radiograph = formats.read(file, any_view=True)
     soft_tissue = read_result(folder / str(entry.output), radiograph.bits_stored)
     deviation = retention = None
     if UNCERTAINTY in entry.maps:
@@ -75,7 +77,8 @@ def draw_deviation(soft_tissue: Image, deviation: Image) -> Image:
 
 
 def _read_retention(path: Path) -> Image:
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    with on_disk(path) as file:
+        picture = cv2.imread(str(file), cv2.IMREAD_COLOR)
     if picture is None:
         raise InputFailed(f"{path}: missing or damaged")
     return np.asarray(picture[LINE_PX:], dtype=np.float32) / np.float32(255)

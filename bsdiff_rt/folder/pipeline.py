@@ -45,6 +45,7 @@ from bsdiff_rt.model import (
 )
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
+from bsdiff_rt.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,12 @@ class Inference:
         """
         folder = self.settings.output
         is_long = tasks.is_long or has_journal(folder)
+        if is_long and is_url(folder):
+            raise SettingsError(
+                f"{folder}: a run into object storage takes at most {LONG} files. Do the folders below the input one "
+                "by one, each into an output folder of its own, or choose an output folder on a disk.",
+                setting="output",
+            )
         if is_long and self.settings.html:
             raise SettingsError(f"{PAGE} takes at most {LONG} files. Make it for a part of the folder.", setting="html")
         with self._begin(on_file, is_long=is_long) as do:

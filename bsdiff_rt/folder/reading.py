@@ -21,6 +21,7 @@ from bsdiff_rt.folder.report import FileEntry, digest_path, list_maps, locate_ma
 from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.formats.radiograph import Radiograph
 from bsdiff_rt.imaging.one_image import Prepared, prepare
+from bsdiff_rt.urls import is_file, on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,12 @@ class Reader:
         try:
             if task.output is None:
                 raise (InputFailed if task.status == "failed" else InputRefused)(task.refusal)
-            digest = file_sha256(task.input)
-            if (done := self._find_finished(task.output, digest)) is not None:
-                path_sha256 = digest_path(task.input)
-                return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
-            radiograph = formats.read(task.input, any_view=self._settings.any_view)
+            with on_disk(task.input, formats.MAX_FILE_BYTES) as file:
+                digest = file_sha256(file)
+                if (done := self._find_finished(task.output, digest)) is not None:
+                    path_sha256 = digest_path(task.input)
+                    return replace(done, input=str(task.input), path_sha256=path_sha256, status="skipped")
+                radiograph = formats.read(file, any_view=self._settings.any_view)
             formats.check_kind(self._settings.format, radiograph)
             raw_view, probe = self._settings.raw_view, self._settings.probe
             prepared = prepare(radiograph.cxr, self._preprocessing, raw_view=raw_view, probe=probe)
@@ -102,7 +104,7 @@ class Reader:
         finished = (
             entry is not None
             and entry.input_sha256 == input_sha256
-            and path.is_file()
+            and is_file(path)
             and file_sha256(path) == entry.sha256
             and all(self._has_map(kind, output, entry) for kind in list_maps(self._settings))
         )
@@ -110,7 +112,7 @@ class Reader:
 
     def _has_map(self, kind: str, output: Path, entry: FileEntry) -> bool:
         path = locate_map(self._settings.output, kind, output)
-        return path.is_file() and file_sha256(path) == entry.maps.get(kind)
+        return is_file(path) and file_sha256(path) == entry.maps.get(kind)
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R, None, None]:

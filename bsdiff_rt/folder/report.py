@@ -18,6 +18,7 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import parse_json, write_atomically
+from bsdiff_rt.urls import lexists, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def check_output(folder: Path) -> None:
         SettingsError: another program wrote the file, or it is damaged. Writing a report would replace it.
     """
     path = folder / FILE_NAME
-    if not os.path.lexists(path):
+    if not lexists(path):
         return
     try:
         content = _load(folder)
@@ -285,7 +286,7 @@ def locate_map(folder: Path, kind: str, output: Path | str) -> Path:
 
 def digest_path(path: Path) -> str:
     """Return the SHA-256 of a file's absolute path, with links resolved."""
-    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    return hashlib.sha256(os.fsencode(resolve(path))).hexdigest()
 
 
 def describe_environment(device: str) -> dict[str, Any]:

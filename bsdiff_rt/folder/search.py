@@ -12,11 +12,25 @@ from pathlib import Path
 
 import cv2
 
-from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.errors import BsdiffError, SettingsError
 from bsdiff_rt.folder.earlier import Named, find_named
 from bsdiff_rt.folder.journal import LONG
+from bsdiff_rt.folder.report import FILE_NAME
 from bsdiff_rt.formats import find_format, has_known_suffix, is_candidate
+from bsdiff_rt.formats.base import Format
 from bsdiff_rt.formats.dicom import DICOM
+from bsdiff_rt.urls import (
+    head_on_disk,
+    is_dir,
+    is_file,
+    is_url,
+    lexists,
+    on_disk,
+    read_heads_ahead,
+    resolve,
+    to_path,
+    walk,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +88,7 @@ def find_files(inputs: Iterable[Path], output: Path) -> Iterator[Found]:
         output: the output folder; it need not exist.
     """
     for given in inputs:
-        if os.path.isdir(given):
+        if is_dir(given):
             yield from _search(given, output)
         else:
             yield Found(given, given, Path(given.name))
@@ -87,12 +101,12 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
         SettingsError: an input does not exist, is no file or folder, or is the output folder.
     """
     for given in inputs:
-        if not os.path.exists(given):
+        if not (lexists(given) if is_url(given) else os.path.exists(given)):
             raise SettingsError(f"{given}: no such file or folder.")
-        if os.path.isdir(given):
+        if is_dir(given):
             if resolve_path(given) == resolve_path(output):
                 raise SettingsError(f"{given}: this is the output folder, too. Choose another output folder.")
-        elif not os.path.isfile(given):
+        elif not is_file(given):
             raise SettingsError(f"{given}: not a file or folder, but a pipe, socket or device.")
 
 
@@ -106,27 +120,27 @@ class Sources:
 
     def __init__(self, inputs: Iterable[Path], output: Path) -> None:
         self._inputs, self._output = list(inputs), output
-        self._files = {resolve_path(given): given for given in self._inputs if not os.path.isdir(given)}
-        self._folders = [(Path(resolve_path(given)), given) for given in self._inputs if os.path.isdir(given)]
+        self._files = {resolve_path(given): given for given in self._inputs if not is_dir(given)}
+        self._folders = [(to_path(resolve_path(given)), given) for given in self._inputs if is_dir(given)]
         self._links: dict[str, Path] | None = None
 
     def find(self, path: Path) -> Path | None:
         """Return the input that a path leads to, by the name under which it is found; None if it is no input."""
-        if not os.path.lexists(path):
+        if not lexists(path):
             return None
         real = resolve_path(path)
         if self._links is None:  # found only if something is in the place of a result: the folders are searched once
             self._links = {resolve_path(link): link for link in self._find_links()}
-        return self._files.get(real) or self._links.get(real) or self._find_below(Path(real))
+        return self._files.get(real) or self._links.get(real) or self._find_below(to_path(real))
 
     def _find_links(self) -> Iterator[Path]:
-        for _, given in self._folders:
+        for given in (given for _, given in self._folders if not is_url(given)):
             for here, names in _walk(given, self._output, [], quiet=True):
                 yield from (link for link in map(here.joinpath, names) if link.is_symlink() and is_input(link))
 
     def _find_below(self, real: Path) -> Path | None:
         """Return a file in a folder that the user named, if the search would find it there."""
-        output = Path(resolve_path(self._output))
+        output = to_path(resolve_path(self._output))
         for folder, given in self._folders:
             if not real.is_relative_to(folder):
                 continue
@@ -145,6 +159,9 @@ def is_input(file: Path) -> bool:
     """
     if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or file.name.endswith(STALE):
         return False
+    if is_url(file):
+        with head_on_disk(file) as head:
+            return is_candidate(head)
     if not os.path.isfile(file):
         return file.is_symlink() and has_known_suffix(file)
     return is_candidate(file) or not os.access(file, os.R_OK)
@@ -155,9 +172,15 @@ def strip_suffix(file: Path) -> str:
     return file.stem if has_known_suffix(file) else file.name
 
 
+def recognise(file: Path) -> Format | None:
+    """Return the format of a file, by its first bytes or its suffix; None if it is of no known format."""
+    with head_on_disk(file) as head:
+        return find_format(head)
+
+
 def resolve_path(path: Path) -> str:
     """Return the path with links resolved. Unlike Path.resolve it accepts links that lead in a circle."""
-    return os.path.realpath(path)
+    return resolve(path)
 
 
 def _search(given: Path, output: Path) -> Iterator[Found]:
@@ -174,18 +197,19 @@ def _search(given: Path, output: Path) -> Iterator[Found]:
             kinds,
         )
     for error in closed:
-        yield Found(Path(error.filename), given, None, f"cannot be searched ({error.strerror})")
+        yield Found(to_path(error.filename), given, None, f"cannot be searched ({error.strerror})")
 
 
 def _list_inputs(given: Path, output: Path, closed: list[OSError], others: Counter[str]) -> Iterator[Path]:
     """Yield the inputs below a folder. Kinds of files that are not read here are counted in `others`."""
     earlier: list[tuple[Path, Named]] = []  # results of earlier runs, in the folders seen so far
     for here, names in _walk(given, output, closed):
-        if here != given and (named := find_named(here)):
+        has_report = not is_url(here) or FILE_NAME in names
+        if here != given and has_report and (named := find_named(here)):
             logger.info("%s: results of an earlier run are left out. Name the folder to process them.", here)
             earlier.append((here, named))
         earlier = [(folder, named) for folder, named in earlier if here.is_relative_to(folder)]
-        for file in (here / name for name in sorted(names)):
+        for file in read_heads_ahead(here / name for name in sorted(names)):
             if any(file.relative_to(folder) in named for folder, named in earlier):
                 continue
             if is_input(file):
@@ -200,8 +224,9 @@ def _walk(given: Path, output: Path, closed: list[OSError], *, quiet: bool = Fal
     Folders that cannot be searched are added to `closed`.
     """
     excluded = resolve_path(output)
-    for folder, folders, names in os.walk(given, onerror=closed.append):
-        here = Path(folder)
+    folders_below = walk(given, closed.append) if is_url(given) else os.walk(given, onerror=closed.append)
+    for folder, folders, names in folders_below:
+        here = to_path(folder)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and resolve_path(here / name) != excluded
         )
@@ -211,14 +236,14 @@ def _walk(given: Path, output: Path, closed: list[OSError], *, quiet: bool = Fal
 
 
 def _check_found(file: Path, given: Path) -> Found:
-    if os.path.isfile(file):
-        return Found(file, given, file.relative_to(given))
+    if is_url(file) or os.path.isfile(file):
+        return Found(file, given, Path(*file.relative_to(given).parts))
     return Found(file, given, None, "the link leads to no file")
 
 
 def _describe_other(file: Path) -> str | None:
     """Return what kind of image or archive a file is that no reader here takes; None if it is neither."""
-    if file.name.startswith(".") or file.name.endswith(STALE) or not os.path.isfile(file):
+    if file.name.startswith(".") or file.name.endswith(STALE) or not (is_url(file) or os.path.isfile(file)):
         return None
     suffix = file.suffix.lower()
     if suffix in OTHER_SUFFIXES:
@@ -226,7 +251,7 @@ def _describe_other(file: Path) -> str | None:
         known = suffix in _PACKED and (has_known_suffix(inner) or inner.suffix.lower() in OTHER_SUFFIXES)
         return f"{inner.suffix.lower()}{suffix}" if known else suffix
     try:
-        with file.open("rb") as content:
+        with head_on_disk(file) as there, there.open("rb") as content:
             head = content.read(16)
     except OSError:
         return None
@@ -240,10 +265,10 @@ def _without_icons(given: Path, files: Iterator[Path]) -> Iterator[Path]:
     DICOM files that come later than these and than the picture do not count.
     """
     first = list(islice(files, LONG))
-    has_dicom = any(find_format(file) is DICOM for file in first)
+    has_dicom = any(recognise(file) is DICOM for file in first)
     icons = 0
     for file in chain(first, files):
-        if find_format(file) is DICOM:
+        if recognise(file) is DICOM:
             has_dicom = True
         elif has_dicom and _is_icon(file):
             icons += 1
@@ -263,9 +288,10 @@ def _without_icons(given: Path, files: Iterator[Path]) -> Iterator[Path]:
 def _is_icon(file: Path) -> bool:
     """Return whether a file is a readable picture with both sides shorter than ICON_PX."""
     try:
-        if file.stat().st_size > _ICON_BYTES:
-            return False
-        picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-    except (OSError, cv2.error):
+        with on_disk(file, _ICON_BYTES) as copy:
+            if copy.stat().st_size > _ICON_BYTES:
+                return False
+            picture = cv2.imread(str(copy), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error, BsdiffError):
         return False
     return picture is not None and max(picture.shape[:2]) < ICON_PX

@@ -23,6 +23,7 @@ from bsdiff_rt.folder.journal import LONG
 from bsdiff_rt.folder.report import MAPS, FileEntry, digest_path, locate_map
 from bsdiff_rt.folder.search import Found, Sources, check_inputs, find_files, resolve_path, strip_suffix
 from bsdiff_rt.formats import result_suffix
+from bsdiff_rt.urls import head_on_disk, is_file, is_url, list_below, to_path
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def search_tasks(
         SettingsError: an input does not exist or is the output folder; the output folder holds a report.json of another
             program; a file in the place of one in `reserved` would be replaced.
     """
-    inputs = [Path(given) for given in inputs]
+    inputs = [to_path(given) for given in inputs]
     check_output(output)
     check_inputs(inputs, output)
     sources, named = Sources(inputs, output), find_named(output)
@@ -129,9 +130,11 @@ def search_tasks(
             yield Task(each.file, None, each.refusal)
             continue
         # Only the folder's links are resolved: two links to one file are two inputs, as in archives sorted by content.
-        if not places.is_new(Path(resolve_path(each.file.parent), each.file.name)):
+        if not places.is_new(to_path(resolve_path(each.file.parent)) / each.file.name):
             continue
-        target = each.relative.parent / (strip_suffix(each.relative) + result_suffix(file_format, each.file))
+        with head_on_disk(each.file) as head:
+            suffix = result_suffix(file_format, head)
+        target = each.relative.parent / (strip_suffix(each.relative) + suffix)
         if reason := places.check_length(target):
             yield Task(each.file, None, reason, "failed")
         elif reason := places.take(each, target):
@@ -156,7 +159,7 @@ class _OnDisk:
     def get(self, path: Path) -> tuple[Path, Path] | None:
         """Return the file that a path belongs to, and the input that it was found under; None for a new path."""
         row = self._base.execute("SELECT file, given FROM seen WHERE path = ?", (os.fsencode(path),)).fetchone()
-        return None if row is None else (Path(os.fsdecode(row[0])), Path(os.fsdecode(row[1])))
+        return None if row is None else (to_path(os.fsdecode(row[0])), to_path(os.fsdecode(row[1])))
 
 
 @dataclass
@@ -186,6 +189,7 @@ class _Places:
 
     def __post_init__(self) -> None:
         self._longest = _measure_longest_name(self.output)
+        self._there = list_below(self.output) if is_url(self.output) else None
 
     def is_new(self, place: Path) -> bool:
         """Return whether an input was not found before, under another name."""
@@ -239,7 +243,7 @@ class _Places:
     def _check_unnamed_file(self, target: Path, kind: str) -> str | None:
         """Return the reason if an input, or a file that no report names, is in the place of a result."""
         path = self.output / target
-        if not os.path.lexists(path):
+        if not (os.path.lexists(path) if self._there is None else target.as_posix() in self._there):
             return None
         if source := self.sources.find(path):
             return f"its {kind} would replace the X-ray {source}. {_ELSEWHERE}"
@@ -263,7 +267,7 @@ def _check_reserved(path: Path, sources: Sources, *, named: bool) -> None:
     """Raise SettingsError if the run itself would replace an input, or a file of the user's."""
     if source := sources.find(path):
         raise SettingsError(f"{source}: this run's own {path.name} would replace the X-ray. {_ELSEWHERE}")
-    if not named and os.path.isfile(path):
+    if not named and is_file(path):
         raise SettingsError(
             f"{path}: this run's own {path.name} would replace it, and this program did not write it. "
             "Move it away, or choose another output folder."
@@ -275,7 +279,7 @@ def _is_of_another(result: Path, earlier: FileEntry, file: Path) -> bool:
 
     An input that cannot be read counts as another one. Without `path_sha256` the path in the report decides.
     """
-    if not os.path.isfile(result):
+    if not is_file(result):
         return False
     if earlier.path_sha256 == digest_path(file) or (earlier.path_sha256 is None and earlier.input in ("", str(file))):
         return False
@@ -287,6 +291,8 @@ def _is_of_another(result: Path, earlier: FileEntry, file: Path) -> bool:
 
 def _find_common_folder(first: Path, second: Path) -> Path | None:
     """Return the folder that holds two inputs, if naming it would keep their results apart; None if not."""
+    if is_url(first) or is_url(second):
+        return None
     folders = [each if os.path.isdir(each) else each.parent for each in (first, second)]
     if resolve_path(folders[0]) == resolve_path(folders[1]):
         return None
@@ -299,6 +305,8 @@ def _find_common_folder(first: Path, second: Path) -> Path | None:
 
 def _measure_longest_name(output: Path) -> int:
     """Return the length of the longest file name in a folder, in bytes; on Windows in characters."""
+    if is_url(output):
+        return _NAME_BYTES
     while not os.path.isdir(output) and output != output.parent:
         output = output.parent
     try:

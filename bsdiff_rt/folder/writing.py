@@ -24,6 +24,7 @@ from bsdiff_rt.folder.retention_map import draw_retention
 from bsdiff_rt.formats.raster import write_png
 from bsdiff_rt.imaging.one_image import Finished, finish
 from bsdiff_rt.model import describe_derivation
+from bsdiff_rt.urls import staged
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,10 @@ class Writer:
             maps = self._write_maps(ready, finished)
             path.parent.mkdir(parents=True, exist_ok=True)
             derivation = describe_derivation(self._bundle, settings, self._decisive, ready.prepared)
-            formats.write(
-                path, finished.soft_tissue, like=ready.radiograph, kind=settings.format, derivation=derivation
-            )
-            digest = file_sha256(path)
+            picture, kind = finished.soft_tissue, settings.format
+            with staged(path) as place:
+                formats.write(place, picture, like=ready.radiograph, kind=kind, derivation=derivation)
+                digest = file_sha256(place)
             self._flush(path, maps, ready)
             for warning in finished.warnings:
                 logger.warning("%s: %s", ready.task.input, warning)
@@ -97,12 +98,14 @@ class Writer:
         written = {}
         if finished.uncertainty is not None:
             path = self._make_map_path(UNCERTAINTY, ready)
-            write_png(path, finished.uncertainty, DEVIATION_BITS)
-            written[UNCERTAINTY] = file_sha256(path)
+            with staged(path) as place:
+                write_png(place, finished.uncertainty, DEVIATION_BITS)
+                written[UNCERTAINTY] = file_sha256(place)
         if self._settings.probe:
             path = self._make_map_path(RETENTION, ready)
-            write_atomically(path, draw_retention(ready.radiograph.cxr, finished.retention))
-            written[RETENTION] = file_sha256(path)
+            with staged(path) as place:
+                write_atomically(place, draw_retention(ready.radiograph.cxr, finished.retention))
+                written[RETENTION] = file_sha256(place)
         return written
 
     def _make_map_path(self, kind: str, ready: Ready) -> Path:

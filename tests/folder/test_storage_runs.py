@@ -1,0 +1,310 @@
+"""Runs whose inputs and results are in object storage: the same files, report and refusals as on a disk.
+
+Most tests use fsspec's storage in memory. Those of S3 use moto's server on this machine, and skip where moto or s3fs is
+not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from helpers import ToyRunner, dicom, png, toy_command, tree
+
+from bsdiff_rt import urls
+from bsdiff_rt.config import InferSettings
+from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.files import write_atomically
+from bsdiff_rt.folder import tasks, writing
+from bsdiff_rt.folder.pipeline import Inference
+from bsdiff_rt.urls import list_below, to_path
+
+SIZE = 64  # px, of the tiny bundle
+REPORTS = {"report.json", "report.html", "preview.png"}
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """X-rays of two formats in two folders, one without a suffix, and files of other kinds."""
+    folder = tmp_path / "in"
+    png(folder / "a.png")
+    png(folder / "deep" / "b c.png", bits=12, seed=1)
+    dicom(folder / "deep" / "d.dcm", seed=2)
+    dicom(folder / "IM0001", seed=3)
+    (folder / "e.png").write_bytes(b"")
+    (folder / "deep" / "f.txt").write_bytes(b"text")
+    (folder / ".hidden.png").write_bytes(b"x")
+    (folder / "g.gif").write_bytes(b"GIF89a")
+    return folder
+
+
+def upload(folder, url):
+    for name in tree(folder):
+        write_atomically(url / name, (folder / name).read_bytes())
+
+
+def results(place):
+    """Return the bytes of every file below a folder or URL but the reports."""
+    names = tree(place) if isinstance(place, Path) and not urls.is_url(place) else list_below(place)
+    return {name: (place / name).read_bytes() for name in names if name not in REPORTS}
+
+
+def list_files(report):
+    return json.loads((report / "report.json").read_text())["files"]
+
+
+def drop_places(entries):
+    """Return entries without what says where the input is, and how long it took."""
+    return [{key: entry[key] for key in entry if key not in ("input", "path_sha256", "seconds")} for entry in entries]
+
+
+@pytest.fixture(autouse=True)
+def one_time(monkeypatch):
+    """Every DICOM result is made at the same time, which its header states."""
+    describe = writing.describe_derivation
+    made = datetime(2026, 11, 30, 12)
+    monkeypatch.setattr(writing, "describe_derivation", lambda *known: replace(describe(*known), created=made))
+
+
+@pytest.fixture
+def run(tiny_bundle):
+    """Does inputs into an output folder with the toy runner; returns the report."""
+
+    def do(inputs, output, **settings):
+        asked = {"output": to_path(output), "bundle": str(tiny_bundle), "format": "auto"} | settings
+        inference = Inference(InferSettings(**asked), ToyRunner(SIZE))
+        return inference.run(inference.find_tasks([to_path(inputs)]))
+
+    return do
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 2, "probe": True, "preview": True, "html": True}])
+def test_the_files_and_the_report_are_those_of_a_run_on_a_disk(run, inputs, memory_store, tmp_path, options):
+    upload(inputs, memory_store / "in")
+    run(inputs, tmp_path / "out", **options)
+    run(str(memory_store / "in"), str(memory_store / "out"), **options)
+    assert results(memory_store / "out") == results(tmp_path / "out") != {}
+    there, here = list_files(memory_store / "out"), list_files(tmp_path / "out")
+    assert drop_places(there) == drop_places(here)
+    assert [entry["input"] for entry in there] == [
+        entry["input"].replace(str(inputs), "memory://bucket/in") for entry in here
+    ]
+    assert (tmp_path / "out" / "preview.png").exists() == bool(options)
+    if options:
+        assert (memory_store / "out" / "preview.png").read_bytes() == (tmp_path / "out" / "preview.png").read_bytes()
+        assert '"result": "deep/d.dcm"' in (memory_store / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("there", ["input", "output"])
+def test_only_one_of_both_may_be_in_the_storage(run, inputs, memory_store, tmp_path, there):
+    upload(inputs, memory_store / "in")
+    run(inputs, tmp_path / "out")
+    source, target = (memory_store / "in", tmp_path / "o") if there == "input" else (inputs, memory_store / "o")
+    run(source, target)
+    assert results(target) == results(tmp_path / "out")
+
+
+def test_nothing_stays_in_the_temporary_folder(run, inputs, memory_store, tmp_path, monkeypatch):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(spool))
+    upload(inputs, memory_store / "in")
+    report = run(memory_store / "in", memory_store / "out")
+    assert report.counts() == {"ok": 4, "failed": 1}
+    assert list(spool.iterdir()) == []
+
+
+def test_finished_files_are_skipped_and_changed_ones_done_again(run, inputs, memory_store):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "out")
+    (memory_store / "out" / "IM0001.dcm").unlink()
+    write_atomically(memory_store / "in" / "a.png", (inputs / "deep" / "b c.png").read_bytes())
+    write_atomically(memory_store / "in" / "deep" / "b c.png", b"")
+    report = run(memory_store / "in", memory_store / "out")
+    found = {entry.input.rpartition("/")[2]: entry.status for entry in report.files}
+    assert found == {"IM0001": "ok", "a.png": "ok", "b c.png": "failed", "d.dcm": "skipped", "e.png": "failed"}
+    assert "deep/b c.png.stale" in list_below(memory_store / "out")
+    assert "deep/b c.png" not in list_below(memory_store / "out")
+
+
+def test_no_file_of_the_users_is_replaced(run, inputs, memory_store):
+    upload(inputs, memory_store / "in")
+    write_atomically(memory_store / "out" / "a.png", b"mine")
+    report = run(memory_store / "in", memory_store / "out", overwrite=True)
+    refused = {entry.input: entry.reason for entry in report.files if entry.status == "refused"}
+    assert list(refused) == ["memory://bucket/in/a.png"]
+    assert "memory://bucket/out/a.png, which this program did not write" in refused["memory://bucket/in/a.png"]
+    assert (memory_store / "out" / "a.png").read_bytes() == b"mine"
+
+
+def test_results_of_an_earlier_run_are_no_inputs(run, inputs, memory_store):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "in" / "out")
+    report = run(memory_store / "in", memory_store / "other")
+    assert report.counts() == {"ok": 4, "failed": 1}
+
+
+def test_results_never_replace_inputs(run, inputs, memory_store):
+    upload(inputs, memory_store / "in")
+    with pytest.raises(SettingsError, match="this is the output folder, too"):
+        run(memory_store / "in", memory_store / "in")
+    report = run(memory_store / "in" / "a.png", memory_store / "in", format="png")
+    assert "would replace the X-ray memory://bucket/in/a.png" in report.files[0].reason
+    report = run(memory_store / "in" / "deep", memory_store / "in", format="png")
+    assert [entry.status for entry in report.files] == ["ok", "ok"]
+
+
+def test_a_file_that_is_too_large_is_not_copied(run, inputs, memory_store, monkeypatch):
+    upload(inputs, memory_store / "in")
+    monkeypatch.setattr("bsdiff_rt.formats.MAX_FILE_BYTES", 1000)
+    report = run(memory_store / "in" / "a.png", memory_store / "out")
+    assert report.files[0].status == "refused"
+    assert "at most 0 MB" in report.files[0].reason
+
+
+def test_two_inputs_with_one_result(run, inputs, memory_store):
+    png(inputs / "deep" / "d.png")
+    upload(inputs, memory_store / "in")
+    report = run(memory_store / "in", memory_store / "out", format="png")
+    refused = [entry.reason for entry in report.files if entry.status == "refused"]
+    assert ["would replace that of memory://bucket/in/deep/d.dcm. Rename one" in reason for reason in refused] == [True]
+
+
+def test_icons_beside_dicom_files_are_left_out(run, inputs, memory_store, caplog):
+    png(inputs / "icon.png", shape=(32, 32))
+    upload(inputs, memory_store / "in")
+    report = run(memory_store / "in", memory_store / "out")
+    assert report.counts() == {"ok": 4, "failed": 1}
+    assert "left out 1 small picture" in caplog.text
+    assert "(1 .gif)" in caplog.text
+
+
+def test_many_files_go_from_the_storage_to_a_disk_only(run, inputs, memory_store, tmp_path, monkeypatch):
+    upload(inputs, memory_store / "in")
+    monkeypatch.setattr(tasks, "LONG", 2)
+    with pytest.raises(SettingsError, match="at most 10000 files"):
+        run(memory_store / "in", memory_store / "out")
+    assert list_below(memory_store / "out") == set()
+    report = run(memory_store / "in", tmp_path / "out")
+    assert report.counts() == {"ok": 4, "failed": 1}
+    upload(tmp_path / "out", memory_store / "out")
+    with pytest.raises(SettingsError, match="more than 10000 files, made on a disk"):
+        run(memory_store / "in", memory_store / "out")
+
+
+def test_what_the_command_line_says(cli, inputs, memory_store, tiny_bundle, tmp_path, toy):
+    upload(inputs, memory_store / "in")
+    out = str(memory_store / "out")
+    missing = cli("infer", memory_store / "no", "-o", out, "--bundle", tiny_bundle)
+    assert (missing.code, missing.err) == (2, "bsdiff-rt: memory://bucket/no: no such file or folder.\n")
+    done = cli("infer", memory_store / "in", "-o", out, "--bundle", tiny_bundle)
+    assert done.code == 3
+    assert f"wrote 4 images, refused 0, failed 1 ({report_rate(memory_store)} images/s)" in done.out
+    assert done.out.endswith(f"Results and report.json: {out}\n")
+    assert "files      failed 1, ok 4" in cli("report", out).out
+    for words in (["watch", inputs, "-o", out], ["watch", memory_store / "in", "-o", tmp_path / "out"]):
+        refused = cli(*words, "--bundle", tiny_bundle)
+        assert refused.code == 2
+        assert "memory://bucket" in refused.err
+        assert "watch needs folders on a disk" in refused.err
+
+
+def report_rate(store):
+    return f"{json.loads((store / 'out' / 'report.json').read_text())['images_per_second']:.2f}"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Moto's S3 server on a free port of this machine, with an empty bucket; as environment variables."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    urls._open_system.cache_clear()
+    to_path("s3://archive")._system().mkdir("archive")
+    yield environment
+    patch.undo()
+    server.stop()
+    urls._open_system.cache_clear()
+
+
+def test_s3_gives_the_files_of_a_disk(run, s3, inputs, tmp_path):
+    upload(inputs, to_path("s3://archive/in"))
+    run(inputs, tmp_path / "out", samples=2)
+    first = run("s3://archive/in", "s3://archive/out", samples=2)
+    assert first.counts() == {"ok": 4, "failed": 1}
+    assert results(to_path("s3://archive/out")) == results(tmp_path / "out")
+    assert drop_places(list_files(to_path("s3://archive/out"))) == drop_places(list_files(tmp_path / "out"))
+    again = run("s3://archive/in", "s3://archive/out", samples=2)
+    assert again.counts() == {"skipped": 4, "failed": 1}
+    (to_path("s3://archive/in/a.png")).rename(to_path("s3://archive/moved/a.png"))
+    assert list_below(to_path("s3://archive/moved")) == {"a.png"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
+    """Every file that the killed run finished is complete; after the second run all are there, with the same bytes."""
+    count = 60
+    for number in range(count):
+        png(tmp_path / "in" / f"{number:02}.png", seed=number)
+    upload(tmp_path / "in", to_path("s3://archive/many"))
+    run(tmp_path / "in", tmp_path / "out")
+    words = ["infer", "s3://archive/many", "-o", "s3://archive/done", "--bundle", str(tiny_bundle), "--runner", "eager"]
+    command = [sys.executable, "-c", toy_command(SIZE, words)]
+    process = subprocess.Popen(command, env=os.environ | s3, stdout=subprocess.DEVNULL)
+    done, deadline = to_path("s3://archive/done"), time.monotonic() + 60
+    while len(list_below(done)) < 10 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    written = {name: content for name, content in results(done).items() if name != ".bsdiff-rt-probe"}
+    assert 9 <= len(written) < count
+    expected = results(tmp_path / "out")
+    assert written == {name: expected[name] for name in written}
+    subprocess.run(command, env=os.environ | s3, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    assert results(done) == expected
+    assert len(list_files(done)) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "sentence"),
+    [
+        (["s3://nowhere/in", "-o", "out"], {}, "s3://nowhere/in: no such file or folder."),
+        (["in", "-o", "s3://nowhere/out"], {}, "--output: s3://nowhere/out: cannot be written (no such bucket)."),
+        (["s3://archive/in", "-o", "out"], {"AWS_ACCESS_KEY_ID": None}, "no credentials: set AWS_ACCESS_KEY_ID"),
+        (["s3://archive/in", "-o", "out"], {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "the storage does not answer"),
+    ],
+)
+def test_what_goes_wrong_with_s3_is_said_in_a_sentence(
+    cli, s3, tiny_bundle, tmp_path, monkeypatch, words, change, sentence
+):
+    png(tmp_path / "in" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where credentials are looked for
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    open_new = urls._open_system.__wrapped__
+    monkeypatch.setattr(urls, "_open_system", lambda scheme: open_new(scheme))
+    type(to_path("s3://archive")._system()).clear_instance_cache()
+    said = cli("infer", *words, "--bundle", tiny_bundle, "--runner", "eager")
+    assert said.code == 2
+    assert sentence in said.err
+    assert "Traceback" not in said.err
