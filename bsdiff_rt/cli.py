@@ -680,6 +680,10 @@ def build_engine(
             help="Compute capabilities of other machines' GPUs, such as 8.9. Needs no GPU here. tensorrt-rtx only.",
         ),
     ] = None,
+    max_autotune: Annotated[
+        bool,
+        _flag("--max-autotune", help="Let the compiler time more kernels. A build takes much longer. aoti only."),
+    ] = False,
     save_onnx: Annotated[
         Path | None,
         typer.Option(
@@ -709,12 +713,14 @@ def build_engine(
 
     model, where = open_bundle(bundle), resolve_device(device)
     targets = tuple(part for part in (target or "").split(",") if part)
-    options = engine.resolve_options(model, where, runner, precision, asked, targets)
+    options = engine.resolve_options(model, where, runner, precision, asked, targets, max_autotune=max_autotune)
     low, high = options.batch
     described = f"{options.runner} {options.precision}, batch {f'{low}:{high}' if low < high else low}"
     if targets:
         described += f", for compute capability {', '.join(options.capabilities)}"
         where = resolve_device("cpu")
+    if options.max_autotune:
+        described += ", with more kernels tried"
     graphs = [] if save_onnx is None else save_graphs(model, options.precision, save_onnx)
     if not as_json:
         for path in graphs:

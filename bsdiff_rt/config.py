@@ -103,12 +103,14 @@ class EngineOptions:
 
     `batch` is the smallest and largest batch the engine takes; equal for an engine of one batch size. `capabilities`
     are the compute capabilities of the GPUs to build for, such as ("8.9",); () for the device of this machine.
+    `max_autotune` lets torch's compiler try more kernels for each matrix product and convolution.
     """
 
     runner: str
     precision: Precision
     batch: tuple[int, int]
     capabilities: tuple[str, ...] = ()
+    max_autotune: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

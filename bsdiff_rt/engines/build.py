@@ -49,6 +49,8 @@ def resolve_options(
     precision: Precision | str = AUTO,
     batch: tuple[int, int] | None = None,
     capabilities: tuple[str, ...] = (),
+    *,
+    max_autotune: bool = False,
 ) -> EngineOptions:
     """Return the options of an engine, with defaults where "auto" or None is given.
 
@@ -59,9 +61,11 @@ def resolve_options(
         precision: "auto" takes fp32 on a CPU and fp16 on a GPU.
         batch: smallest and largest batch; None takes `find_default_batch`.
         capabilities: compute capabilities of other machines' GPUs to build for; ("all",) for all that the runner has.
+        max_autotune: let the compiler try more kernels. Only for runners whose builder can.
 
     Raises:
-        SettingsError: the runner is unknown, it needs no engine, or it does not build for these GPUs.
+        SettingsError: the runner is unknown, it needs no engine, it does not build for these GPUs, or it cannot try
+            more kernels.
         EngineError: no runner with engines can be used here.
     """
     if capabilities:
@@ -74,8 +78,13 @@ def resolve_options(
         raise SettingsError(f"{runner} needs no engine. Use one of {known}.", setting="runner")
     if precision == AUTO:
         precision = "fp32" if device.type == "cpu" else "fp16"
+    if max_autotune and runner not in (able := [name for name, entry in RUNNERS.items() if entry.max_autotune]):
+        raise SettingsError(
+            f"{runner} has no choice of kernels to widen. Leave --max-autotune out, or use runner {', '.join(able)}.",
+            setting="max_autotune",
+        )
     batch = batch or find_default_batch(bundle, runner, device)
-    return EngineOptions(runner, precision, batch, capabilities)  # type: ignore[arg-type]
+    return EngineOptions(runner, precision, batch, capabilities, max_autotune)  # type: ignore[arg-type]
 
 
 def _resolve_capabilities(runner: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

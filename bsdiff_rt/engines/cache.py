@@ -37,6 +37,7 @@ def name_engine(bundle: Bundle, options: EngineOptions, device: torch.device) ->
         options.runner,
         options.precision,
         f"b{low}" if low == high else f"b{low}-{high}",
+        *(["tuned"] if options.max_autotune else []),
         f"for_{'_'.join(options.capabilities)}" if options.capabilities else identify(device)["device"],
     )
     return "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", part).strip("_.") for part in parts)

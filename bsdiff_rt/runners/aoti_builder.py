@@ -59,7 +59,8 @@ def build(
 
     Args:
         bundle: an opened bundle.
-        options: precision of the denoiser, and batch range. If both ends are equal, the engine takes only that batch.
+        options: precision of the denoiser, batch range, and whether to try more kernels. If both ends of the range are
+            equal, the engine takes only that batch.
         device: what to compile for. The code also depends on the processor or GPU of this machine.
         folder: exists and is empty.
         progress: called with each phase.
@@ -89,6 +90,11 @@ def build(
     # torch.export treats a batch of 1 in the example as a constant, so a range is exported with 2.
     batch = options.batch[0] if options.batch[0] == options.batch[1] else max(2, options.batch[0])
     used: dict[str, Any] = {"memory_format": "channels_last" if channels_last else "contiguous"}
+    if options.max_autotune:
+        used["max_autotune"] = True
+    compile_network = partial(
+        _compile, batch=options.batch, progress=progress, toolkit=toolkit, max_autotune=options.max_autotune
+    )
     with make_current(device):
         image = torch.zeros(batch, 1, size, size, device=device)
         example = (image, image.clone(), torch.zeros(batch, device=device))
@@ -96,8 +102,8 @@ def build(
         if device.type == "cuda" and options.precision != "fp32":
             progress("choosing the form of attention", 0.0)
             used["attention"] = pin_attention(denoiser, partial(denoiser.eval(), *example), device)
-        _compile(denoiser, example, options.batch, folder / DENOISER, progress, 0.0, toolkit)
-        _compile(enhancer, (image,), options.batch, folder / ENHANCER, progress, 0.5, toolkit)
+        compile_network(denoiser, example, package=folder / DENOISER, done=0.0)
+        compile_network(enhancer, (image,), package=folder / ENHANCER, done=0.5)
     return used | {"enhancer_precision": "fp32"}
 
 
@@ -314,11 +320,13 @@ def _find_instructions(device: torch.device) -> None:
 def _compile(
     network: Denoiser | Enhancer,
     example: tuple[torch.Tensor, ...],
+    *,
     batch: tuple[int, int],
     package: Path,
     progress: Progress,
-    done: float,
-    toolkit: Path | None,
+    done: float = 0.0,
+    toolkit: Path | None = None,
+    max_autotune: bool = False,
 ) -> None:
     """Export a network and write its package.
 
@@ -330,6 +338,7 @@ def _compile(
         progress: called with each phase.
         done: the share of the whole build that is done before, in [0, 1].
         toolkit: folder of the CUDA toolkit; None on a CPU.
+        max_autotune: time more kernels for each matrix product and convolution, and take the fastest.
 
     Raises:
         EngineError: torch cannot export or compile the network.
@@ -344,18 +353,13 @@ def _compile(
         shapes = tuple({0: dynamic} for _ in example)
     failure: Exception | None = None
     device = example[0].device
-    # fresh_cache: otherwise torch leaves sources and weights in the machine's temporary folder. Dynamic threads:
-    # otherwise an engine built with one core, in a batch job for example, would always use one.
-    patches: dict[str, Any] = {"cpp.dynamic_threads": True}
-    if hasattr(config, "loop_reindexing_after_fusion"):
-        # It makes Upsample, convolution and GroupNorm in a row about six times slower (pytorch issue 189488).
-        patches["loop_reindexing_after_fusion"] = False
+    # fresh_cache: otherwise torch leaves sources and weights in the machine's temporary folder.
     with (
         torch.no_grad(),
         tempfile.TemporaryDirectory() as work,
         warnings.catch_warnings(),
         fresh_cache(dir=str(package.parent)),
-        config.patch(patches),
+        config.patch(_list_settings(max_autotune)),
         nullcontext() if toolkit is None else _for_gpu(toolkit, Path(work)),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own functions
@@ -370,6 +374,18 @@ def _compile(
         raise EngineError(
             f"torch {torch.__version__} cannot compile the {what} for {device}: {one_line(failure)}"
         ) from failure
+
+
+def _list_settings(max_autotune: bool) -> dict[str, Any]:
+    """Return the compiler's settings that differ from its defaults."""
+    from torch._inductor import config
+
+    # Dynamic threads: otherwise an engine built with one core, in a batch job for example, would always use one.
+    settings: dict[str, Any] = {"cpp.dynamic_threads": True, "max_autotune": max_autotune}
+    if hasattr(config, "loop_reindexing_after_fusion"):
+        # It makes Upsample, convolution and GroupNorm in a row about six times slower (pytorch issue 189488).
+        settings["loop_reindexing_after_fusion"] = False
+    return settings
 
 
 @contextmanager

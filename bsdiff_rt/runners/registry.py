@@ -53,6 +53,7 @@ class RunnerEntry:
         capabilities: the compute capabilities of the GPUs that it runs on; () for all.
         optional_engine: whether it also runs without an engine when it is named. `auto` takes it with an engine only,
             because an engine was compared with eager and timed.
+        max_autotune: whether its builder can try more kernels on request.
     """
 
     name: str
@@ -65,6 +66,7 @@ class RunnerEntry:
     largest_tensor: int | None = None
     capabilities: tuple[str, ...] = ()
     optional_engine: bool = False
+    max_autotune: bool = False
 
     @property
     def needs_engine(self) -> bool:
@@ -187,6 +189,7 @@ RUNNERS: dict[str, RunnerEntry] = {
             cpu=("fp32", "bf16"),
             cuda=ALL_PRECISIONS,
             builder="bsdiff_rt.runners.aoti_builder",
+            max_autotune=True,
         ),
         RunnerEntry(
             "onnxruntime",

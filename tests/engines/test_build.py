@@ -64,6 +64,8 @@ def test_the_name_says_what_it_is_and_is_the_same_next_time(small, monkeypatch):
     assert name_engine(small, FP32, CPU) == name_engine(small, FP32, CPU) == expected
     static = EngineOptions("tensorrt", "fp16", (4, 4))
     assert name_engine(small, static, CPU) == f"small_net-{small.sha256[:8]}-tensorrt-fp16-b4-AMD_EPYC_R_9B14"
+    tuned = replace(FP32, max_autotune=True)
+    assert name_engine(small, tuned, CPU) == f"small_net-{small.sha256[:8]}-aoti-fp32-b1-4-tuned-AMD_EPYC_R_9B14"
 
 
 def test_built_again_it_replaces_the_old_one(small, stand_in, cache):
@@ -232,6 +234,12 @@ def test_a_runner_without_engines_cannot_be_built(small):
         resolve_options(small, CPU, "eager")
     with pytest.raises(SettingsError, match=r"^'abacus' is not a runner"):
         resolve_options(small, CPU, "abacus")
+
+
+def test_only_torch_can_try_more_kernels(small):
+    assert resolve_options(small, CPU, "aoti", max_autotune=True).max_autotune
+    with pytest.raises(SettingsError, match=r"^openvino has no choice of kernels .* or use runner aoti\.$"):
+        resolve_options(small, CPU, "openvino", max_autotune=True)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------

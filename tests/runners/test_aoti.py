@@ -176,9 +176,9 @@ def test_versions():
     assert aoti.list_versions() == {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
-def try_to_build(tmp_path, precision="fp32", batch=(1, 3)):
+def try_to_build(tmp_path, precision="fp32", batch=(1, 3), **more):
     told = []
-    options = EngineOptions("aoti", precision, batch)
+    options = EngineOptions("aoti", precision, batch, **more)
     try:
         return aoti_builder.build(open_bundle("demo"), options, CPU, tmp_path, lambda *phase: told.append(phase))
     finally:
@@ -262,6 +262,17 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
         EngineError, match=r"torch \S+ cannot compile the denoiser for cpu: RuntimeError: C\+\+ compile er"
     ):
         try_to_build(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_more_kernels_are_tried_on_request(exported, tmp_path, monkeypatch, asked):
+    from torch._inductor import config
+
+    seen = []
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda *_, **__: seen.append(config.max_autotune))
+    used = try_to_build(tmp_path, max_autotune=asked)
+    assert seen == [asked, asked]
+    assert used.get("max_autotune", False) == asked
 
 
 @pytest.fixture
@@ -497,9 +508,8 @@ def test_the_compiler_leaves_attention_as_it_is_written(tmp_path, attend):
         def forward(self, tokens):
             return attend(tokens, tokens, tokens)
 
-    aoti_builder._compile(
-        Attention(), (torch.zeros(1, 1, 1100, 32).bfloat16(),), (1, 1), tmp_path / "a.pt2", lambda *_: None, 0.0, None
-    )
+    tokens = torch.zeros(1, 1, 1100, 32).bfloat16()
+    aoti_builder._compile(Attention(), (tokens,), batch=(1, 1), package=tmp_path / "a.pt2", progress=lambda *_: None)
     with zipfile.ZipFile(tmp_path / "a.pt2") as content:
         sources = [content.read(name).decode() for name in content.namelist() if name.endswith(".cpp")]
     assert any("bmm" in source for source in sources)
