@@ -360,6 +360,7 @@ def _compile(
         warnings.catch_warnings(),
         fresh_cache(dir=str(package.parent)),
         config.patch(_list_settings(max_autotune)),
+        _without_tables() if max_autotune else nullcontext(),
         nullcontext() if toolkit is None else _for_gpu(toolkit, Path(work)),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own functions
@@ -386,6 +387,19 @@ def _list_settings(max_autotune: bool) -> dict[str, Any]:
         # It makes Upsample, convolution and GroupNorm in a row about six times slower (pytorch issue 189488).
         settings["loop_reindexing_after_fusion"] = False
     return settings
+
+
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    """Keep the compiler from printing the times of all kernels that it tries. It has no setting for that."""
+    from torch._inductor import select_algorithm
+
+    before = select_algorithm.PRINT_AUTOTUNE
+    select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = before
 
 
 @contextmanager

@@ -266,12 +266,17 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_more_kernels_are_tried_on_request(exported, tmp_path, monkeypatch, asked):
-    from torch._inductor import config
+    from torch._inductor import config, select_algorithm
 
     seen = []
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda *_, **__: seen.append(config.max_autotune))
+
+    def note(*_, **__):
+        seen.append((config.max_autotune, select_algorithm.PRINT_AUTOTUNE))
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", note)
     used = try_to_build(tmp_path, max_autotune=asked)
-    assert seen == [asked, asked]
+    assert seen == [(asked, not asked)] * 2
+    assert select_algorithm.PRINT_AUTOTUNE
     assert used.get("max_autotune", False) == asked
 
 
