@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 _IDLE_S = 0.5  # a wake-up call that is missed costs this much
 ASK_AGAIN_S = 600.0  # a report on storage commitment that does not come is asked for again
-_REPORT_S = 3.0  # how long an association stays open for the report
+_REPORT_S = 3.0  # how long an association waits for the report
 _MOST_ASKED = 100  # results in one request
 _DUPLICATE = 0x0111  # Duplicate SOP Instance (PS3.7 annex C.4)
 _WARNINGS = (0xB000, 0xB006, 0xB007)  # stored, with changes or not as the class asks (PS3.4 table B.2-1)
@@ -284,27 +284,34 @@ class SendingThread(threading.Thread):
         self._results, self._on_sent = results, on_sent
         self._postponed: dict[int, float] = {}  # number -> time of the monotonic clock
         self._pauses: dict[int | None, float] = {}  # number, or None for the destination -> last pause, s
-        self._ended, self._wanted = threading.Event(), threading.Event()
+        self._ended, self._wanted, self._reported = (threading.Event() for _ in range(3))
         self.error: Exception | None = None
 
     def wake(self) -> None:
         """Look at once for results to send."""
         self._wanted.set()
 
+    def note_report(self) -> None:
+        """Go on: a report on storage commitment has come."""
+        self._reported.set()
+
     def stop(self) -> None:
         """End after the image that is being sent."""
         self._ended.set()
         self._wanted.set()
+        self._reported.set()
 
     def run(self) -> None:
         """Send results until stopped. What nobody expected ends the thread, and the node with it."""
         try:
             while not self._ended.is_set():
                 self._send_all()
-                asked = self._ask_commitment()
-                if not asked:
-                    self._connection.close()
-                self._wanted.wait(_REPORT_S if asked else _IDLE_S)
+                if self._ask_commitment():
+                    # Nothing is sent meanwhile: an association on which both sides ask at once ends.
+                    self._reported.wait(_REPORT_S)
+                    continue
+                self._connection.close()
+                self._wanted.wait(_IDLE_S)
                 self._wanted.clear()
             self._connection.close()
         except Exception as error:
@@ -375,6 +382,7 @@ class SendingThread(threading.Thread):
             self._connection.open()
             # Before the request: the report may come first. Without one, this is what asks again later.
             self._journal.begin_commitment(instances, self._name, transaction)
+            self._reported.clear()
             offered = self._connection.ask_commitment(transaction, identities)
         except NotSent as error:
             logger.warning("%s. It is asked for storage commitment again later.", error)

@@ -231,6 +231,8 @@ class Node:
     def _note_report(self, report: CommitmentReport) -> None:
         """Enter what a destination says about results that it has. Called in the thread of an association."""
         found = self._journal.note_commitment(report.transaction, report.committed, report.failed)
+        for sender in self._senders:
+            sender.note_report()
         if not found:
             logger.warning("a report on storage commitment belongs to no request of this node")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -30,12 +31,14 @@ class CommittingArchive(Archive):
     """An archive that offers storage commitment.
 
     `reports` says how it reports: "same" association, "other" association, "never". `fails` of the reports that are
-    next say that nothing is kept. `damaged` reports lack their UID.
+    next say that nothing is kept. `damaged` reports lack their UID. `delay` is the time before a report, s. `order`
+    names what happened.
     """
 
     def __init__(self, reports="other"):
         super().__init__()
-        self.reports, self.fails, self.damaged = reports, 0, False
+        self.reports, self.fails, self.damaged, self.delay = reports, 0, False, 0.0
+        self.order = []
         self.node_port = 0
         self.requests, self.answers = [], Counter()
 
@@ -45,13 +48,18 @@ class CommittingArchive(Archive):
         self._ae.shutdown()
         server = self._ae.start_server(
             (HOST, self.port), block=False,
-            evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find),
+            evt_handlers=[(evt.EVT_C_STORE, self._note_store), (evt.EVT_C_FIND, self._find),
                           (evt.EVT_N_ACTION, self._asked)],
         )  # fmt: skip
         self.port = server.server_address[1]
 
+    def _note_store(self, event):
+        self.order.append("image")
+        return self._store(event)
+
     def _asked(self, event):
         request = event.action_information
+        self.order.append("request")
         self.requests.append(request)
         if self.reports != "never":
             threading.Thread(target=self.report, args=(request, event.assoc), daemon=True).start()
@@ -70,6 +78,8 @@ class CommittingArchive(Archive):
             for item in items:
                 item.FailureReason = 0x0112
             report.FailedSOPSequence = items
+        time.sleep(self.delay)
+        self.order.append("report")
         association = same if self.reports == "same" else self.open()
         status, _ = association.send_n_event_report(report, 1 if kept else 2, StorageCommitmentPushModel, INSTANCE)
         self.answers[status.get("Status")] += 1
@@ -102,6 +112,18 @@ def test_a_destination_that_offers_it_is_asked_once(small, tmp_path, reports):
         assert {item.ReferencedSOPClassUID for item in asked} == {ComputedRadiographyImageStorage}
         assert set(archive.answers) == {0}
         assert set(archive.times.values()) == {1}
+
+
+def test_nothing_is_sent_before_the_report_has_come(small, tmp_path):
+    """pynetdicom, on either side, ends an association on which both ask at once, and the report would be lost."""
+    with CommittingArchive("same") as archive:
+        archive.delay = 1.0
+        with run_node(tmp_path / "node", small, archive) as node:
+            send(node.port, dicom(tmp_path / "a.dcm"))
+            wait_for(lambda: archive.requests)
+            send(node.port, dicom(tmp_path / "b.dcm", seed=1))
+            wait_for(lambda: committed(node) == 2)
+        assert archive.order == ["image", "request", "report"] * 2
 
 
 def test_a_destination_that_does_not_offer_it_is_left_alone(small, tmp_path):
