@@ -399,6 +399,6 @@ def _open_system(scheme: str) -> Any:
     """
     try:
         fsspec = importlib.import_module("fsspec")
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise SettingsError(f"{scheme}:// needs a package that is not installed. Install {SCHEMES[scheme]}.") from error

@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -276,6 +277,32 @@ def memory_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[UrlPath]:
     urls._HEADS_READ = urls._Heads()
     yield UrlPath("memory:", "bucket")
     MemoryFileSystem.store.clear()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    """Moto's S3 server on a free port of this machine, with an empty bucket; as environment variables."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    urls._open_system.cache_clear()
+    urlopen(Request(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()  # what others left
+    urls.to_path("s3://archive")._system().mkdir("archive")
+    yield environment
+    patch.undo()
+    server.stop()
+    urls._open_system.cache_clear()
 
 
 @pytest.fixture

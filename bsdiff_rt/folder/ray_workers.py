@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -38,6 +39,8 @@ from bsdiff_rt.runners.devices import resolve_device
 logger = logging.getLogger(__name__)
 
 LOCAL = "local"  # the address that stands for: start Ray on this machine, and stop it with the run
+AUTO = "auto"  # the cluster that this machine belongs to
+CONNECT_S = 10  # within which a cluster must take a connection
 CORES = 4  # of a worker without a GPU, unless `threads` says otherwise
 LARGEST_GROUP = 32  # files that are done again if their worker dies
 GROUPS_PER_WORKER = 8  # at least, so that no worker waits long for the last one
@@ -295,10 +298,35 @@ def _start(address: str) -> None:
             **quiet,
         )
         return
+    if address != AUTO:
+        _check_that_somebody_listens(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise SettingsError(f"{address}: no Ray cluster answers ({one_line(error)}).", setting="ray") from error
+        if address == AUTO and isinstance(error, ConnectionError):
+            message = "this machine belongs to no Ray cluster. Name HOST:PORT of one, or start one with ray start."
+            raise SettingsError(message, setting="ray") from error
+        raise SettingsError(
+            f"{address}: no Ray cluster answers ({one_line(error)}). If it asks for a token, set RAY_AUTH_MODE=token.",
+            setting="ray",
+        ) from error
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Check that an address takes connections. Ray itself tries for minutes, and then ends the process.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise SettingsError(
+            f"{address}: no Ray cluster answers ({reason}). Check the address, and that ray start --head ran there.",
+            setting="ray",
+        ) from error
 
 
 def _identify(settings: InferSettings) -> Report:

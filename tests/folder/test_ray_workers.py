@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,15 +21,18 @@ from helpers import fates, png, report_of, tree
 
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.files import file_sha256
+from bsdiff_rt.files import file_sha256, write_atomically
 from bsdiff_rt.folder import ray_workers
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.folder.ray_workers import LOCAL, RayWorkers, Share, find_share
+from bsdiff_rt.urls import to_path
 
+ROOT = Path(__file__).parents[2]
 CPU = {"Alive": True, "Resources": {"CPU": 8.0}}
 GPU = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 4.0}}
 DEAD = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
 COUNT = 12
+STEPS = 60
 
 
 def make(**options):
@@ -70,8 +81,9 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def run(tiny_bundle, inputs, output, ray=None):
-    settings = InferSettings(output=output, bundle=str(tiny_bundle), runner="eager", device="cpu", threads=1)
+def run(tiny_bundle, inputs, output, ray=None, steps=None):
+    asked = {"bundle": str(tiny_bundle), "runner": "eager", "device": "cpu", "threads": 1, "steps": steps}
+    settings = InferSettings(output=output, **asked)
     inference = Inference(settings, ray=ray)
     return inference.run(inference.find_tasks([inputs]))
 
@@ -92,18 +104,23 @@ def list_children(pid):
 
 
 @pytest.mark.slow
-def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, folder, tmp_path):
-    """One worker is ended by SIGKILL while the run goes on; the second run finds everything finished."""
-    pytest.importorskip("ray")
+def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, folder, tmp_path, monkeypatch):
+    """One worker is ended by SIGKILL while the run goes on; the second run finds everything finished.
+
+    It is killed when both have loaded the model, and the images take long enough for it to have work then.
+    """
+    ray = pytest.importorskip("ray")
     if (os.cpu_count() or 1) < 2 or sys.platform != "linux":
         pytest.skip("needs Linux and two cores")
-    plain = run(tiny_bundle, folder, tmp_path / "plain")
-    done, killed = threading.Event(), []
+    plain = run(tiny_bundle, folder, tmp_path / "plain", steps=STEPS)
+    done, killed, runs = threading.Event(), [], []
+    enter = RayWorkers.__enter__
+    monkeypatch.setattr(RayWorkers, "__enter__", lambda workers: runs.append(enter(workers)) or workers)
 
     def kill():
         while not done.wait(0.05):
             workers = [pid for pid, name in list_children(os.getpid()).items() if "MapWorker" in name]
-            if len(workers) == 2 and (tmp_path / "out" / "0.png").exists():
+            if len(workers) == 2 and ray.get(runs[0]._census.count.remote()) == 2:
                 os.kill(workers[0], signal.SIGKILL)
                 killed.append(workers[0])
                 return
@@ -111,22 +128,103 @@ def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, fold
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        report = run(tiny_bundle, folder, tmp_path / "out", LOCAL)
+        report = run(tiny_bundle, folder, tmp_path / "out", LOCAL, STEPS)
     finally:
         done.set()
         thread.join()
     assert fates(tmp_path / "out") == fates(tmp_path / "plain")
     assert report.counts() == {"ok": COUNT, "failed": 1}
     assert report.settings == plain.settings
-    assert (report.workers_replaced or 0) == len(killed)
+    assert report.workers_replaced == len(killed) == 1
     assert [entry.input for entry in report.files] == [entry.input for entry in plain.files]
     files = {name for name in tree(tmp_path / "plain") if name.endswith(".png")}
     assert {name for name in tree(tmp_path / "out") if name != "report.json"} == files
     for name in files:
         assert file_sha256(tmp_path / "out" / name) == file_sha256(tmp_path / "plain" / name)
     assert report_of(tmp_path / "out")["environment"]["workers"] == 2
-    again = run(tiny_bundle, folder, tmp_path / "out")  # without Ray
+    again = run(tiny_bundle, folder, tmp_path / "out", steps=STEPS)  # without Ray
     assert again.counts() == {"skipped": COUNT, "failed": 1}
+
+
+def find_free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(s3):
+    """A Ray cluster of two cores on 127.0.0.1: its address, and the environment of a process that belongs to it."""
+    pytest.importorskip("ray")
+    if (os.cpu_count() or 1) < 2 or sys.platform != "linux":
+        pytest.skip("needs Linux and two cores")
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets are there, and their paths must be short
+    # Despite its name, the second one makes Ray listen on 127.0.0.1 alone.
+    usual = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": folder}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else that of the user's home counts
+    environment = os.environ | s3 | usual | token | {"PYTHONPATH": str(ROOT)}
+    port, client = find_free_port(), find_free_port()
+    options = f"--head --block --node-ip-address 127.0.0.1 --port {port} --ray-client-server-port {client} --num-cpus 2"
+    options += f" --include-dashboard false --object-store-memory 100000000 --temp-dir {folder}"
+    start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", *options.split()]
+    head = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert head.stdout is not None
+        lines = iter(head.stdout.readline, "")
+        assert any("Ray runtime started" in line for line in lines), "the cluster did not start"
+        yield f"127.0.0.1:{port}", environment
+    finally:
+        children = list_children(head.pid)  # asked to end, it would wait for half a minute
+        for pid in (head.pid, *children):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_same_files(tiny_bundle, folder, tmp_path, cluster):
+    """By its address from a disk with relative paths, and as this machine's own from S3 to S3."""
+    address, environment = cluster
+    plain = run(tiny_bundle, folder, tmp_path / "plain")
+    archive = to_path("s3://archive")
+    for file in folder.iterdir():
+        write_atomically(archive / "in" / file.name, file.read_bytes())
+    places = {address: ("in", "out"), "auto": (str(archive / "in"), str(archive / "out"))}
+    for asked, (inputs, output) in places.items():
+        words = ["infer", inputs, "-o", output, "--ray", asked, "--threads", "1", "--bundle", str(tiny_bundle)]
+        code = "import sys; from bsdiff_rt.cli import main; sys.argv[0] = 'bsdiff-rt'; main()"
+        command = [sys.executable, "-c", code, *words, "--runner", "eager"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 3, done.stderr
+        assert f"wrote {COUNT} images, refused 0, failed 1" in done.stdout
+        result = tmp_path / "out" if output == "out" else archive / "out"
+        report = json.loads((result / "report.json").read_text())
+        assert report["settings"] == plain.settings
+        assert report["environment"]["workers"] == 2
+        assert [entry["sha256"] for entry in report["files"]] == [entry.sha256 for entry in plain.files]
+        for entry in plain.files:
+            if entry.output:
+                assert file_sha256(result / entry.output) == entry.sha256
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "ray://127.0.0.1", "[::1]", "no-such-host.invalid"])
+def test_an_address_where_nobody_listens_is_refused_at_once(host):
+    pytest.importorskip("ray")
+    started = time.monotonic()
+    with pytest.raises(SettingsError, match="no Ray cluster answers"):
+        ray_workers._start(f"{host}:{find_free_port()}")
+    assert time.monotonic() - started < 30
+
+
+def test_a_machine_without_a_cluster(monkeypatch, tmp_path):
+    pytest.importorskip("ray")
+
+    def fail(**_):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(SettingsError, match=r"belongs to no Ray cluster\. Name HOST:PORT"):
+        ray_workers._start("auto")
 
 
 @pytest.mark.parametrize(

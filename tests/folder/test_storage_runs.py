@@ -221,31 +221,6 @@ def report_rate(store):
     return f"{json.loads((store / 'out' / 'report.json').read_text())['images_per_second']:.2f}"
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """Moto's S3 server on a free port of this machine, with an empty bucket; as environment variables."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in environment.items():
-        patch.setenv(name, value)
-    urls._open_system.cache_clear()
-    to_path("s3://archive")._system().mkdir("archive")
-    yield environment
-    patch.undo()
-    server.stop()
-    urls._open_system.cache_clear()
-
-
 def test_s3_gives_the_files_of_a_disk(run, s3, inputs, tmp_path):
     upload(inputs, to_path("s3://archive/in"))
     run(inputs, tmp_path / "out", samples=2)
@@ -303,7 +278,6 @@ def test_what_goes_wrong_with_s3_is_said_in_a_sentence(
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     open_new = urls._open_system.__wrapped__
     monkeypatch.setattr(urls, "_open_system", lambda scheme: open_new(scheme))
-    type(to_path("s3://archive")._system()).clear_instance_cache()
     said = cli("infer", *words, "--bundle", tiny_bundle, "--runner", "eager")
     assert said.code == 2
     assert sentence in said.err
