@@ -37,6 +37,7 @@ else:
 SCHEMES = {"s3": "bsdiff-rt[s3]", "gs": "gcsfs"}
 HEAD_BYTES = 1040  # what the formats look at to recognise a file
 _HEADS = 1 << 14  # kept in memory
+_SEPARATORS = set("/\\:" if os.name == "nt" else "/")
 _SUFFIX = 16  # characters; no format's suffix has more
 _AT_ONCE = 64  # heads that are read at the same time
 logger = logging.getLogger(__name__)
@@ -223,12 +224,14 @@ def walk(top: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Path
     for one in found:
         name, is_folder = _strip_folder(one["name"], top), one["type"] == "directory"
         name = name.removesuffix("/") if is_folder else name
-        if name in ("", ".", "..") or "/" in name:
+        if name in ("", ".", "..") or set(name) & _SEPARATORS:  # results might be written outside the output folder
             odd += is_folder or name != ""  # a file without a name is only the storage's mark of a folder
         else:
             (folders if is_folder else names).append(name)
     if odd:
-        logger.warning("%s: left out %d folders whose name is empty or consists of dots. Rename them.", top, odd)
+        logger.warning(
+            "%s: left out %d names that no path can hold: empty, of dots, or with separators. Rename them.", top, odd
+        )
     yield top, folders, names
     for folder in folders:
         yield from walk(top / folder, onerror)

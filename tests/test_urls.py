@@ -158,7 +158,7 @@ def test_names_that_no_path_can_hold_are_left_out(store, monkeypatch, caplog):
     found = [{"name": f"/bucket/archive/{name}", "type": kind} for name, kind in listed.items()]
     monkeypatch.setattr(type(store._system()), "ls", lambda _, url, detail: found if url == str(store) else [])
     assert list(walk(store, pytest.fail)) == [(store, ["x"], ["a.png"]), (store / "x", [], [])]
-    assert f"{store}: left out 3 folders" in caplog.text
+    assert f"{store}: left out 3 names" in caplog.text
 
 
 def test_a_folder_that_cannot_be_listed_is_reported(store, monkeypatch):

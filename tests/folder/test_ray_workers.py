@@ -110,6 +110,9 @@ def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, fold
     It is killed when both have loaded the model, and the images take long enough for it to have work then.
     """
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("HOME", str(tmp_path))  # a local Ray keeps its token there,
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # and sets this variable, which is put back
+    monkeypatch.delenv("RAY_AUTH_MODE")
     if (os.cpu_count() or 1) < 2 or sys.platform != "linux":
         pytest.skip("needs Linux and two cores")
     plain = run(tiny_bundle, folder, tmp_path / "plain", steps=STEPS)
