@@ -67,9 +67,6 @@ class UrlPath(_Base):
         scheme, colon, rest = super().__str__().replace("\\", "/").partition(":/")
         return f"{scheme}://{rest}" if colon and scheme in SCHEMES else f"{scheme}{colon}{rest}"
 
-    def __fspath__(self) -> str:
-        return str(self)
-
     def is_file(self) -> bool:
         """Return whether this is a file."""
         return self._find_kind() == "file"
@@ -81,10 +78,6 @@ class UrlPath(_Base):
     def exists(self) -> bool:
         """Return whether this is a file or a folder."""
         return self._find_kind() is not None
-
-    def is_symlink(self) -> bool:
-        """Return False: there are no links."""
-        return False
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing. A folder is there as soon as it holds a file."""
