@@ -121,7 +121,7 @@ def test_no_engines(cache):
 def test_engines_newest_first_and_why_one_cannot_be_used(cache):
     engine(cache, "good", 1000)
     engine(cache, "other processor", 2000, device="Intel Xeon")
-    engine(cache, "other torch", 3000, versions={"torch": "1.0", "cuda": "none"})
+    engine(cache, "other torch", 3000, versions={"torch": "1.0", "cuda": torch.version.cuda or "none"})
     (engine(cache, "damaged", 4000) / "denoiser.pt2").write_bytes(b"c0de")
     engine(cache, "open to others", 5000).chmod(0o777)
     (engine(cache, "no manifest", 6000) / MANIFEST).write_text("{}")

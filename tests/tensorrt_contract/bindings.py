@@ -83,7 +83,7 @@ def declarations(env: dict[str, str], folder: Path) -> str:
     text = "\n\n".join(ast.unparse(node) for node in kept)
     others = {node.name for node in module.body if isinstance(node, ast.ClassDef)} - set(CLASSES)
     named = sorted(name for name in others if re.search(rf"\b{name}\b", text))
-    head = ["import collections.abc", "import typing", "from collections.abc import Callable"]
+    head = ["import collections.abc", "import types", "import typing", "from collections.abc import Callable"]
     head += ["from typing import Any, ClassVar, overload", "", "import typing_extensions", ""]
     head += ["from _typeshed import Incomplete", "", "__version__: str"]
     return "\n".join([*head, *(f"{name} = Any" for name in named), "", text, ""])
