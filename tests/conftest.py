@@ -38,7 +38,7 @@ SIZE_PX, STEPS = 64, 3
 OUR_LOGGERS = ("bsdiff_rt", "train", "export", "benchmarks")
 
 
-# What `--quick` leaves out: tests that export a bundle or compile an engine, and folders that take long or start servers.
+# What `--quick` leaves out: tests that export a bundle or compile an engine, and folders that take long or run servers.
 SLOW_FIXTURES = {"tiny_bundle", "tiny_engine"}
 SLOW_FOLDERS = ("train", "export", "benchmarks", "engines", "examples", "node")
 # Tests of other packages than bsdiff_rt, whose coverage is measured. Measuring doubles the time of Python code.
