@@ -135,7 +135,7 @@ def make_raster_files(kind: str) -> list[bytes]:
 
 
 def mend_png(content: bytes) -> bytes:
-    """Return a PNG file whose chunks have the right checksums, as far as there are chunks."""
+    """Return a PNG file with its checksums corrected. What follows the last complete chunk stays as it is."""
     mended, place = bytearray(content), 8
     while place + 12 <= len(mended):
         (size,) = struct.unpack(">I", mended[place : place + 4])

@@ -61,7 +61,7 @@ class Pictures:
 
 
 def fit_guard(sources: Iterable[Source], output: Path, count: int, seed: int) -> str:
-    """Fit the judge, write it, and return what it makes of chests that were kept out.
+    """Fit the judge, write its file, and return a line on its scores of chests that were not fitted.
 
     Args:
         sources: chest CTs without the arms beside the body.
@@ -294,7 +294,7 @@ def draw_stripes(rng: np.random.Generator) -> Image:
 
 
 def draw_flat(rng: np.random.Generator) -> Image:
-    """Draw a picture that is blank or saturated but for a slope, some noise or a patch."""
+    """Draw a blank or saturated picture with a slope, some noise or a patch."""
     grey = float(rng.choice([0.0, 1.0, rng.uniform(0, 1)]))
     picture = np.full((KEPT_PX, KEPT_PX), grey, np.float32)
     kind = rng.integers(3)

@@ -23,7 +23,7 @@ Vector = NDArray[np.float64]
 
 WEIGHTS = Path(__file__).with_name("chest_guard.json")
 SIDE_PX = 48  # of the thumbnail
-SAMPLED_PX = 768  # of a picture with a side of at least twice as many, only every second pixel is looked at, and so on
+SAMPLED_PX = 768  # larger pictures are thinned out to about this many pixels on the shorter side
 CELLS = 8  # per side, each with a histogram
 DIRECTIONS = 8  # of a histogram, over the whole circle: dark to bright is another direction than bright to dark
 GREY_PX = 12  # side of the picture of ranks
@@ -47,7 +47,7 @@ class ChestGuard:
         weights: one for each feature of `describe_picture`.
         bias: what is added to their sum.
         least: a picture with a lower score is warned of. Scores are log odds.
-        clear: a picture that scores this when it is turned or inverted is said to be turned or inverted.
+        clear: a picture whose turned or inverted copy scores this or more gets the warning that names the turn.
     """
 
     weights: Vector

@@ -6,7 +6,7 @@ where k is a multiple of N. The steps in between compute the first level alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,25 +20,19 @@ LEAST_STEPS = 20  # with fewer, one step differs too much from the next
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """All levels, with the deep features kept."""
+class _WithDeep:
+    """A denoiser that writes or reads deep features.
 
-    runner: Runner
+    Attributes:
+        call: the runner's `denoise_and_keep`, which writes them, or `denoise_top`, which reads them.
+        deep: the features.
+    """
+
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     deep: torch.Tensor
 
     def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        self.runner.denoise_and_keep(x_t, cxr, t, out, self.deep)
-
-
-@dataclass(frozen=True)
-class _Top:
-    """The first level, with the deep features of an earlier step."""
-
-    runner: Runner
-    deep: torch.Tensor
-
-    def denoise(self, x_t: torch.Tensor, cxr: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-        self.runner.denoise_top(x_t, cxr, t, out, self.deep)
+        self.call(x_t, cxr, t, out, self.deep)
 
 
 def list_denoisers(runner: Runner, batch: int, cache_every: int) -> Sequence[Denoises]:
@@ -55,7 +49,7 @@ def list_denoisers(runner: Runner, batch: int, cache_every: int) -> Sequence[Den
     if cache_every == 1:
         return [runner]
     deep = runner.make_deep(batch)
-    return [_Whole(runner, deep), *[_Top(runner, deep)] * (cache_every - 1)]
+    return [_WithDeep(runner.denoise_and_keep, deep), *[_WithDeep(runner.denoise_top, deep)] * (cache_every - 1)]
 
 
 def check_cache(cache_every: int, steps: int) -> None:
