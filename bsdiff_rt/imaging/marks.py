@@ -8,6 +8,7 @@ as long as there are any. Letters beside known ones may stand out less.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Box = tuple[slice, slice]  # rows and columns
 
 MARK_NEAR = 0.01  # of the picture's range: how far greys of one spot may be from the brightest
 MARK_ZONE = 0.25  # of the side, from the edge to the spot's centre
@@ -42,6 +44,11 @@ class _Spot:
     width: int
     height: int
 
+    def surround(self, by: int) -> Box:
+        """Return its box and as many px around it."""
+        rows = slice(max(0, self.top - by), self.top + self.height + by)
+        return rows, slice(max(0, self.left - by), self.left + self.width + by)
+
     def continues(self, other: _Spot) -> bool:
         """Return whether this spot may be a letter in the line of the other one."""
         tall, small = max(self.height, other.height), max(1, min(self.height, other.height))
@@ -63,14 +70,20 @@ def find_marks(cxr: Image) -> Mask | None:
     scale, side = brightest - darkest, max(cxr.shape)
     edge = max(1, round(MARK_EDGE * side))
     reach = max(edge + 1, round(MARK_RING * side))
-    marks = np.zeros(cxr.shape, bool)
+    marks, near = np.zeros(cxr.shape, bool), np.zeros(cxr.shape, bool)
     grey = brightest
     for _ in range(MOST_GREYS):
-        found = _find_marks_of_grey(cxr, marks, grey, scale, edge, reach)
-        if found is None:
+        letters, labels = _find_letters_of_grey(cxr, marks, grey, scale, edge, reach)
+        if not letters:
             break
-        marks |= found
-        rest = cxr[~dilate(marks.astype(np.uint8), reach)]
+        letter = np.zeros(cxr.shape, bool)
+        for spot in letters:
+            letter[spot.surround(0)] |= labels[spot.surround(0)] == spot.label
+        for spot in letters:  # each in its own surroundings: growing the whole picture takes seconds
+            marks[spot.surround(edge)] |= _dilate_inside(letter, spot.surround(edge), edge)
+        for spot in letters:
+            near[spot.surround(edge + reach)] |= _dilate_inside(marks, spot.surround(edge + reach), reach)
+        rest = cxr[~near]
         grey = float(rest.max()) if rest.size else darkest
         if grey < darkest + LEAST_GREY * scale:
             break
@@ -83,13 +96,22 @@ def dilate(mask: NDArray[np.uint8], by: int) -> Mask:
     return np.asarray(cv2.dilate(mask, disc) > 0)
 
 
-def _find_marks_of_grey(cxr: Image, known: Mask, grey: float, scale: float, edge: int, reach: int) -> Mask | None:
-    """Return the marks of one grey with their blur, [H, W], outside of those that are known; None if there are none."""
+def _dilate_inside(mask: NDArray[np.uint8] | Mask, box: Box, by: int) -> Mask:
+    """Return `dilate(mask, by)[box]`, computed from the box and what is near it."""
+    rows, columns = box
+    top, left = max(0, rows.start - by), max(0, columns.start - by)
+    grown = dilate(mask[top : rows.stop + by, left : columns.stop + by].astype(np.uint8), by)
+    return grown[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+
+
+def _find_letters_of_grey(
+    cxr: Image, known: Mask, grey: float, scale: float, edge: int, reach: int
+) -> tuple[list[_Spot], NDArray[Any]]:
+    """Return the letters of one grey outside of known marks, and the label of the spot at each pixel, [H, W]."""
     spots = ((cxr >= grey - MARK_NEAR * scale) & ~known).astype(np.uint8)
     count, labels, boxes, centres = cv2.connectedComponentsWithStats(spots, connectivity=8)
     if count > MOST_SPOTS:
-        return None
-    bright = dilate(spots, edge) | known  # no surroundings: other letters and their blur
+        return [], labels
     letters: list[_Spot] = []
     others: list[_Spot] = []
     for label in range(1, count):
@@ -99,17 +121,13 @@ def _find_marks_of_grey(cxr: Image, known: Mask, grey: float, scale: float, edge
         if not in_zone or not max(LEAST_MARK * cxr.size, LEAST_MARK_PX) <= area <= MOST_MARK * cxr.size:
             continue
         spot = _Spot(label, left, top, width, height)
-        around = np.s_[max(0, top - reach) : top + height + reach, max(0, left - reach) : left + width + reach]
-        ring = dilate((labels[around] == label).astype(np.uint8), reach) & ~bright[around]
-        gap = round(BLOCK_GAP * height)
-        block = np.s_[max(0, top - gap) : top + height + gap, max(0, left - gap) : left + width + gap]
-        needed = BLOCK_CONTRAST if known[block].any() else MARK_CONTRAST
+        around = spot.surround(reach)
+        ring = dilate((labels[around] == label).astype(np.uint8), reach)
+        ring &= ~(_dilate_inside(spots, around, edge) | known[around])  # without other letters and their blur
+        needed = BLOCK_CONTRAST if known[spot.surround(round(BLOCK_GAP * height))].any() else MARK_CONTRAST
         stands_out = ring.any() and grey - float(np.quantile(cxr[around][ring], 0.9)) >= needed * scale
         (letters if stands_out else others).append(spot)
-    if not letters:
-        return None
-    letters = _complete_words(letters, others)
-    return dilate(np.isin(labels, [spot.label for spot in letters]).astype(np.uint8), edge)
+    return _complete_words(letters, others), labels
 
 
 def _complete_words(letters: list[_Spot], others: list[_Spot]) -> list[_Spot]:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from bsdiff_rt.imaging.marks import find_marks
+from bsdiff_rt.imaging.marks import _dilate_inside, dilate, find_marks
 from train.phantoms import draw_phantom
 
 
@@ -25,6 +25,16 @@ def test_letters_in_a_corner_are_marks_and_nothing_else_is(seed, side):
     marks = find_marks(marked)
     assert marks[ink > 128].all()
     assert marks.sum() < 2.5 * (ink > 0).sum()  # the letter and its blur
+
+
+def test_a_part_is_grown_as_the_whole_is():
+    """Growing whole pictures of 19 million pixels took six seconds an X-ray."""
+    rng = np.random.default_rng(0)
+    for by in (1, 4, 11):
+        mask = (rng.random((90, 120)) < 0.003).astype(np.uint8)
+        for top, left in rng.integers(0, 80, (20, 2)):
+            box = np.s_[int(top) : int(top) + 25, int(left) : int(left) + 45]  # some reach past the picture
+            assert np.array_equal(_dilate_inside(mask, box, by), dilate(mask, by)[box])
 
 
 def test_what_is_no_mark():
