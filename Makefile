@@ -9,7 +9,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread a process: the tests run in two processes, and many threads on two cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
-.PHONY: demo test quick check wheel install install-dev clean
+# Tests start many processes. Without cached bytecode, which some containers switch off, each compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test services quick check wheel install install-dev clean
 
 demo: install
 	$(BIN)/bsdiff-rt infer examples/ --output out/ --preview --html --overwrite
@@ -19,6 +22,11 @@ demo: install
 
 test: install-dev check
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+# What `make test` skips where it is not installed: Ray, S3 (moto's server) and, from Debian's package, Orthanc.
+services: install-dev
+	$(PIP_INSTALL) --editable '.[services]'
+	$(PYTEST) -m services -rs
 
 quick: install-dev
 	$(BIN)/ruff check .

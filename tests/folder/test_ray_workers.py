@@ -103,6 +103,7 @@ def list_children(pid):
     return {each: parents[each][1] for each in found - {pid}}
 
 
+@pytest.mark.services
 @pytest.mark.slow
 def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, folder, tmp_path, monkeypatch):
     """One worker is ended by SIGKILL while the run goes on; the second run finds everything finished.
@@ -184,6 +185,7 @@ def cluster(s3):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.services
 @pytest.mark.slow
 def test_a_cluster_writes_the_same_files(tiny_bundle, folder, tmp_path, cluster):
     """By its address from a disk with relative paths, and as this machine's own from S3 to S3."""
@@ -210,6 +212,7 @@ def test_a_cluster_writes_the_same_files(tiny_bundle, folder, tmp_path, cluster)
                 assert file_sha256(result / entry.output) == entry.sha256
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("host", ["127.0.0.1", "ray://127.0.0.1", "[::1]", "no-such-host.invalid"])
 def test_an_address_where_nobody_listens_is_refused_at_once(host):
     pytest.importorskip("ray")
@@ -219,6 +222,7 @@ def test_an_address_where_nobody_listens_is_refused_at_once(host):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.services
 def test_a_machine_without_a_cluster(monkeypatch, tmp_path):
     pytest.importorskip("ray")
 

@@ -221,6 +221,7 @@ def report_rate(store):
     return f"{json.loads((store / 'out' / 'report.json').read_text())['images_per_second']:.2f}"
 
 
+@pytest.mark.services
 def test_s3_gives_the_files_of_a_disk(run, s3, inputs, tmp_path):
     upload(inputs, to_path("s3://archive/in"))
     run(inputs, tmp_path / "out", samples=2)
@@ -234,6 +235,7 @@ def test_s3_gives_the_files_of_a_disk(run, s3, inputs, tmp_path):
     assert list_below(to_path("s3://archive/moved")) == {"a.png"}
 
 
+@pytest.mark.services
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
     """Every file that the killed run finished is complete; after the second run all are there, with the same bytes.
@@ -265,6 +267,7 @@ def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
     assert len(list_files(done)) == count
 
 
+@pytest.mark.services
 @pytest.mark.parametrize(
     ("words", "change", "sentence"),
     [

@@ -27,7 +27,9 @@ def tiny(randomise) -> Denoiser:
     return network
 
 
-@pytest.mark.parametrize(("preset", "size"), [("tiny", 32), ("demo", 32), ("paper", 64)])
+@pytest.mark.parametrize(
+    ("preset", "size"), [("tiny", 32), ("demo", 32), pytest.param("paper", 64, marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_equals_published_network(preset, size, published_denoiser, relative_difference):
     config = PRESETS[preset].denoiser

@@ -30,6 +30,7 @@ def find_obstacle():
     return None
 
 
+@pytest.mark.services
 @pytest.mark.slow
 def test_each_result_is_in_orthanc_once(small, tmp_path):
     if reason := find_obstacle():

@@ -73,6 +73,7 @@ def export_block(tmp_path_factory):
     return export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "one", "four"), list(zip(WIDTHS, (26, 17, 20, 12), (130, 66, 46, 22), strict=True)))
 def test_attention_is_fused_at_every_width(export_block, measure, tmp_path, width, one, four):
     """`one` and `four` are the most MiB at batches of 1 and 4. Unfused, a width of 128 takes 1045 and 4170."""
@@ -97,6 +98,7 @@ def test_attention_alone_in_fp16_is_fused(export_block, measure, tmp_path, width
     assert measure(tmp_path / "out.onnx", (1, 1)) <= 100 * MIB  # in fp32 2.2 GB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_demo_model(tmp_path, precision):
     heard = []

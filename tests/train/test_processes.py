@@ -6,80 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import distributed, nn
+import two_processes
+from torch import distributed
+from two_processes import STEPS, loss_of, make_trainee, sample
 from typer.testing import CliRunner
 
 from train.__main__ import app
 from train.checkpoint import load_checkpoint
-from train.loop import Trainee, TrainOptions
 
 ROOT = Path(__file__).parents[2]
-STEPS = 4
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_processes import gloo_threads, loss_of, make_trainee, sample
-from torch import device, distributed
-from train.loop import LONGEST_WAIT, leave_processes
-from train.run import Run
-
-figures = iter(map(float, sys.argv[3:]))
-
-
-def validate(picture):
-    figure = next(figures, None)
-    if figure is None:
-        raise KeyboardInterrupt
-    return {"psnr": figure}
-
-
-def train():
-    trainee = make_trainee()
-    assert trainee.accelerator.num_processes == 2
-    group = distributed.group.WORLD._get_backend(device("cpu"))
-    assert group.options._timeout == LONGEST_WAIT, "the others wait for a long validation"
-    run = Run(Path(sys.argv[1]), "x", trainee, "psnr", validate)
-    for index, batch in run.batches(lambda step: sample(trainee.sample_index(step))):
-        run.after_step({"loss": trainee.update([loss_of(trainee, batch)])})
-    assert run.finished, "every process learns that the run is over"
-
-
-train()
-assert gloo_threads()
-leave_processes()
-assert not gloo_threads(), "they would abort the interpreter at its end, now and then"
-"""
-
-
-def make_trainee():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 1, 3))
-    return Trainee(network, TrainOptions(steps=STEPS, warmup=0, save_every=1, patience=9))
-
-
-def sample(index):
-    return np.random.default_rng(index).standard_normal((2, 1, 8, 8), dtype=np.float32)
-
-
-def gloo_threads():
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names if name == "pt_gloo_runloop"]
-
-
-def loss_of(trainee, x):
-    return (trainee.model(x) - x[:, :, 2:-2, 2:-2]).square().mean()
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run_of_twice_the_batch(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(script), str(tmp_path), str(Path(__file__).parent)]
+    command = [*launch, two_processes.__file__, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for figures, unjudged in ((["1", "2"], True), (["3", "4"], False)):  # the third validation is interrupted
         done = subprocess.run(
