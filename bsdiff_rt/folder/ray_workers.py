@@ -197,11 +197,11 @@ def find_share(settings: InferSettings, nodes: list[dict[str, Any]]) -> Share:
 
 
 class _Census:
-    """Counts how often workers were started, and how often each group or file was begun."""
+    """Counts how often workers were started, and how many died over each group or file: begun, but not ended."""
 
     def __init__(self) -> None:
         self._started = 0
-        self._begun: Counter[str] = Counter()
+        self._unfinished: Counter[str] = Counter()
 
     def enter(self) -> None:
         """Count one start."""
@@ -212,9 +212,13 @@ class _Census:
         return self._started
 
     def begin(self, name: str) -> int:
-        """Count one begin. Return how often it was begun before."""
-        self._begun[name] += 1
-        return self._begun[name] - 1
+        """Note a begin. Return how many workers died over it before."""
+        self._unfinished[name] += 1
+        return self._unfinished[name] - 1
+
+    def end(self, name: str) -> None:
+        """Note that what was begun has ended."""
+        self._unfinished[name] -= 1
 
 
 class _Actor:
@@ -255,15 +259,17 @@ class _Actor:
             done.append(pickle.dumps(entry))
 
         busy_s = self._worker.busy_s
-        if self._begin(f"group {tasks[0].input}") == 0:
+        if self._begin(group_name := f"group {tasks[0].input}") == 0:
             self._worker.do(tasks, before, add)
         else:  # a worker died over it: one by one, so that a file that kills workers is found
             for task in tasks:
-                if (died := self._begin(f"file {task.input}")) < TRIES:
+                if (died := self._begin(file_name := f"file {task.input}")) < TRIES:
                     self._worker.do([task], before, add)
+                    self._end(file_name)
                 else:
-                    reason = f"{died} workers died while they processed it; nothing was written"
+                    reason = f"{died} workers died while they processed it"
                     add(make_not_done(task, "failed", reason, time.monotonic(), None))
+        self._end(group_name)
         spent = [self._worker.busy_s - busy_s] + [0.0] * (len(done) - 1)
         return pa.table({_ITEM: pa.array(done, pa.binary()), _BUSY: pa.array(spent, pa.float64())})
 
@@ -271,6 +277,9 @@ class _Actor:
         import ray
 
         return int(ray.get(self._census.begin.remote(name)))
+
+    def _end(self, name: str) -> None:
+        self._census.end.remote(name)
 
 
 def _start(address: str) -> None:

@@ -19,11 +19,12 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Literal
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
-from pydicom.pixels.utils import compress
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     UID,
@@ -109,7 +110,7 @@ def write_derived(
             _scale_spacings(derived, source, pixels.shape)
             _describe_windows(derived, soft_tissue, radiograph.bits_stored)
             if kind == "dicom-j2k":
-                compress(derived, JPEG2000Lossless, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+                _compress(derived, pixels, radiograph.bits_stored)
             buffer = io.BytesIO()
             dcmwrite(buffer, derived, enforce_file_format=True)
     except BsdiffError:
@@ -133,6 +134,15 @@ def derive_uid(kind: str, *parts: str) -> UID:
 
 def _hash(*parts: str) -> bytes:
     return hashlib.sha256("\0".join(("bsdiff-rt", *parts)).encode()).digest()
+
+
+def _compress(derived: Dataset, pixels: NDArray[np.uint8] | NDArray[np.uint16], bits: int) -> None:
+    """Replace the pixels by JPEG 2000 lossless (PS3.5 A.4.4). imagecodecs computes it without Python's lock."""
+    codestream = imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", reversible=True, bitspersample=bits)
+    derived.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    derived.PixelData = encapsulate([bytes(codestream)])
+    derived["PixelData"].is_undefined_length = True
+    derived["PixelData"].VR = "OB"
 
 
 def _describe_object(derived: Dataset, source: Dataset, pixel_digest: bytes, derivation: Derivation) -> None:

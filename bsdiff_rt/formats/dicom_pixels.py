@@ -10,11 +10,13 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.pixels.utils import get_j2k_parameters
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
@@ -81,6 +83,8 @@ def decode_stored_values(dataset: Dataset) -> tuple[NDArray[np.int32], list[str]
     warnings = _correct_label(dataset)
     decoder = _find_decoder(dataset)
     syntax = decoder.UID
+    if syntax in _J2K_SYNTAXES:
+        return _decode_jpeg_2000(dataset), warnings
     by_sample = not syntax.is_encapsulated or syntax == RLELossless  # unused bits are kept; JPEG codes values
     options: dict[str, Any] = {"correct_unused_bits": not by_sample}
     if not syntax.is_encapsulated:
@@ -134,10 +138,32 @@ def _name(syntax: UID) -> str:
     return syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
 
 
+def _decode_jpeg_2000(dataset: Dataset) -> NDArray[np.int32]:
+    """Decode a JPEG 2000 picture to stored values. imagecodecs does so without Python's lock, pydicom's plugins do not.
+
+    Whether values have a sign is what the header says, whatever the picture says.
+
+    Raises:
+        InputFailed: truncated or damaged.
+    """
+    codestream = _read_codestream(dataset)
+    _check_j2k_stream(dataset, codestream)
+    pixels = imagecodecs.jpeg2k_decode(codestream)
+    if pixels.shape != (int(dataset.Rows), int(dataset.Columns)):
+        raise InputFailed("damaged: the compressed picture has several components, the header says one")
+    bits = get_j2k_parameters(codestream).get("precision", int(dataset.BitsStored))
+    return _extend_sign(pixels.astype(np.int32), bits, dataset)
+
+
 def _clear_unused_bits(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.int32]:
     bits = int(dataset.BitsStored)
     samples = pixels.astype(np.int32) & (2 ** (8 * pixels.dtype.itemsize) - 1)
-    values = (samples >> (high_bit(dataset) + 1 - bits)) & (2**bits - 1)
+    return _extend_sign(samples >> (high_bit(dataset) + 1 - bits), bits, dataset)
+
+
+def _extend_sign(samples: NDArray[np.int32], bits: int, dataset: Dataset) -> NDArray[np.int32]:
+    """Return the values that the lowest `bits` of the samples stand for."""
+    values = samples & (2**bits - 1)
     if int(dataset.PixelRepresentation) == 1:
         values -= (values >> (bits - 1)) << bits
     return np.asarray(values, dtype=np.int32)
@@ -214,11 +240,6 @@ def _prepare_codestream(dataset: Dataset) -> Mapping[str, Any]:
         InputFailed: the picture is truncated: decoders fill up what is missing and report nothing.
     """
     codestream = _read_codestream(dataset)
-    if not codestream.startswith(JPEG_START):
-        if codestream.rfind(_J2K_END) < codestream.rfind(_J2K_DATA) or _J2K_END not in codestream:
-            raise InputFailed("the compressed picture is truncated: it has no end marker")
-        _check_size(dataset, *_read_j2k_size(codestream))
-        return {}
     picture = parse_jpeg(codestream)
     _check_size(dataset, picture.rows, picture.columns)
     mended = picture.mend_scans()
@@ -226,6 +247,17 @@ def _prepare_codestream(dataset: Dataset) -> Mapping[str, Any]:
         dataset.PixelData = encapsulate([mended])
         dataset["PixelData"].is_undefined_length = True
     return _state_precision(dataset, picture)
+
+
+def _check_j2k_stream(dataset: Dataset, codestream: bytes) -> None:
+    """Find truncation, which the decoder fills up without a word, and another size than the header states.
+
+    Raises:
+        InputFailed: one of them.
+    """
+    if codestream.rfind(_J2K_END) < codestream.rfind(_J2K_DATA) or _J2K_END not in codestream:
+        raise InputFailed("the compressed picture is truncated: it has no end marker")
+    _check_size(dataset, *_read_j2k_size(codestream))
 
 
 def _read_j2k_size(codestream: bytes) -> tuple[int, int]:
