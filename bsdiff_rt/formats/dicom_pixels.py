@@ -7,7 +7,6 @@ pixel data tell what they are, they are read as that, and a warning says so.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 import imagecodecs
@@ -37,7 +36,7 @@ from pydicom.uid import (
 
 from bsdiff_rt.errors import InputFailed, InputRefused
 from bsdiff_rt.formats.dicom_checks import high_bit
-from bsdiff_rt.formats.jpeg import J2K_START, JPEG_START, JpegStream, parse_jpeg
+from bsdiff_rt.formats.jpeg import J2K_START, JPEG_START, parse_jpeg
 
 _JPEG_2000_METHOD = "ISO_15444_1"
 _LOSSY_METHODS = {  # by transfer syntax; PS3.3 C.7.6.1.1.5.1
@@ -83,26 +82,18 @@ def decode_stored_values(dataset: Dataset) -> tuple[NDArray[np.int32], list[str]
     warnings = _correct_label(dataset)
     decoder = _find_decoder(dataset)
     syntax = decoder.UID
-    if syntax in _J2K_SYNTAXES:
-        return _decode_jpeg_2000(dataset), warnings
-    by_sample = not syntax.is_encapsulated or syntax == RLELossless  # unused bits are kept; JPEG codes values
-    options: dict[str, Any] = {"correct_unused_bits": not by_sample}
-    if not syntax.is_encapsulated:
-        needed = _native_size(dataset)
-        if len(dataset.PixelData) < needed:
-            raise InputFailed(f"truncated: {len(dataset.PixelData)} of {needed} bytes of pixels are there")
-        plugin = ""
-    elif by_sample:
-        plugin = "pydicom"
-    else:
-        plugin = "pylibjpeg"
-        options |= _prepare_codestream(dataset)
+    if syntax.is_encapsulated and syntax != RLELossless:
+        return _decode_codestream(dataset, syntax), warnings
+    if not syntax.is_encapsulated and len(dataset.PixelData) < (needed := _native_size(dataset)):
+        raise InputFailed(f"truncated: {len(dataset.PixelData)} of {needed} bytes of pixels are there")
+    options: dict[str, Any] = {"correct_unused_bits": False}
+    plugin = "pydicom" if syntax.is_encapsulated else ""
     pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, **options)
     if pixels.ndim != 2:  # more data than Rows x Columns is decoded as several frames
         raise InputFailed("damaged: more pixels than one frame of Rows x Columns holds")
-    if not by_sample:
-        return np.asarray(pixels, dtype=np.int32), warnings
-    return _clear_unused_bits(pixels, dataset), warnings
+    bits = int(dataset.BitsStored)
+    samples = pixels.astype(np.int32) & (2 ** (8 * pixels.dtype.itemsize) - 1)
+    return _extend_sign(samples >> (high_bit(dataset) + 1 - bits), bits, dataset), warnings
 
 
 def note_lossy_compression(dataset: Dataset) -> None:
@@ -138,27 +129,31 @@ def _name(syntax: UID) -> str:
     return syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
 
 
-def _decode_jpeg_2000(dataset: Dataset) -> NDArray[np.int32]:
-    """Decode a JPEG 2000 picture to stored values. imagecodecs does so without Python's lock, pydicom's plugins do not.
+def _decode_codestream(dataset: Dataset, syntax: UID) -> NDArray[np.int32]:
+    """Decode JPEG, JPEG-LS or JPEG 2000 to stored values.
 
-    Whether values have a sign is what the header says, whatever the picture says.
+    imagecodecs does so without Python's lock, so several files are decoded at once; pydicom's plugins hold it. Whether
+    values have a sign is what the header says, whatever the picture says.
 
     Raises:
         InputFailed: truncated or damaged.
     """
-    codestream = _read_codestream(dataset)
-    _check_j2k_stream(dataset, codestream)
-    pixels = imagecodecs.jpeg2k_decode(codestream)
+    codestream, bits = _read_codestream(dataset), int(dataset.BitsStored)
+    if syntax in _J2K_SYNTAXES:
+        _check_j2k_stream(dataset, codestream)
+        pixels = imagecodecs.jpeg2k_decode(codestream)
+        bits = get_j2k_parameters(codestream).get("precision", bits)
+    else:
+        picture = parse_jpeg(codestream)
+        _check_size(dataset, picture.rows, picture.columns)
+        if picture.is_jpeg_ls:
+            pixels = imagecodecs.jpegls_decode(picture.content)
+            bits = min(bits, picture.precision)
+        else:
+            pixels = imagecodecs.jpeg8_decode(picture.content)
     if pixels.shape != (int(dataset.Rows), int(dataset.Columns)):
         raise InputFailed("damaged: the compressed picture has several components, the header says one")
-    bits = get_j2k_parameters(codestream).get("precision", int(dataset.BitsStored))
     return _extend_sign(pixels.astype(np.int32), bits, dataset)
-
-
-def _clear_unused_bits(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.int32]:
-    bits = int(dataset.BitsStored)
-    samples = pixels.astype(np.int32) & (2 ** (8 * pixels.dtype.itemsize) - 1)
-    return _extend_sign(samples >> (high_bit(dataset) + 1 - bits), bits, dataset)
 
 
 def _extend_sign(samples: NDArray[np.int32], bits: int, dataset: Dataset) -> NDArray[np.int32]:
@@ -233,22 +228,6 @@ def _recognise_codestream(dataset: Dataset) -> UID | None:
     return None
 
 
-def _prepare_codestream(dataset: Dataset) -> Mapping[str, Any]:
-    """Find truncation, mend what the decoder refuses, in place, and return the options that the decoder needs.
-
-    Raises:
-        InputFailed: the picture is truncated: decoders fill up what is missing and report nothing.
-    """
-    codestream = _read_codestream(dataset)
-    picture = parse_jpeg(codestream)
-    _check_size(dataset, picture.rows, picture.columns)
-    mended = picture.mend_scans()
-    if mended != codestream[: len(mended)]:
-        dataset.PixelData = encapsulate([mended])
-        dataset["PixelData"].is_undefined_length = True
-    return _state_precision(dataset, picture)
-
-
 def _check_j2k_stream(dataset: Dataset, codestream: bytes) -> None:
     """Find truncation, which the decoder fills up without a word, and another size than the header states.
 
@@ -287,10 +266,3 @@ def _check_size(dataset: Dataset, rows: int, columns: int) -> None:
         raise InputFailed(
             f"damaged: the compressed picture has {rows} x {columns} px, the header says {stated[0]} x {stated[1]}"
         )
-
-
-def _state_precision(dataset: Dataset, picture: JpegStream) -> Mapping[str, Any]:
-    """Return the decoder's options for samples of up to 8 bits in a header that allocates 16."""
-    if picture.is_jpeg_ls or picture.precision > 8 or int(dataset.BitsAllocated) == 8:
-        return {}
-    return {"bits_allocated": 8, "bits_stored": min(int(dataset.BitsStored), 8)}

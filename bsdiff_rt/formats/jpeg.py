@@ -1,4 +1,4 @@
-"""The marker segments of JPEG and JPEG-LS: what the decoders do not check or cannot read (ITU-T T.81 annex B)."""
+"""The marker segments of JPEG and JPEG-LS: what the decoders do not check (ITU-T T.81 annex B)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from bsdiff_rt.errors import InputFailed
 JPEG_START, J2K_START = b"\xff\xd8\xff", b"\xff\x4f\xff\x51"
 _SOS, _EOI, _JPEG_LS_FRAME = 0xDA, 0xD9, 0xF7
 _FRAMES = (*(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)), _JPEG_LS_FRAME)
-_SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 # Behind coded data: a marker that is neither a stuffed byte (JPEG: 00, JPEG-LS: below 80) nor a restart.
 _NEXT_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
-# Spectral selection and approximation of a sequential scan, which codes every coefficient at once.
-_WHOLE_SCAN = bytes((0, 63, 0))
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,6 @@ class JpegStream:
     def is_jpeg_ls(self) -> bool:
         """Return whether the picture is JPEG-LS."""
         return self.frame == _JPEG_LS_FRAME
-
-    def mend_scans(self) -> bytes:
-        """Return the picture with the scan headers that a sequential picture must have.
-
-        Some encoders, among them that of NEMA's sample files, write an end of spectral selection of 0. Most decoders
-        ignore it; the one used here refuses it.
-        """
-        if self.frame not in _SEQUENTIAL_FRAMES:
-            return self.content
-        mended = bytearray(self.content)
-        for segment in self.segments:
-            if segment.marker == _SOS:
-                end = segment.start + len(segment.data)
-                mended[end - len(_WHOLE_SCAN) : end] = _WHOLE_SCAN
-        return bytes(mended)
 
 
 def parse_jpeg(content: bytes) -> JpegStream:

@@ -102,7 +102,8 @@ def test_12_bit_jpeg_and_lossy_jpeg_2000_of_other_encoders(tmp_path, name):
     values = header.pixel_array.astype(np.float64)  # pydicom's own choice of decoder
     scaled = (values - values.min()) / np.ptp(values)
     got = (radiograph.cxr - radiograph.cxr.min()) / np.ptp(radiograph.cxr)
-    np.testing.assert_allclose(got, scaled, atol=2e-3)
+    # Decoders of lossy JPEG may round a stored value differently (ITU-T T.83). Of JPEG 2000 every value is equal.
+    np.testing.assert_allclose(got, scaled, atol=1.01 / np.ptp(values) if name == "JPGExtended.dcm" else 1e-6)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])

@@ -1,4 +1,4 @@
-"""JPEG 2000 gives the values that pydicom's decoder gives, and several files are decoded at once."""
+"""Compressed pixels are the values that pydicom's decoders give, and several files are decoded at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import HTJ2K, JPEG2000, HTJ2KLossless, JPEG2000Lossless
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
+from synthetic import jpeg_lossless
 
 from bsdiff_rt.formats.dicom_pixels import decode_stored_values
 
@@ -40,6 +50,41 @@ def wrap(codestream: bytes, shape: tuple[int, int], syntax: str, bits: int, sign
     return header
 
 
+def decode_with_pydicom(header: Dataset) -> np.ndarray:
+    """Decode by libjpeg or OpenJPEG, which pydicom calls through its plugin pylibjpeg."""
+    decoder = get_decoder(header.file_meta.TransferSyntaxUID)
+    values, _ = decoder.as_array(header, raw=True, decoding_plugin="pylibjpeg", correct_unused_bits=True)
+    return values.astype(np.int32)
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize(
+    ("syntax", "bits", "stated"),
+    [
+        *(
+            (JPEGLosslessSV1, bits, stated)
+            for bits, stated in ((8, 8), (10, 10), (12, 12), (14, 12), (14, 15), (16, 16))
+        ),
+        *((JPEGLSLossless, bits, bits) for bits in (8, 16)),  # the encoder here knows only these
+        (JPEGLSNearLossless, 16, 16),
+        (JPEGBaseline8Bit, 8, 8),
+    ],
+)
+def test_jpeg_is_pydicoms(syntax, bits, stated, signed):
+    values = draw(bits, signed=False)  # the pattern of bits; the header says whether it has a sign
+    if syntax == JPEGLosslessSV1:
+        codestream = jpeg_lossless(values, bits)
+    elif syntax == JPEGBaseline8Bit:
+        values = values // 2  # no value near the turn from positive to negative
+        codestream = cv2.imencode(".jpg", values)[1].tobytes()
+    else:
+        codestream = imagecodecs.jpegls_encode(values, level=2 if syntax == JPEGLSNearLossless else 0)
+    header = wrap(codestream, values.shape, syntax, stated, signed)
+    ours, _ = decode_stored_values(header)
+    # Decoders of lossy JPEG may round differently (ITU-T T.83).
+    np.testing.assert_allclose(ours, decode_with_pydicom(header), rtol=0, atol=1 if syntax == JPEGBaseline8Bit else 0)
+
+
 @pytest.mark.parametrize("lossless", [True, False], ids=["lossless", "lossy"])
 @pytest.mark.parametrize("header_signed", [False, True], ids=["header unsigned", "header signed"])
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
@@ -52,9 +97,7 @@ def test_jpeg_2000_is_pydicoms(bits, stated, signed, header_signed, lossless):
     )
     header = wrap(codestream, values.shape, JPEG2000Lossless if lossless else JPEG2000, stated, header_signed)
     ours, warnings = decode_stored_values(header)
-    decoder = get_decoder(header.file_meta.TransferSyntaxUID)
-    theirs, _ = decoder.as_array(header, raw=True, decoding_plugin="pylibjpeg", correct_unused_bits=True)
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours, decode_with_pydicom(header))
     assert warnings == []
     if lossless and signed == header_signed:
         np.testing.assert_array_equal(ours, values)
