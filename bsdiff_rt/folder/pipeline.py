@@ -49,7 +49,6 @@ from bsdiff_rt.urls import is_url
 
 logger = logging.getLogger(__name__)
 
-WRITERS = 2
 ANNOUNCED = 256  # files of a long run that are noted in its journal before the first of them is done
 
 

@@ -25,7 +25,7 @@ from bsdiff_rt.urls import is_file, on_disk
 
 logger = logging.getLogger(__name__)
 
-READERS = 2
+READERS = 2  # at least
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,9 +68,9 @@ class Reader:
         self._settings = settings
         self._preprocessing = preprocessing
 
-    def read_ahead(self, tasks: Iterable[Task], depth: int) -> Generator[Ready | FileEntry, None, None]:
-        """Yield the outcome of reading each task, in order, reading up to `depth` files ahead."""
-        return read_ahead(self.read, tasks, depth)
+    def read_ahead(self, tasks: Iterable[Task], depth: int, threads: int) -> Generator[Ready | FileEntry, None, None]:
+        """Yield the outcome of reading each task, in order. Threads read up to `depth` files ahead."""
+        return read_ahead(self.read, tasks, depth, threads)
 
     def read(self, task: Task) -> Ready | FileEntry:
         """Read one file for the model, or return the report entry that says why not. Never raises for a bad file."""
@@ -115,19 +115,21 @@ class Reader:
         return is_file(path) and file_sha256(path) == entry.maps.get(kind)
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R, None, None]:
+def read_ahead(
+    read: Callable[[T], R], items: Iterable[T], depth: int, threads: int = READERS
+) -> Generator[R, None, None]:
     """Yield `read(item)` for each item, in order. Threads read up to `depth` items ahead of the caller."""
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(READERS) as threads:
+    with ThreadPoolExecutor(threads) as readers:
         try:
             for item in items:
-                pending.append(threads.submit(read, item))
+                pending.append(readers.submit(read, item))
                 if len(pending) > depth:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            readers.shutdown(wait=False, cancel_futures=True)
 
 
 def make_not_done(

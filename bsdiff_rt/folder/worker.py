@@ -24,17 +24,18 @@ from bsdiff_rt.config import InferSettings
 from bsdiff_rt.engines.select import Choice
 from bsdiff_rt.errors import one_line, out_of_memory
 from bsdiff_rt.folder.earlier import Finished
-from bsdiff_rt.folder.reading import Reader, Ready, make_not_done
+from bsdiff_rt.folder.reading import READERS, Reader, Ready, make_not_done
 from bsdiff_rt.folder.report import FileEntry, Report, describe_environment
 from bsdiff_rt.folder.tasks import Task
 from bsdiff_rt.folder.writing import Writer
 from bsdiff_rt.model import Model, list_decisive
 from bsdiff_rt.runners.base import Runner
+from bsdiff_rt.runners.devices import count_threads
 from bsdiff_rt.sampling.batching import Taken
 
 logger = logging.getLogger(__name__)
 
-WRITERS = 2
+MOST_HELPERS = 16  # threads that read, and as many that write
 
 
 def begin_report(bundle: Bundle, settings: InferSettings, device: str, chosen: Choice | Runner) -> Report:
@@ -116,9 +117,11 @@ class LocalWorker:
 
     def do(self, tasks: Iterable[Task], before: Finished, add: Callable[[FileEntry], None]) -> None:
         """Take every file to its end; see `Worker.do`."""
-        work = _Work(self._model, self._writer, add)
+        # Codecs and array arithmetic run without Python's lock, so a GPU is fed by as many processors as there are.
+        helpers = min(MOST_HELPERS, max(READERS, count_threads()))
+        work = _Work(self._model, self._writer, helpers, add)
         reader = Reader(self._settings, self._preprocessing, before)
-        with closing(reader.read_ahead(tasks, work.in_flight)) as outcomes:
+        with closing(reader.read_ahead(tasks, work.in_flight, helpers)) as outcomes:
             work.do(outcomes)
 
 
@@ -128,11 +131,12 @@ class _Work:
     Args:
         model: makes the pictures.
         writer: writes them, in threads.
+        writers: number of these threads.
         add: takes each file's entry.
     """
 
-    def __init__(self, model: Model, writer: Writer, add: Callable[[FileEntry], None]) -> None:
-        self._model, self._writer, self._add = model, writer, add
+    def __init__(self, model: Model, writer: Writer, writers: int, add: Callable[[FileEntry], None]) -> None:
+        self._model, self._writer, self._writers, self._add = model, writer, writers, add
 
     @property
     def in_flight(self) -> int:
@@ -142,7 +146,7 @@ class _Work:
     def do(self, outcomes: Iterator[Ready | FileEntry]) -> None:
         """Take every file to its end. On return, and after an interruption, the writers are done."""
         writing: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(WRITERS) as threads:
+        with ThreadPoolExecutor(self._writers) as threads:
             for outcome in self._group(outcomes):
                 if isinstance(outcome, FileEntry):
                     self._add(outcome)

@@ -930,16 +930,35 @@ def test_a_deviation_map_that_is_not_what_was_written_is_made_again(run, toy, tm
     assert file_sha256(written) == entry.maps["uncertainty"]
 
 
-@pytest.mark.parametrize(("batch", "samples", "ahead"), [(1, 1, 2), (8, 1, 16), (8, 4, 4), (4, 16, 2)])
-def test_files_held_ahead_are_two_batches_of_passes(run, toy, tmp_path, monkeypatch, batch, samples, ahead):
-    depths = []
+@pytest.fixture
+def read_aheads(monkeypatch):
+    """How many files each run reads ahead, and with how many threads."""
+    asked = []
     real = reading.Reader.read_ahead
-    monkeypatch.setattr(
-        reading.Reader, "read_ahead", lambda self, tasks, depth: depths.append(depth) or real(self, tasks, depth)
-    )
+
+    def read_ahead(self, tasks, depth, threads):
+        asked.append((depth, threads))
+        return real(self, tasks, depth, threads)
+
+    monkeypatch.setattr(reading.Reader, "read_ahead", read_ahead)
+    return asked
+
+
+@pytest.mark.parametrize(("batch", "samples", "ahead"), [(1, 1, 2), (8, 1, 16), (8, 4, 4), (4, 16, 2)])
+def test_files_held_ahead_are_two_batches_of_passes(run, toy, tmp_path, read_aheads, batch, samples, ahead):
     png(tmp_path / "in" / "a.png")
     run(batch=batch, samples=samples, mirror=False)
-    assert depths == [ahead]
+    assert [depth for depth, _ in read_aheads] == [ahead]
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 2), (2, 2), (7, 7), (64, 16)])
+def test_as_many_threads_read_as_there_are_processors(
+    run, toy, tmp_path, monkeypatch, read_aheads, processors, threads
+):
+    monkeypatch.setattr("bsdiff_rt.folder.worker.count_threads", lambda: processors)
+    png(tmp_path / "in" / "a.png")
+    run()
+    assert [count for _, count in read_aheads] == [threads]
 
 
 def test_a_files_seconds_are_not_those_it_waited_for_others(run, toy, tmp_path, monkeypatch):
