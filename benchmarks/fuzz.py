@@ -244,6 +244,8 @@ def main() -> None:
         show_one(given.only)
         return
     kinds = given.kinds.split(",")
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        parser.error(f"--kinds: {unknown[0]!r} is not known. Choose from {', '.join(KINDS)}.")
     total, begin = sum(SHARES[kind] for kind in kinds), time.monotonic()
     rows, faults, document = [], [], {}
     for place, kind in enumerate(kinds):
