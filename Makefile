@@ -23,10 +23,13 @@ demo: install
 test: install-dev check
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
+# One after another: each starts several processes.
+SERVICES := tests/folder/test_ray_workers.py tests/folder/test_storage_runs.py tests/node/test_with_orthanc.py
+
 # What `make test` skips where it is not installed: Ray, S3 (moto's server) and, from Debian's package, Orthanc.
 services: install-dev
 	$(PIP_INSTALL) --editable '.[services]'
-	$(PYTEST) -m services -rs
+	$(PYTEST) --numprocesses 0 -m services -rs $(SERVICES)
 
 quick: install-dev
 	$(BIN)/ruff check .
