@@ -45,7 +45,7 @@ SOP_CLASSES = (
 )
 MODALITIES = ("CR", "DX", "RG")  # RG: conventional film, digitised
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2")
-ACCEPT_ANY_VIEW = "Accept any view to process it all the same."  # the end of each such refusal
+ACCEPT_ANY_VIEW = "To process it all the same, accept any view (--any-view)."  # the end of each such refusal
 
 
 def _words(terms: str) -> frozenset[str]:
