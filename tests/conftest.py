@@ -40,7 +40,7 @@ OUR_LOGGERS = ("bsdiff_rt", "train", "export", "benchmarks")
 
 # What `--quick` leaves out: tests that export a bundle or compile an engine, and folders that take long or run servers.
 SLOW_FIXTURES = {"tiny_bundle", "tiny_engine"}
-SLOW_FOLDERS = ("train", "export", "benchmarks", "engines", "examples", "node")
+SLOW_FOLDERS = ("train", "export", "benchmarks", "engines", "examples", "node", "tensorrt_contract")
 # Tests of other packages than bsdiff_rt, whose coverage is measured. Measuring doubles the time of Python code.
 UNMEASURED_FOLDERS = ("train", "export", "benchmarks", "examples")
 
