@@ -91,6 +91,7 @@ def test_channels_last_and_reduced_precision(tiny, relative_difference):
     assert relative_difference(tiny(x.half()).float(), expected) < 0.02  # 11 bits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exports_with_a_dynamic_batch(tiny, relative_difference):
     batch = torch.export.Dim("batch", min=1, max=8)

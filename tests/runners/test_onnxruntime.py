@@ -333,6 +333,7 @@ def test_without_cuda_nothing_falls_back(fake_cuda, tiny_bundle, monkeypatch):
         OnnxRuntimeRunner(*paths, SIZE, device=CUDA)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_to_anybody(tmp_path):
     """ONNX Runtime's own packages queue what they run, and an identifier, in the user's cache, and send it."""
     code = "import sys; from bsdiff_rt.runners.onnxruntime import OnnxRuntimeRunner as R; from pathlib import Path; "

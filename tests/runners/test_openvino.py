@@ -386,6 +386,7 @@ def test_build_engine_takes_it_only_when_named(tiny_bundle):
     assert resolve_options(open_bundle(tiny_bundle), CPU, "openvino", "bf16").runner == "openvino"
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_to_anybody(tmp_path):
     """OpenVINO's package for telemetry would note an identifier in the home folder."""
     code = (

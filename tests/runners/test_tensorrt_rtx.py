@@ -91,6 +91,7 @@ def test_attention_is_fused_at_every_width(export_block, measure, tmp_path, widt
     assert measure(graphs["old"], (1, 1)) <= one * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS[:1])
 def test_attention_alone_in_fp16_is_fused(export_block, measure, tmp_path, width):
     """The enhancer is like this."""
@@ -182,6 +183,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_build(tmp_path):
     """In a process of its own: the signal comes while the builder works, and TensorRT is told at its next step."""
     done = subprocess.run(
