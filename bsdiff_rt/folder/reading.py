@@ -25,7 +25,7 @@ from bsdiff_rt.urls import is_file, on_disk
 
 logger = logging.getLogger(__name__)
 
-READERS = 2  # at least
+READERS = 2  # threads; a run takes more where there are more processors (worker.py)
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -117,7 +117,7 @@ class LocalWorker:
 
     def do(self, tasks: Iterable[Task], before: Finished, add: Callable[[FileEntry], None]) -> None:
         """Take every file to its end; see `Worker.do`."""
-        # Codecs and array arithmetic run without Python's lock, so a GPU is fed by as many processors as there are.
+        # Reading and writing spend their time in libraries that release Python's lock: more threads keep a GPU busy.
         helpers = min(MOST_HELPERS, max(READERS, count_threads()))
         work = _Work(self._model, self._writer, helpers, add)
         reader = Reader(self._settings, self._preprocessing, before)

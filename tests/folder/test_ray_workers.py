@@ -248,7 +248,7 @@ def test_a_cluster_writes_the_same_files(tiny_bundle, folder, tmp_path, cluster)
         words = ["infer", inputs, "-o", output, "--ray", asked, "--threads", "1", "--bundle", str(tiny_bundle)]
         code = "import sys; from bsdiff_rt.cli import main; sys.argv[0] = 'bsdiff-rt'; main()"
         command = [sys.executable, "-c", code, *words, "--runner", "eager"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 3, done.stderr
         assert f"wrote {COUNT} images, refused 0, failed 1" in done.stdout
         result = tmp_path / "out" if output == "out" else archive / "out"

@@ -103,7 +103,12 @@ def test_12_bit_jpeg_and_lossy_jpeg_2000_of_other_encoders(tmp_path, name):
     scaled = (values - values.min()) / np.ptp(values)
     got = (radiograph.cxr - radiograph.cxr.min()) / np.ptp(radiograph.cxr)
     # Decoders of lossy JPEG may round a stored value differently (ITU-T T.83). Of JPEG 2000 every value is equal.
-    np.testing.assert_allclose(got, scaled, atol=1.01 / np.ptp(values) if name == "JPGExtended.dcm" else 1e-6)
+    rounded_differently = np.abs(got - scaled) > 2e-3
+    if name == "JPGExtended.dcm":
+        assert rounded_differently.mean() < 0.02  # seen: 0.014
+        np.testing.assert_allclose(got, scaled, atol=1.01 / np.ptp(values))
+    else:
+        np.testing.assert_allclose(got, scaled, atol=1e-6)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
