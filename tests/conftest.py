@@ -144,12 +144,15 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny_engine(tiny_bundle: Path, shared: Path) -> Path:
     """Folder of an `aoti` engine of the tiny bundle: fp32, batch 1 to 3, for this processor. Do not change it.
 
-    Built once for all workers: the compiler takes half a minute, and minutes on a busy machine.
+    Built once for all workers: the compiler takes half a minute, and minutes on a busy machine. The code around the
+    kernels is not optimised.
     """
+    from torch._inductor import config
+
     from bsdiff_rt.engines.build import build_engine
 
     options, output = EngineOptions("aoti", "fp32", (1, 3)), shared / "engine" / "tiny"
-    with FileLock(shared / "engine.lock"):
+    with FileLock(shared / "engine.lock"), config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
         if not output.is_dir():
             build_engine(open_bundle(tiny_bundle), options, torch.device("cpu"), output, lambda *_: None)
     return output

@@ -386,6 +386,9 @@ def _list_settings(max_autotune: bool) -> dict[str, Any]:
     if hasattr(config, "loop_reindexing_after_fusion"):
         # It makes Upsample, convolution and GroupNorm in a row about six times slower (pytorch issue 189488).
         settings["loop_reindexing_after_fusion"] = False
+    if hasattr(config.aot_inductor, "precompile_headers"):
+        # It takes longer than it saves in two networks, and stays in the machine's temporary folder.
+        settings["aot_inductor.precompile_headers"] = False
     return settings
 
 

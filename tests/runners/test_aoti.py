@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import shutil
 import warnings
@@ -589,15 +590,23 @@ def test_torchs_own_warnings_are_not_the_users_business(exported, tmp_path, monk
     assert caught == []
 
 
-def test_a_fusion_that_slows_upsampling_is_off(exported, tmp_path, monkeypatch):
-    """pytorch issue 189488: six times slower."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loop_reindexing_after_fusion",  # makes upsampling six times slower (pytorch issue 189488)
+        "aot_inductor.precompile_headers",  # leaves files in the machine's temporary folder
+    ],
+)
+def test_what_the_compiler_must_not_do(exported, tmp_path, monkeypatch, name):
     from torch._inductor import config
 
-    if not hasattr(config, "loop_reindexing_after_fusion"):
-        pytest.skip("this torch has no such fusion")
+    try:
+        operator.attrgetter(name)(config)
+    except AttributeError:
+        pytest.skip(f"this torch has no {name}")
     seen = []
     monkeypatch.setattr(
-        "torch._inductor.aoti_compile_and_package", lambda *_, **__: seen.append(config.loop_reindexing_after_fusion)
+        "torch._inductor.aoti_compile_and_package", lambda *_, **__: seen.append(operator.attrgetter(name)(config))
     )
     try_to_build(tmp_path)
     assert seen == [False, False]
