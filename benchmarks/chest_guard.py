@@ -28,13 +28,18 @@ from bsdiff_rt.tables import print_table
 
 Image = NDArray[np.float32]
 
-CHANGES: dict[str, Callable[[Image], Image]] = {
-    "as they are": lambda picture: picture,
-    "upside down": lambda picture: picture[::-1, ::-1],
-    "turned to the right": lambda picture: np.rot90(picture, -1),
-    "turned to the left": lambda picture: np.rot90(picture),
-    "inverted": lambda picture: 1 - picture,
-    "one fifth": lambda picture: picture[: len(picture) // 5, : len(picture[0]) // 5],
+CHANGES: dict[str, Callable[[Image], list[Image]]] = {
+    "as they are": lambda picture: [picture],
+    "mirrored": lambda picture: [picture[:, ::-1]],
+    "5 degrees turned, both ways": lambda picture: [rotate(picture, 5), rotate(picture, -5)],
+    "10 degrees turned, both ways": lambda picture: [rotate(picture, 10), rotate(picture, -10)],
+    "a tenth cut off, each side": lambda picture: cut_sides(picture, 0.1),
+    "a fifth cut off, each side": lambda picture: cut_sides(picture, 0.2),
+    "upside down": lambda picture: [picture[::-1, ::-1]],
+    "turned to the right": lambda picture: [np.rot90(picture, -1)],
+    "turned to the left": lambda picture: [np.rot90(picture)],
+    "inverted": lambda picture: [1 - picture],
+    "one fifth": lambda picture: [picture[: len(picture) // 5, : len(picture[0]) // 5]],
 }
 ANSWERS = {None: "no warning", NO_CHEST: "no chest", INVERTED: "inverted", WRONG_WAY[2]: "upside down"} | {
     WRONG_WAY[turns]: "on its side" for turns in (1, 3)
@@ -55,12 +60,27 @@ def main(
     pictures = [formats.read(path).cxr for path in paths if path.suffix.lower() in SUFFIXES]
     if not pictures:
         raise SettingsError(f"{xrays[0]}: no X-ray with a name that ends in {', '.join(SUFFIXES)}.")
-    counts = {name: count_answers([change(one) for one in pictures]) for name, change in CHANGES.items()}
+    counts = {
+        name: count_answers([some for one in pictures for some in change(one)]) for name, change in CHANGES.items()
+    }
     counts["natural pictures"] = count_answers(list(read_natural_pictures()))
     rows = [[name, str(sum(c.values())), *(str(c[kind]) for kind in HEADER[2:])] for name, c in counts.items()]
     print_table(HEADER, rows)
     if json_path is not None:
         write_json(json_path, {name: dict(answers) for name, answers in counts.items()})
+
+
+def rotate(picture: Image, degrees: float) -> Image:
+    """Return a picture, [H, W], turned to the left around its middle, with black corners."""
+    height, width = picture.shape
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
+    return np.asarray(cv2.warpAffine(picture, turn, (width, height)), np.float32)
+
+
+def cut_sides(picture: Image, share: float) -> list[Image]:
+    """Return four pictures: without that share of the picture at its top, bottom, left and right."""
+    height, width = (round(share * side) for side in picture.shape)
+    return [picture[height:], picture[:-height], picture[:, width:], picture[:, :-width]]
 
 
 def count_answers(pictures: list[Image]) -> Counter[str]:

@@ -20,7 +20,7 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings, ModelSettings
 from bsdiff_rt.errors import BundleError, EngineError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.imaging.chest_guard import INVERTED
+from bsdiff_rt.imaging.chest_guard import NO_CHEST
 from bsdiff_rt.imaging.one_image import finish, prepare
 from bsdiff_rt.imaging.result_guard import TOO_DIFFERENT
 from bsdiff_rt.model import Model, list_decisive, make_table, resolve_settings
@@ -177,7 +177,7 @@ def test_an_array_that_is_no_x_ray_is_refused(model, pixels, message):
 
 
 def test_a_warning_is_in_the_result(model):
-    assert model.suppress(255 - clean()).warnings == (INVERTED, TOO_DIFFERENT)  # the toy's air is grey
+    assert model.suppress(255 - clean()).warnings == (NO_CHEST, TOO_DIFFERENT)  # the toy's air is grey
     assert model.suppress(clean()).warnings == (TOO_DIFFERENT,)
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from bsdiff_rt.config import DetailName, Preprocessing
 from bsdiff_rt.errors import InputFailed
-from bsdiff_rt.imaging.chest_guard import INVERTED, load_guard
+from bsdiff_rt.imaging.chest_guard import load_guard
 from bsdiff_rt.imaging.detail import add_fine_detail
 from bsdiff_rt.imaging.network_input import Placement, from_network, to_network, view_picture, without_mirror
 from bsdiff_rt.imaging.probe import PICTURES, Nodule, Retention, add_nodules, measure_retention, place_nodules
 from bsdiff_rt.imaging.result_guard import check_result
-from bsdiff_rt.imaging.view import View, find_view, looks_negative
+from bsdiff_rt.imaging.view import View, find_view
 
 Image = NDArray[np.float32]
 
@@ -79,13 +79,10 @@ def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False,
     view = find_view(cxr, trim=not raw_view, least_span=preprocessing.least_span)
     shown_cxr = view.crop(cxr)
     cxr_net, placement = to_network(shown_cxr, preprocessing)
-    if looks_negative(view_picture(cxr_net, placement)):
-        warnings: tuple[str, ...] = (INVERTED,)
-    else:
-        warning = load_guard().check(shown_cxr)
-        warnings = () if warning is None else (warning,)
+    warning = load_guard().check(shown_cxr)
     cxr_net = view.hide_marks(cxr_net, placement)
     nodules = tuple(place_nodules(cxr[view.top : view.bottom, view.left : view.right])) if probe else ()
+    warnings = () if warning is None else (warning,)
     return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings, nodules)
 
 

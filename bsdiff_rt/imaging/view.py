@@ -31,15 +31,6 @@ SPAN_SHARES = (0.01, 0.99)  # of the pixels; the span is measured between their 
 SPREAD_TO = 0.7
 INPAINT_PX = 3  # of the model's input: how far around each pixel the inpainting looks
 
-# Both lungs and the middle between them, as columns of a square of 64 px, and how far the chest's middle may be off.
-NEGATIVE_MIDDLE, NEGATIVE_LUNGS = slice(29, 35), (slice(14, 24), slice(40, 50))
-NEGATIVE_OFF = 8
-NEGATIVE_WALL_PX = 6  # beside each lung; in a negative the chest wall is darker there
-# How much brighter than the wall a lung must be, and how much clearer the negative than the positive reading, of the
-# picture's span. Measured on phantoms, real X-rays, both with one white lung, and the negatives of all of them.
-NEGATIVE_WALL = 0.08
-NEGATIVE = 0.12
-
 
 @dataclass(frozen=True)
 class View:
@@ -166,33 +157,6 @@ def remove_borders(pictures: Sequence[Image]) -> list[Image]:
     if view == make_whole_view(shape):
         return list(pictures)
     return [view.crop(resize(picture, shape)) for picture in pictures]
-
-
-def looks_negative(picture: Image) -> bool:
-    """Return whether a frontal chest, [H, W] in [0, 1], seems to be inverted, with white air.
-
-    In a negative both lungs are brighter than the middle between them and than the chest wall beside them. Several
-    places of the middle are tried. How clear that is at its best is compared with how clear the opposite is at its
-    best. A white lung in a positive has no darker wall beside it.
-    """
-    small = resize(picture, (64, 64))
-    low, high = np.quantile(small, SPAN_SHARES)
-    columns, span = np.median(small[18:40], axis=0), float(high - low)
-    negative, positive = -np.inf, -np.inf
-    for off in range(-NEGATIVE_OFF, NEGATIVE_OFF + 1):
-        middle = _measure_columns(columns, NEGATIVE_MIDDLE, off)
-        lungs = [_measure_columns(columns, place, off) for place in NEGATIVE_LUNGS]
-        first, last = NEGATIVE_LUNGS[0].start + off, NEGATIVE_LUNGS[1].stop + off
-        walls = (columns[first - NEGATIVE_WALL_PX : first], columns[last : last + NEGATIVE_WALL_PX])
-        above = min(lung - float(wall.min()) for lung, wall in zip(lungs, walls, strict=True))
-        if above > NEGATIVE_WALL * span:
-            negative = max(negative, min(lungs) - middle)
-        positive = max(positive, middle - max(lungs))
-    return negative - positive > NEGATIVE * span
-
-
-def _measure_columns(columns: Image, place: slice, off: int) -> float:
-    return float(np.median(columns[place.start + off : place.stop + off]))
 
 
 def _trim_borders(cxr: Image) -> View:

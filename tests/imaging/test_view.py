@@ -15,7 +15,6 @@ from bsdiff_rt.imaging.view import (
     SPREAD_TO,
     View,
     find_view,
-    looks_negative,
     make_whole_view,
     remove_borders,
 )
@@ -178,36 +177,3 @@ def test_pictures_of_one_field_lose_the_same_borders():
     assert np.abs(soft_tissue - PICTURE)[5:-5, 5:-5].mean() < 0.02
     plain = [PICTURE, small]
     assert all(one is other for one, other in zip(remove_borders(plain), plain, strict=True))
-
-
-def test_most_negatives_are_told_and_no_x_ray_is_called_one():
-    found = 0
-    for seed in range(20):
-        cxr = draw_phantom(seed, 64).cxr
-        assert not any(looks_negative(part) for part in (cxr, 0.2 + 0.3 * cxr, cxr[:, 12:], cxr[:, :-12]))
-        found += looks_negative(1 - cxr)
-        assert looks_negative(1 - cxr) == looks_negative(0.2 + 0.3 * (1 - cxr))
-    assert found >= 12  # of the three real pairs all are
-
-
-def test_what_has_no_lungs_is_no_negative():
-    assert not looks_negative(np.full((64, 64), 0.5, np.float32))
-    assert not looks_negative(np.tile(np.linspace(0, 1, 90, dtype=np.float32), (70, 1)))
-    assert not looks_negative(np.random.default_rng(0).random((80, 90), dtype=np.float32))
-
-
-def with_white_lung(cxr, side, level):
-    """The picture with one lung nearly as white as its brightest bone, as after a large effusion."""
-    rows, columns = cxr.shape
-    y, x = np.mgrid[0:rows, 0:columns]
-    centre = columns * (0.29 if side == "left" else 0.71)
-    inside = (((x - centre) / (columns * 0.2)) ** 2 + ((y - rows * 0.45) / (rows * 0.36)) ** 2 - 1) * 12
-    lung = 1 / (1 + np.exp(np.clip(inside, -50, 50)))
-    return (cxr * (1 - lung) + lung * (0.9 * level * cxr.max() + 0.1 * cxr)).astype(np.float32)
-
-
-@pytest.mark.parametrize("level", [0.6, 0.85, 1.0])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_one_white_lung_is_no_negative(side, level):
-    for seed in range(10):
-        assert not looks_negative(with_white_lung(draw_phantom(seed, 64).cxr, side, level))

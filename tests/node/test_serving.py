@@ -24,7 +24,7 @@ from synthetic import SECRETS
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.imaging.chest_guard import INVERTED
+from bsdiff_rt.imaging.chest_guard import NO_CHEST
 from bsdiff_rt.node import receiving, sending
 from bsdiff_rt.node.rules import read_rules
 from bsdiff_rt.node.settings import Destination, Sender, Tls
@@ -277,4 +277,4 @@ def test_a_warning_stands_on_the_page(archive, small, tmp_path):
     with run_node(tmp_path / "node", small, archive) as node:
         send(node.port, dicom(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1"))
         wait_for(lambda: archive.stored)
-        assert f"Warning: {INVERTED}" in get(node, "/")
+        assert f"Warning: {NO_CHEST}" in get(node, "/")
