@@ -21,12 +21,13 @@ demo: install
 	@echo "Open out/report.html in a browser. Above: quality against the phantoms' known truth."
 
 test: install-dev check
-	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -m 'not services' --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # One after another: each starts several processes.
-SERVICES := tests/folder/test_ray_workers.py tests/folder/test_storage_runs.py tests/node/test_with_orthanc.py
+SERVICES := $(addprefix tests/, folder/test_ray_workers.py folder/test_storage_runs.py node/test_with_orthanc.py \
+	folder/test_html_in_chromium.py)
 
-# What `make test` skips where it is not installed: Ray, S3 (moto's server) and, from Debian's package, Orthanc.
+# What `make test` leaves out: tests with Ray, S3 (moto's server) and, where Debian's packages are, Orthanc and Chromium.
 services: install-dev
 	$(PIP_INSTALL) --editable '.[services]'
 	$(PYTEST) --numprocesses 0 -m services -rs $(SERVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -23,6 +24,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed"),
     pytest.mark.slow,
+    pytest.mark.services,
 ]
 
 
@@ -213,3 +215,40 @@ def test_dark_and_light(browser):
     assert (read_back() < 200) != (first < 200)
     find(browser, "#theme").click()
     assert read_back() == first
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory):
+    """URL of the page of a run over 1,000 X-rays."""
+    folder = tmp_path_factory.mktemp("long page")
+    bundle = write_bundle(folder / "bundle")
+    first = png(folder / "in" / "0000.png", seed=0)
+    for number in range(1, 1000):
+        os.link(first, folder / "in" / f"{number:04}.png")
+    settings = InferSettings(output=folder / "out", bundle=str(bundle.folder), html=True, batch=50)
+    inference = Inference(settings, ToyRunner(SIZE))
+    inference.run(inference.find_tasks([folder / "in"]))
+    return (folder / "out" / "report.html").as_uri()
+
+
+def test_a_thousand_cards_stay_smooth(chromium, long_page):
+    """Scrolled to its end, filtered and cleared, no frame of the page takes half a second. Seen: 0.12 s."""
+    chromium.get(long_page)
+    assert find(chromium, "#count").text == "1000 of 1000 files"
+    scroll = """
+      const done = arguments[0], end = document.body.scrollHeight, text = document.querySelector("#text");
+      let longest = 0, last = performance.now(), frame = 0;
+      const next = (now) => {
+        longest = Math.max(longest, now - last);
+        last = now;
+        if (frame === 70) { text.value = "0999"; text.dispatchEvent(new Event("input")); }
+        if (frame === 80) { text.value = ""; text.dispatchEvent(new Event("input")); }
+        if (++frame > 90) return done(longest);
+        window.scrollTo(0, (end * Math.min(frame, 60)) / 60);
+        requestAnimationFrame(next);
+      };
+      requestAnimationFrame(next);
+    """
+    longest_ms = chromium.execute_async_script(scroll)
+    assert longest_ms < 500
+    assert measure(chromium, ".card:last-child img") > 50  # the last picture is there
