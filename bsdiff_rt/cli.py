@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +36,8 @@ from bsdiff_rt.urls import is_url, parse_path
 if TYPE_CHECKING:
     from bsdiff_rt.folder.report import FileEntry, Report
     from bsdiff_rt.imaging.metrics import Quality
+    from bsdiff_rt.node.sending import Outcome
+    from bsdiff_rt.node.settings import Destination, Tls
 
 app = typer.Typer(
     add_completion=False,
@@ -269,6 +271,16 @@ def infer(
     html: Annotated[
         bool, _flag("--html", help="Write report.html: a page to look at every image, without a network.", group=FILES)
     ] = False,
+    send_to: Annotated[
+        str | None,
+        typer.Option(
+            "--send",
+            metavar="AET@HOST:PORT",
+            show_default="off",
+            help="Send the DICOM results to this node afterwards. What it has is not sent again.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool,
         _flag(
@@ -348,6 +360,7 @@ def infer(
     from bsdiff_rt.formats.dicom_checks import ACCEPT_ANY_VIEW
 
     check_inputs(inputs, output)
+    destination = None if send_to is None else _check_send(send_to, settings)
     from bsdiff_rt.folder.pipeline import Inference
 
     inference = Inference(settings, ray=ray)
@@ -371,8 +384,16 @@ def infer(
             _print(_summarise(report, settings))
     if not quiet and refuses_views:
         print_line("--any-view processes lateral views and other body parts, too.")
+    unsent = 0
+    if destination is not None and not dry_run:
+        sent = Counter[str](outcome.status for outcome in _send_results(output, [destination]))
+        unsent = sent["failed"]
+        if not quiet:
+            (print_line if as_json else _print)(_count_sent(sent))
+        if unsent:
+            print_line(f"Results that were not sent stay in {output}: bsdiff-rt send {output} --to {send_to}")
     counted = {"failed": {"failed"}, "refused": {"refused", "failed"}, "never": set[str]()}[fail_on]
-    if any(counts[status] for status in counted):
+    if any(counts[status] for status in counted) or (unsent and fail_on != "never"):
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -624,27 +645,54 @@ def send(
     destinations = [node.parse_destination(text) for text in to]
     tls = node.make_tls(tls_cert, tls_key, tls_ca)
     node.check_destinations(destinations, node.check_aet(aet, "aet"), tls)
+    outcomes = _send_results(folder, destinations, aet, tls)
+    if not outcomes:
+        raise SettingsError(f"{folder}: no report.json that names a DICOM result. Name the output folder of infer.")
+    counts = Counter[str](outcome.status for outcome in outcomes)
+    if as_json:
+        _print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    elif not quiet:
+        _print(_count_sent(counts))
+    if counts["failed"]:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _check_send(send_to: str, settings: InferSettings) -> Destination:
+    """Return the node that `infer --send` names. SettingsError if nothing could be sent there."""
+    from bsdiff_rt.node import settings as node
+
+    node.check_packages()
+    destination = node.parse_destination(send_to, "send")
+    if destination.tls:
+        raise SettingsError("TLS needs certificates. Use bsdiff-rt send after the run.", setting="send")
+    if settings.format == "png":
+        raise SettingsError("nodes take DICOM, not png. Leave out --format, or choose a DICOM one.", setting="send")
+    if is_url(settings.output):
+        raise SettingsError(f"{settings.output}: results are sent from a folder on a disk.", setting="send")
+    return destination
+
+
+def _send_results(
+    folder: Path, destinations: Sequence[Destination], aet: str = "BSDIFF", tls: Tls | None = None
+) -> list[Outcome]:
+    """Send a folder's DICOM results to each node, and print what fails. Return what became of each."""
     from bsdiff_rt.folder.earlier import list_results
     from bsdiff_rt.node.receiving import quiet_libraries
     from bsdiff_rt.node.sending import Connection, send_results
 
     quiet_libraries()
     paths = sorted(path for path, _ in list_results(folder) if path.suffix == ".dcm")
-    if not paths:
-        raise SettingsError(f"{folder}: no report.json that names a DICOM result. Name the output folder of infer.")
     outcomes = []
     for destination in destinations:
         for outcome in send_results(folder, paths, str(destination), Connection(destination, aet, tls)):
             outcomes.append(outcome)
             if outcome.status == "failed":
                 print_line(f"failed: {outcome.path}: {outcome.reason}")
-    counts = Counter(outcome.status for outcome in outcomes)
-    if as_json:
-        _print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
-    elif not quiet:
-        _print(f"sent {counts['sent']}, skipped {counts['skipped']} that were there, failed {counts['failed']}")
-    if counts["failed"]:
-        raise typer.Exit(EXIT_SOME_FAILED)
+    return outcomes
+
+
+def _count_sent(counts: Counter[str]) -> str:
+    return f"sent {counts['sent']}, skipped {counts['skipped']} that were there, failed {counts['failed']}"
 
 
 @app.command()

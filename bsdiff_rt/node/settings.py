@@ -176,8 +176,8 @@ def check_destinations(destinations: Sequence[Destination], aet: str, tls: Tls |
         raise SettingsError("a destination wants TLS. Give certificate, key and authorities.", setting="tls_cert")
 
 
-def parse_destination(text: str) -> Destination:
-    """Return the destination that `AET@host:port` or `AET@host:port/tls` names.
+def parse_destination(text: str, setting: str = "to") -> Destination:
+    """Return the destination that `AET@host:port` or `AET@host:port/tls` names, given as `setting`.
 
     Raises:
         SettingsError: the text has another form.
@@ -185,9 +185,9 @@ def parse_destination(text: str) -> Destination:
     found = re.fullmatch(rf"({_AE_TITLE})@(\[[0-9a-fA-F:.]+\]|[^\s@:/\[\]]+):(\d{{1,5}})({_TLS})?", text)
     if not found or not 0 < int(found[3]) < 65536:
         raise SettingsError(
-            f"{text!r} is not AET@host:port, such as PACS@10.0.0.5:104. Append {_TLS} for TLS.", setting="to"
+            f"{text!r} is not AET@host:port, such as PACS@10.0.0.5:104. Append {_TLS} for TLS.", setting=setting
         )
-    return Destination(check_aet(found[1], "to"), found[2].strip("[]"), int(found[3]), found[4] is not None)
+    return Destination(check_aet(found[1], setting), found[2].strip("[]"), int(found[3]), found[4] is not None)
 
 
 def parse_sender(text: str) -> Sender:
