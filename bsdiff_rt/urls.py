@@ -245,13 +245,17 @@ def list_below(folder: Path) -> set[str]:
         except FileNotFoundError:
             return []
 
-    found = _ask(folder, find)
-    return {_strip_folder(name, folder) for name in found}
+    # While the first file is being written, s3fs may name the folder itself.
+    return {_strip_folder(name, folder) for name in _ask(folder, find) if name.lstrip("/") != _drop_scheme(folder)}
 
 
 def _strip_folder(name: str, folder: UrlPath) -> str:
     """Return what follows a folder's path in a name that the storage's package gave."""
-    return name.lstrip("/").removeprefix(f"{str(folder).partition('://')[2]}/")
+    return name.lstrip("/").removeprefix(f"{_drop_scheme(folder)}/")
+
+
+def _drop_scheme(path: UrlPath) -> str:
+    return str(path).partition("://")[2]
 
 
 @contextmanager

@@ -195,3 +195,10 @@ def test_what_a_package_raises_becomes_a_sentence(store, error, words):
         raise error
     assert caught.value.filename == str(store)
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_is_not_below_itself(memory_store, monkeypatch):
+    """What s3fs answers between two of its questions, while the first file of a folder is written."""
+    folder = memory_store / "new"
+    monkeypatch.setattr(folder._system(), "find", lambda path: ["/bucket/new", "bucket/new/a.png"])
+    assert list_below(folder) == {"a.png"}

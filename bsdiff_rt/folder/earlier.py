@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder import report as short
-from bsdiff_rt.folder.journal import JOURNAL, LONG, Journal
+from bsdiff_rt.folder.journal import JOURNAL, Journal
 from bsdiff_rt.folder.report import EARLIER, PARQUET, FileEntry, Report, read_entry, read_name
+from bsdiff_rt.folder.stored_journal import FOLDER, has_journal, open_journal
 from bsdiff_rt.urls import is_url
 
 
@@ -68,15 +69,11 @@ class _JournalNamed:
     def __contains__(self, path: object, /) -> bool:
         return isinstance(path, Path) and (
             path in self._pictures
+            or path.parts[:1] == (FOLDER,)
             or self._journal.find(path) is not None
             or self._journal.is_planned(path)
             or self._journal.is_map(path)
         )
-
-
-def has_journal(folder: Path) -> bool:
-    """Return whether a long run has written into a folder. Its journal then serves every later run."""
-    return not is_url(folder) and os.path.isfile(folder / JOURNAL)
 
 
 def check_output(folder: Path) -> None:
@@ -87,9 +84,10 @@ def check_output(folder: Path) -> None:
     """
     short.check_output(folder)
     if is_url(folder):
-        if "files_in" in short.load_report(folder):
+        named = short.load_report(folder).get("files_in")
+        if named is not None and not has_journal(folder):
             raise SettingsError(
-                f"{folder}: holds a run with more than {LONG} files, made on a disk. Choose another folder.",
+                f"{folder}: its report names {named}, which cannot be used here. Choose another folder.",
                 setting="output",
             )
         return
@@ -106,7 +104,7 @@ def check_output(folder: Path) -> None:
 
 def find_results(folder: Path) -> Results:
     """Return what tells the result of an earlier run in a folder, of any version and settings."""
-    return _JournalResults(Journal(folder)) if has_journal(folder) else short.read_results(folder)
+    return _JournalResults(open_journal(folder)) if has_journal(folder) else short.read_results(folder)
 
 
 def list_results(folder: Path) -> Iterator[tuple[Path, FileEntry]]:
@@ -114,7 +112,7 @@ def list_results(folder: Path) -> Iterator[tuple[Path, FileEntry]]:
     if not has_journal(folder):
         yield from short.read_results(folder).items()
         return
-    with Journal(folder) as journal:
+    with open_journal(folder) as journal:
         for content in journal.read_results():
             entry = _to_entry(content)
             yield Path(str(entry.output)), entry
@@ -124,12 +122,12 @@ def find_finished(folder: Path, report: Report) -> Finished:
     """Return what tells the results of earlier runs with the bundle and settings of `report`."""
     if not has_journal(folder):
         return short.read_finished(folder, report)
-    return _JournalFinished(Journal(folder), report)
+    return _JournalFinished(open_journal(folder), report)
 
 
 def find_named(folder: Path) -> Named:
     """Return what tells the files in a folder that a later run may replace. False if there are none."""
-    return _JournalNamed(folder, Journal(folder)) if has_journal(folder) else short.read_named(folder)
+    return _JournalNamed(folder, open_journal(folder)) if has_journal(folder) else short.read_named(folder)
 
 
 def take_over(folder: Path, journal: Journal) -> None:

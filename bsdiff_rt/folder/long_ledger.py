@@ -14,10 +14,11 @@ from typing import Any
 
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import open_atomically
-from bsdiff_rt.folder.earlier import find_named, find_results, has_journal, take_over
-from bsdiff_rt.folder.journal import JOURNAL, Journal, sqlite_errors
+from bsdiff_rt.folder.earlier import find_named, find_results, take_over
+from bsdiff_rt.folder.journal import sqlite_errors
 from bsdiff_rt.folder.ledger import SAVE_EVERY_S, Ledger
 from bsdiff_rt.folder.report import PARQUET, FileEntry, Report, locate_map, read_name, read_rates
+from bsdiff_rt.folder.stored_journal import has_journal, name_journal, open_journal
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class LongLedger(Ledger):
         report.preview = report.preview or read_name(folder, "preview")
         report.page = report.page or read_name(folder, "page")
         is_new = not has_journal(folder)
-        self._journal = Journal(folder)
+        self._journal = open_journal(folder)
         if is_new:
             take_over(folder, self._journal)
         self._earlier, self._results = find_results(folder), find_named(folder)
@@ -54,7 +55,7 @@ class LongLedger(Ledger):
         self._listed_count = 0
         self._started = time.monotonic()
         self._next_save = self._started + SAVE_EVERY_S
-        report.files_in, report.counted = JOURNAL, self._journal.count()
+        report.files_in, report.counted = name_journal(folder), self._journal.count()
 
     def expect(self, outputs: Mapping[str, Path | None]) -> None:
         """Expect further inputs, which are forgotten when their entries are added.
@@ -117,7 +118,9 @@ class LongLedger(Ledger):
 def write_parquet(entries: Iterator[dict[str, Any]], folder: Path) -> None:
     """Write report.parquet: one row for each input. Without pyarrow a warning says what to install."""
     if find_spec("pyarrow") is None:
-        logger.warning("%s needs pyarrow. Install bsdiff-rt[archive]. %s has every entry.", PARQUET, JOURNAL)
+        logger.warning(
+            "%s needs pyarrow. Install bsdiff-rt[archive]. %s has every entry.", PARQUET, name_journal(folder)
+        )
         return
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -130,7 +133,8 @@ def write_parquet(entries: Iterator[dict[str, Any]], folder: Path) -> None:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
     except OSError as error:
         raise SettingsError(
-            f"{folder / PARQUET}: cannot be written ({error.strerror}). {JOURNAL} has every entry.", setting="output"
+            f"{folder / PARQUET}: cannot be written ({error.strerror}). {name_journal(folder)} has every entry.",
+            setting="output",
         ) from error
 
 

@@ -17,9 +17,9 @@ from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.engines.select import Choice, choose
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.folder.earlier import Finished, find_finished, has_journal
+from bsdiff_rt.folder.earlier import Finished, find_finished
 from bsdiff_rt.folder.html import write_page
-from bsdiff_rt.folder.journal import LONG, Journal
+from bsdiff_rt.folder.journal import LONG
 from bsdiff_rt.folder.ledger import Ledger, only_run
 from bsdiff_rt.folder.long_ledger import LongLedger
 from bsdiff_rt.folder.ray_workers import RayWorkers
@@ -33,6 +33,7 @@ from bsdiff_rt.folder.report import (
     list_maps,
     read_entry,
 )
+from bsdiff_rt.folder.stored_journal import has_journal, open_journal
 from bsdiff_rt.folder.tasks import Listing, Task, list_tasks, search_tasks
 from bsdiff_rt.folder.watching import Watcher, say_once
 from bsdiff_rt.folder.worker import LocalWorker, Worker, begin_report
@@ -45,7 +46,6 @@ from bsdiff_rt.model import (
 )
 from bsdiff_rt.runners.base import Runner
 from bsdiff_rt.runners.devices import resolve_device
-from bsdiff_rt.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,6 @@ class Inference:
         """
         folder = self.settings.output
         is_long = tasks.is_long or has_journal(folder)
-        if is_long and is_url(folder):
-            raise SettingsError(
-                f"{folder}: a run into object storage takes at most {LONG} files. Do the folders below the input one "
-                "by one, each into an output folder of its own, or choose an output folder on a disk.",
-                setting="output",
-            )
         if is_long and self.settings.html:
             raise SettingsError(f"{PAGE} takes at most {LONG} files. Make it for a part of the folder.", setting="html")
         with self._begin(on_file, is_long=is_long) as do:
@@ -257,7 +251,7 @@ def read_files(report: Report, folder: Path) -> Iterator[FileEntry]:
     if report.files_in is None:
         yield from report.files
         return
-    with Journal(folder) as journal:
+    with open_journal(folder) as journal:
         yield from map(read_entry, journal.read_entries())
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bsdiff_rt.errors import SettingsError
-from bsdiff_rt.folder.journal import JOURNAL, Journal
 from bsdiff_rt.folder.report import FILE_NAME, PARQUET, load_report
+from bsdiff_rt.folder.stored_journal import has_journal, open_journal
 
 SLOWEST = 10
 REASONS = 20  # shown; those of most files
@@ -78,15 +78,18 @@ def _read_entries(folder: Path, head: dict[str, Any]) -> Iterator[dict[str, Any]
     """Yield input, status, reason and seconds of each file of a run, and perhaps more."""
     if "files_in" not in head:
         yield from head["files"]
-    elif (folder / JOURNAL).is_file():
-        with Journal(folder) as journal:
+    elif has_journal(folder):
+        with open_journal(folder) as journal:
             yield from journal.read_entries()
     elif not (folder / PARQUET).is_file():
-        raise SettingsError(f"{folder}: neither {JOURNAL} nor {PARQUET} is here, and one of them lists the files.")
+        raise SettingsError(
+            f"{folder}: neither {head['files_in']} nor {PARQUET} is here, and one of them lists the files."
+        )
     elif find_spec("pyarrow") is None:
         raise SettingsError(f"{folder / PARQUET}: needs pyarrow to be read. Install bsdiff-rt[archive].")
     else:
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(folder / PARQUET).iter_batches(_ROWS, columns=_COLUMNS):
-            yield from batch.to_pylist()
+        with (folder / PARQUET).open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(_ROWS, columns=_COLUMNS):
+                yield from batch.to_pylist()

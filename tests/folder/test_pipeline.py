@@ -39,6 +39,7 @@ from bsdiff_rt.imaging.view import SPREAD_TO
 from bsdiff_rt.sampling import batching
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import sampler_table
+from train.phantoms import draw_phantom
 
 # Results of two runs that compute the same in another order (batch size, runner) may fall on either side of a rounding:
 # one grey level of 255. Seen: 0 or 1.
@@ -1242,7 +1243,8 @@ def test_a_derived_object_says_what_the_networks_were_shown(run, toy, tmp_path):
 
 def test_a_negative_is_done_and_said(run, toy, tmp_path, caplog):
     (tmp_path / "in").mkdir()
-    for name, picture in (("plain", chest(*SHAPE)), ("negative", 1 - chest(*SHAPE))):
+    cxr = draw_phantom(0, 128).cxr
+    for name, picture in (("plain", cxr), ("negative", 1 - cxr)):
         cv2.imwrite(str(tmp_path / "in" / f"{name}.png"), np.rint(picture * 255).astype(np.uint8))
     assert statuses(run()) == {"plain.png": "ok", "negative.png": "ok"}
     told = [record.getMessage() for record in caplog.records if "negative.png" in record.getMessage()]

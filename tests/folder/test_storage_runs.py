@@ -23,12 +23,15 @@ from bsdiff_rt import urls
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import write_atomically
-from bsdiff_rt.folder import tasks, writing
+from bsdiff_rt.folder import journal, pipeline, search, stored_journal, tasks, writing
+from bsdiff_rt.folder.earlier import list_results
 from bsdiff_rt.folder.pipeline import Inference
-from bsdiff_rt.urls import list_below, to_path
+from bsdiff_rt.folder.stored_journal import open_journal
+from bsdiff_rt.folder.summary import summarise
+from bsdiff_rt.urls import UrlPath, list_below, to_path
 
 SIZE = 64  # px, of the tiny bundle
-REPORTS = {"report.json", "report.html", "preview.png"}
+REPORTS = {"report.json", "report.html", "preview.png", "report.parquet", "report.journal"}
 
 
 @pytest.fixture
@@ -54,7 +57,8 @@ def upload(folder, url):
 def results(place):
     """Return the bytes of every file below a folder or URL but the reports."""
     names = tree(place) if isinstance(place, Path) and not urls.is_url(place) else list_below(place)
-    return {name: (place / name).read_bytes() for name in names if name not in REPORTS}
+    kept = (name for name in names if name.partition("/")[0] not in REPORTS and not name.startswith("report.sqlite"))
+    return {name: (place / name).read_bytes() for name in kept}
 
 
 def list_files(report):
@@ -187,16 +191,111 @@ def test_icons_beside_dicom_files_are_left_out(run, inputs, memory_store, caplog
     assert "(1 .gif)" in caplog.text
 
 
-def test_many_files_go_from_the_storage_to_a_disk_only(run, inputs, memory_store, tmp_path, monkeypatch):
+@pytest.fixture
+def long(monkeypatch):
+    """A run of more than two files is a long one here."""
+    for module in (journal, pipeline, search, tasks):
+        monkeypatch.setattr(module, "LONG", 2)
+
+
+def read_journal(output):
+    with open_journal(output) as opened:
+        return list(opened.read_entries())
+
+
+def test_a_long_run_is_that_of_a_disk(run, inputs, memory_store, tmp_path, long):
     upload(inputs, memory_store / "in")
-    monkeypatch.setattr(tasks, "LONG", 2)
-    with pytest.raises(SettingsError, match="at most 10000 files"):
-        run(memory_store / "in", memory_store / "out")
-    assert list_below(memory_store / "out") == set()
-    report = run(memory_store / "in", tmp_path / "out")
+    report = run(memory_store / "in", memory_store / "out", samples=2)
+    run(inputs, tmp_path / "out", samples=2)
     assert report.counts() == {"ok": 4, "failed": 1}
+    assert results(memory_store / "out") == results(tmp_path / "out") != {}
+    assert drop_places(read_journal(memory_store / "out")) == drop_places(read_journal(tmp_path / "out"))
+    head = json.loads((memory_store / "out" / "report.json").read_text())
+    assert (head["files"], head["files_in"], head["counts"]) == ([], "report.journal", {"ok": 4, "failed": 1})
+    assert summarise(memory_store / "out")["counts"] == {"ok": 4, "failed": 1}
+    assert {path.as_posix() for path, _ in list_results(memory_store / "out")} == {
+        entry["output"] for entry in read_journal(tmp_path / "out") if entry["output"]
+    }
+
+
+def test_a_long_run_resumes(run, inputs, memory_store, long):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "out")
+    (memory_store / "out" / "IM0001.dcm").unlink()
+    write_atomically(memory_store / "in" / "deep" / "b c.png", b"")
+    report = run(memory_store / "in", memory_store / "out")
+    assert report.counts() == {"ok": 1, "skipped": 2, "failed": 2}
+    assert "deep/b c.png.stale" in list_below(memory_store / "out")
+    assert run(memory_store / "in", memory_store / "out", seed=1).counts() == {"ok": 3, "failed": 2}
+
+
+def test_a_short_run_and_a_long_one_go_on_with_each_other(run, inputs, memory_store, monkeypatch):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "out")
+    for module in (journal, pipeline, search, tasks):
+        monkeypatch.setattr(module, "LONG", 2)
+    assert run(memory_store / "in", memory_store / "out").counts() == {"skipped": 4, "failed": 1}
+    assert run(memory_store / "in" / "a.png", memory_store / "out").counts() == {"skipped": 1}
+    write_atomically(memory_store / "out" / "new.png", b"mine")
+    write_atomically(memory_store / "in" / "new.png", (inputs / "a.png").read_bytes())
+    assert run(memory_store / "in", memory_store / "out").counts() == {"skipped": 4, "failed": 1, "refused": 1}
+
+
+def test_a_journal_that_was_not_uploaded_last_goes_on_where_the_storage_ends(memory_store):
+    """As after a kill: what was planned is known, and what was added since the last commit is not."""
+    folder = memory_store / "out"
+    entry = {"input": "a", "output": "a.png", "status": "ok"}
+    first = open_journal(folder)
+    first.begin_run({"bundle": {}})
+    first.plan([Path("a.png"), Path("b.png")])
+    first.add(0, entry, [Path("uncertainty/a.png")], Path("a.png"))
+    first.commit()
+    first.add(1, entry | {"output": "b.png"}, planned=Path("b.png"))
+    stored_journal._OPEN.clear()  # the process is gone
+    with open_journal(folder) as second:
+        assert (second.find("a.png"), second.find("b.png")) == ((1, entry), None)
+        assert second.is_planned(Path("b.png"))
+        assert not second.is_planned(Path("a.png"))
+        assert second.is_map(Path("uncertainty/a.png"))
+        second.begin_run({"bundle": {}})
+        second.forget(Path("a.png"))
+    with open_journal(folder) as third:
+        assert third.find("a.png") is None
+        assert len(third.read_heads()) == 2
+    assert not stored_journal._OPEN
+
+
+def test_changes_that_the_storage_refuses_are_uploaded_later(memory_store, monkeypatch):
+    def refuse(self, data):
+        raise OSError(5, "the storage does not answer")
+
+    with open_journal(memory_store / "out") as opened:
+        opened.begin_run({})
+        opened.add(0, {"input": "a", "output": "a.png", "status": "ok"})
+        with monkeypatch.context() as patch:
+            patch.setattr(UrlPath, "write_bytes", refuse)
+            with pytest.raises(
+                SettingsError, match=r"report\.journal: cannot be written \(the storage does not answer\)"
+            ):
+                opened.commit()
+    with open_journal(memory_store / "out") as opened:
+        assert opened.find("a.png") is not None
+
+
+@pytest.mark.parametrize("content", [b"no json", b'["drop", 1]', b'["plan"]', b"[1]", b"{}", b"\xff"])
+def test_a_damaged_journal_is_refused(run, inputs, memory_store, long, content):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "out")
+    (memory_store / "out" / "report.journal" / "000000001-00000000.jsonl").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"report\.journal: damaged"):
+        run(memory_store / "in", memory_store / "out")
+
+
+def test_the_journal_of_a_run_on_a_disk_is_not_used_in_the_storage(run, inputs, memory_store, tmp_path, long):
+    upload(inputs, memory_store / "in")
+    run(inputs, tmp_path / "out")
     upload(tmp_path / "out", memory_store / "out")
-    with pytest.raises(SettingsError, match="more than 10000 files, made on a disk"):
+    with pytest.raises(SettingsError, match=r"names report\.sqlite, which cannot be used here"):
         run(memory_store / "in", memory_store / "out")
 
 
@@ -235,9 +334,17 @@ def test_s3_gives_the_files_of_a_disk(run, s3, inputs, tmp_path):
     assert list_below(to_path("s3://archive/moved")) == {"a.png"}
 
 
+LONG_RUN = """
+from bsdiff_rt.folder import journal, pipeline, search, tasks
+for module in (journal, pipeline, search, tasks):
+    module.LONG = 2
+"""
+
+
 @pytest.mark.services
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
+@pytest.mark.parametrize("before", ["", LONG_RUN], ids=["short", "long"])
+def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run, before):
     """Every file that the killed run finished is complete; after the second run all are there, with the same bytes.
 
     The killed run leaves at most four files of its reader and writer threads on the disk, and a report.
@@ -247,13 +354,14 @@ def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
         png(tmp_path / "in" / f"{number:02}.png", seed=number)
     upload(tmp_path / "in", to_path("s3://archive/many"))
     run(tmp_path / "in", tmp_path / "out")
-    words = ["infer", "s3://archive/many", "-o", "s3://archive/done", "--bundle", str(tiny_bundle), "--runner", "eager"]
-    command = [sys.executable, "-c", toy_command(SIZE, words)]
+    done = to_path(f"s3://archive/done{len(before)}")
+    words = ["infer", "s3://archive/many", "-o", str(done), "--bundle", str(tiny_bundle), "--runner", "eager"]
+    command = [sys.executable, "-c", f"{before}\n{toy_command(SIZE, words)}"]
     (spool := tmp_path / "spool").mkdir()
     environment = os.environ | s3 | {"TMPDIR": str(spool)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    done, deadline = to_path("s3://archive/done"), time.monotonic() + 60
-    while len(list_below(done)) < 10 and time.monotonic() < deadline and process.poll() is None:
+    deadline = time.monotonic() + 60
+    while len(results(done)) < 10 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
@@ -264,7 +372,8 @@ def test_a_killed_run_into_s3_is_resumed(s3, tiny_bundle, tmp_path, run):
     assert len([path for path in spool.iterdir() if path.name.startswith("bsdiff-rt-")]) <= 5
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=120)
     assert results(done) == expected
-    assert len(list_files(done)) == count
+    assert summarise(done)["counts"].keys() <= {"ok", "skipped"}
+    assert sum(summarise(done)["counts"].values()) == count
 
 
 @pytest.mark.services
