@@ -213,7 +213,7 @@ class Model:
         formats.check_kind(format, radiograph)
         prepared = self.prepare(radiograph.cxr)
         finished = self._finish_all([(prepared, radiograph.pixel_digest)])[0]
-        derivation = self.describe(prepared, format)
+        derivation = self.describe(prepared)
         formats.write(target, finished.soft_tissue, like=radiograph, kind=format, derivation=derivation)
         return make_result(radiograph, prepared, finished)
 
@@ -250,9 +250,9 @@ class Model:
         """Make the model's outputs for one X-ray, [P, S, S], float32, in [-1, 1], into its soft-tissue image."""
         return finish(prepared, passes, mirror=bool(self.settings.mirror), detail=self.settings.detail)
 
-    def describe(self, prepared: Prepared, format: FormatName) -> Derivation:
+    def describe(self, prepared: Prepared) -> Derivation:
         """Describe how a result was made, for the header of a derived DICOM object."""
-        decisive = list_decisive(self.settings, self._runner.name, self._runner.precision) | {"format": format}
+        decisive = list_decisive(self.settings, self._runner.name, self._runner.precision)
         return describe_derivation(self.bundle, self.settings, decisive, prepared)
 
     def _suppress(self, radiographs: Sequence[Radiograph]) -> list[Result]:
@@ -373,7 +373,8 @@ def describe_derivation(
     Args:
         bundle: the model.
         settings: the resolved settings.
-        decisive: `list_decisive` and the format of the result. Its digest becomes part of new UIDs.
+        decisive: `list_decisive`, perhaps with the format of the result. Its digest becomes part of new UIDs. The
+            format does not, because the object's class does.
         prepared: the X-ray.
     """
     view, size = prepared.view, bundle.manifest.preprocessing.size
@@ -400,6 +401,6 @@ def describe_derivation(
         description=f"{', '.join(word for word in words if word)}. Not for diagnostic use.",
         bundle_name=bundle.manifest.name,
         bundle_sha256=bundle.sha256,
-        settings_digest=digest_json([bundle.identity, decisive]),
+        settings_digest=digest_json([bundle.identity, {key: decisive[key] for key in decisive if key != "format"}]),
         software_version=__version__,
     )

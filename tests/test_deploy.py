@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bsdiff_rt.node.settings import is_loopback, parse_destination, parse_listen, parse_sender
+from bsdiff_rt.node.settings import parse_destination, parse_listen, parse_sender
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
@@ -53,12 +53,14 @@ def test_systemd_takes_the_unit(tmp_path):
 
 
 def test_the_compose_file_starts_both(cli):
-    services = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text(encoding="utf-8"))
+    services = compose["services"]
     node, archive = services["bsdiff-rt"], services["orthanc"]
     command, folder, *options = node["command"]
     assert command == "serve"
     values = check_options(cli, options)
-    assert is_loopback(parse_listen(values["--listen"])[0])
+    host, port = parse_listen(values["--listen"])
+    assert host == compose["networks"]["default"]["ipam"]["config"][0]["gateway"]  # no other machine reaches it
     assert f"node:{folder}" in node["volumes"]
     dockerfile = (DEPLOY / node["build"]["context"] / "Dockerfile").read_text(encoding="utf-8")
     assert re.search(rf"chown bsdiff .*{folder}$", dockerfile, re.MULTILINE)  # a volume gets the owner of its folder
@@ -69,4 +71,5 @@ def test_the_compose_file_starts_both(cli):
     configuration = json.loads((DEPLOY / "orthanc.json").read_text(encoding="utf-8"))
     assert destination.aet == configuration["DicomAet"]
     assert f"127.0.0.1:{destination.port}:{configuration['DicomPort']}" in archive["ports"]
-    assert configuration["DicomModalities"]["bsdiff"][0] == "BSDIFF"  # else it may not ask by C-FIND
+    assert configuration["DicomModalities"]["bsdiff"] == ["BSDIFF", host, port]  # else it may not ask by C-FIND
+    assert parse_sender(values["--allow"]).aet == configuration["DicomAet"]

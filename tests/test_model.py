@@ -232,7 +232,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_reused_deep_features_are_named_and_exact_runs_keep_their_digest(tiny_bundle):
     with bsdiff_rt.open_model(tiny_bundle, runner="eager", sampler="ddim", steps=20, cache_every=3) as model:
-        described = model.describe(model.prepare(chest(*SHAPE).astype(np.float32)), "dicom")
+        described = model.describe(model.prepare(chest(*SHAPE).astype(np.float32)))
         assert "20 steps, deep features every 3 steps, seed 0" in described.description
     exact = list_decisive(replace(model.settings, cache_every=1), "eager", "fp32")
     assert "cache_every" not in exact  # so that UIDs and finished files of earlier versions stay valid

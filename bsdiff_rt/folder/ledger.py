@@ -37,13 +37,17 @@ SAVE_SHARE = 0.05  # at most this share of the time, however many files the repo
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def only_run(folder: Path, setting: str | None = "output") -> Iterator[None]:
     """Keep other runs out of an output folder, and remove what a killed one left half written.
 
     Without this, the last run to end would replace the reports of the others.
 
     The lock belongs to the process and ends with it. Windows and some network drives have no such locks; there, other
     runs are not kept out. Object storage has none, either, and nothing in it is ever half written.
+
+    Args:
+        folder: the output folder.
+        setting: what named it, for the message.
 
     Raises:
         SettingsError: another run is writing into the folder.
@@ -59,7 +63,7 @@ def only_run(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             message = f"{folder}: another run is writing into it. Wait for its end, or choose another folder."
-            raise SettingsError(message, setting="output") from error
+            raise SettingsError(message, setting=setting) from error
         except OSError as error:
             logger.debug("%s cannot be locked: %s", folder, error)
         else:

@@ -108,13 +108,16 @@ class Connection:
             return self._association
         destination = self._destination
         tls = None if self._context is None else (self._context, destination.host)
-        association = self._ae.associate(
-            destination.host,
-            destination.port,
-            ae_title=destination.aet,
-            tls_args=tls,
-            evt_handlers=self._handlers,  # type: ignore[arg-type]
-        )
+        try:
+            association = self._ae.associate(
+                destination.host,
+                destination.port,
+                ae_title=destination.aet,
+                tls_args=tls,
+                evt_handlers=self._handlers,  # type: ignore[arg-type]
+            )
+        except OSError as error:  # a host name that nobody knows now, for example
+            raise NotSent(f"{destination} cannot be reached ({error.strerror})", away=True) from error
         if not association.is_established:
             why = "rejected the association" if association.is_rejected else "cannot be reached"
             raise NotSent(f"{destination} {why}", away=True)
@@ -197,6 +200,8 @@ class Connection:
             raise NotSent(f"{self._destination} does not take this class or transfer syntax") from error
         except RuntimeError as error:  # the association ended between two images
             raise NotSent(f"{self._destination} ended the association", away=True) from error
+        except OSError as error:
+            raise NotSent(f"the result cannot be read ({error.strerror})") from error
         if "Status" not in status:
             raise NotSent(f"{self._destination} did not answer", away=True, unsure=True)
         if status.Status not in (0, _DUPLICATE, *_WARNINGS):

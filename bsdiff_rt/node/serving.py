@@ -83,9 +83,10 @@ class Node:
         """
         settings = self._settings
         quiet_libraries()
+        _check_folder(settings.folder)
         for folder in (settings.received, settings.results):
             _make_folder(folder)
-        stack.enter_context(only_run(settings.folder))
+        stack.enter_context(only_run(settings.folder, None))
         self._journal = Journal(settings.folder / JOURNAL)
         stack.callback(self._journal.close)
         for folder in (settings.received, settings.results):
@@ -236,7 +237,7 @@ class Node:
         if not found:
             logger.warning("a report on storage commitment belongs to no request of this node")
             return
-        logger.info("a destination answers for %d results", len(report.committed))
+        logger.info("storage commitment: a destination answers for %d more", len(report.committed))
         if report.failed:
             logger.warning("a destination does not answer for %d results. They are sent again.", len(report.failed))
 
@@ -276,6 +277,16 @@ def read_rule_values(path: Path) -> dict[str, str]:
             return {name: str(header.get(keyword, "") or "") for name, keyword in ELEMENTS.items()}
     except Exception:  # damaged files make pydicom raise anything
         return {}
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that nothing else lies in the node's folder. Files in it are removed in time.
+
+    Raises:
+        SettingsError: something does.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOURNAL).is_file():
+        raise SettingsError(f"{folder}: holds files, but no {JOURNAL} of a node. Name an empty folder or a new one.")
 
 
 def _make_folder(folder: Path) -> None:

@@ -182,11 +182,13 @@ def parse_destination(text: str, setting: str = "to") -> Destination:
     Raises:
         SettingsError: the text has another form.
     """
-    found = re.fullmatch(rf"({_AE_TITLE})@(\[[0-9a-fA-F:.]+\]|[^\s@:/\[\]]+):(\d{{1,5}})({_TLS})?", text)
-    if not found or not 0 < int(found[3]) < 65536:
+    found = re.fullmatch(rf"([^@]+)@(\[[0-9a-fA-F:.]+\]|[^\s@:/\[\]]+):(\d{{1,9}})({_TLS})?", text)
+    if not found:
         raise SettingsError(
             f"{text!r} is not AET@host:port, such as PACS@10.0.0.5:104. Append {_TLS} for TLS.", setting=setting
         )
+    if not 0 < int(found[3]) < 65536:
+        raise SettingsError(f"{text!r}: {found[3]} is no TCP port. Use 1 to 65535.", setting=setting)
     return Destination(check_aet(found[1], setting), found[2].strip("[]"), int(found[3]), found[4] is not None)
 
 

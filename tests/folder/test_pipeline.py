@@ -1241,6 +1241,16 @@ def test_a_derived_object_says_what_the_networks_were_shown(run, toy, tmp_path):
     assert "rows" not in dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
 
 
+def test_one_result_has_one_uid_in_every_encoding_and_format_name(run, toy, tmp_path):
+    """A node writes `dicom`, `infer` writes `auto`: an archive must not get the same result twice."""
+    dicom(tmp_path / "in" / "a.dcm")
+    uids = {}
+    for kind in ("auto", "dicom", "dicom-j2k", "dicom-sc"):
+        run(format=kind, overwrite=True)
+        uids[kind] = dcmread(tmp_path / "out" / "a.dcm").SOPInstanceUID
+    assert uids["auto"] == uids["dicom"] == uids["dicom-j2k"] != uids["dicom-sc"]
+
+
 def test_a_negative_is_done_and_said(run, toy, tmp_path, caplog):
     (tmp_path / "in").mkdir()
     cxr = draw_phantom(0, 128).cxr

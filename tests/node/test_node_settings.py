@@ -40,6 +40,19 @@ def test_destinations_that_are_none(text):
         parse_destination(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A TITLE THAT IS TOO LONG@host:104", "1 to 16 letters"),
+        ("PACS@host:99999", "99999 is no TCP port. Use 1 to 65535"),
+        ("PACS@host", "is not AET@host:port"),
+    ],
+)
+def test_what_is_wrong_with_a_destination(text, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_destination(text)
+
+
 def test_senders():
     assert parse_sender("XRAY1") == Sender("XRAY1")
     assert parse_sender("XRAY1@10.0.0.7") == Sender("XRAY1", "10.0.0.7")

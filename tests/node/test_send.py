@@ -68,6 +68,12 @@ def test_what_is_not_sent_is_named(cli, results, trouble):
     assert not [secret for secret in SECRETS if secret in outcome.out + outcome.err]
 
 
+def test_a_name_that_nobody_knows_is_no_fault_of_the_file(cli, results):
+    outcome = cli("send", results, "--to", "PACS@nowhere.invalid:104")
+    assert outcome.code == 3
+    assert "failed: 0.dcm: PACS@nowhere.invalid:104 cannot be reached (" in outcome.err
+
+
 def test_a_folder_without_results_is_refused(cli, tmp_path):
     outcome = cli("send", tmp_path, "--to", f"{ARCHIVE}@{HOST}:104")
     assert outcome.code == 2

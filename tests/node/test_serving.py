@@ -111,6 +111,32 @@ def test_the_destination_is_down_and_comes_back(archive, small, tmp_path):
     assert set(archive.times.values()) == {1}
 
 
+def test_a_name_that_nobody_knows_now_is_a_destination_that_is_down(archive, small, tmp_path):
+    """A resolver that is out of order must not end the node."""
+    both = (Destination(ARCHIVE, "nowhere.invalid", 104), Destination(ARCHIVE, HOST, archive.port))
+    with run_node(tmp_path / "node", small, archive, destinations=both) as node:
+        assert send(node.port, dicom(tmp_path / "a.dcm")) == [0]
+        wait_for(lambda: archive.stored)
+        wait_for(lambda: "ARCHIVE@nowhere.invalid:104 cannot be reached" in get(node, "/"))
+        assert json.loads(get(node, "/health"))["status"] == "ok"
+        assert send(node.port, dicom(tmp_path / "b.dcm", seed=1)) == [0]
+        wait_for(lambda: len(archive.stored) == 2)
+
+
+def test_a_folder_with_other_files_is_no_node(archive, small, tmp_path):
+    dicom(tmp_path / "archive" / "a.dcm")
+    with pytest.raises(SettingsError, match="holds files"), run_node(tmp_path / "archive", small, archive):
+        pass
+    assert [path.name for path in (tmp_path / "archive").iterdir()] == ["a.dcm"]
+
+
+def test_two_nodes_in_one_folder(archive, small, tmp_path):
+    with run_node(tmp_path / "node", small, archive), pytest.raises(SettingsError, match="another run") as raised:  # noqa: SIM117
+        with run_node(tmp_path / "node", small, archive):
+            pass
+    assert raised.value.setting is None  # serve has no --output
+
+
 def test_a_result_that_is_refused_waits_and_others_pass(archive, small, tmp_path):
     with Archive() as other:
         both = tuple(Destination(ARCHIVE, HOST, port) for port in (archive.port, other.port))
