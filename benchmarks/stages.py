@@ -85,7 +85,7 @@ def time_stages(path: Path, settings: InferSettings, images: int) -> dict[str, d
             passes = timed("network", run_network, model, prepared, radiograph.pixel_digest)
             picture = timed("detail", model.finish, prepared, passes).soft_tissue
             for kind in ("dicom", "dicom-j2k", "png"):
-                how = {"like": radiograph)}
+                how = {"like": radiograph, "kind": kind, "derivation": model.describe(prepared)}
                 timed(f"write {kind}", formats.write, settings.output / f"result.{kind}", picture, **how)
     return {
         name: {"median_s": round(statistics.median(values), 4), "p95_s": round(float(np.percentile(values, 95)), 4)}
