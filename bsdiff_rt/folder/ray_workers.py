@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -306,6 +307,8 @@ def _start(address: str) -> None:
             object_store_memory=STORE_BYTES,
             **quiet,
         )
+        with suppress(OSError):  # whoever reads it could run programs as this user, and Ray lets everybody read it
+            (Path.home() / ".ray" / "auth_token").chmod(0o600)
         return
     if address != AUTO:
         _check_that_somebody_listens(address)

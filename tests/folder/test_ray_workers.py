@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -185,6 +186,8 @@ def test_two_workers_write_the_same_files_though_one_is_killed(tiny_bundle, fold
     finally:
         done.set()
         thread.join()
+    token = tmp_path / ".ray" / "auth_token"
+    assert not token.exists() or stat.S_IMODE(token.stat().st_mode) == 0o600
     assert fates(tmp_path / "out") == fates(tmp_path / "plain")
     assert report.counts() == {"ok": COUNT, "failed": 1}
     assert report.settings == plain.settings
