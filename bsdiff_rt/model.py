@@ -393,7 +393,7 @@ def describe_derivation(
         f"rows {view.top + 1}-{view.bottom} and columns {view.left + 1}-{view.right}" if part else "",
         f"{view.mark_pixels} pixels of marks kept" if view.mark_pixels else "",
         f"grey levels spread {view.gain:.3f} times for the model" if view.gain != 1 else "",
-        f"network matrix {size} x {size}",
+        f"model input {size} x {size} px",
         f"detail {settings.detail}",
         f"runner {decisive['runner']} {decisive['precision']}",
     ]

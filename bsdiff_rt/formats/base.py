@@ -46,7 +46,7 @@ class Derivation:
     """How a result was made, for formats that can record it.
 
     Attributes:
-        description: sampler, steps, seed, precision and network matrix. DICOM keeps at most 1024 characters.
+        description: sampler, steps, seed, precision and size of the model's input. DICOM keeps at most 1024 characters.
         bundle_name: name of the model bundle.
         bundle_sha256: hash of the bundle. In DICOM it gives the Device UID, so that a retrained model is a new device.
         settings_digest: identifies the resolved settings. In DICOM it is part of the new UIDs.

@@ -130,7 +130,7 @@ def test_format_depth_and_matrix(run, toy, tmp_path, source, bits, file_format, 
         result = derived.pixel_array
         assert (derived.BitsStored, derived.BitsAllocated) == (bits, 8 if bits == 8 else 16)
         assert "BONE_SUPPRESSED" in derived.ImageType
-        assert "ddim, 3 steps, seed 0, stage 2 on, network matrix" in derived.DerivationDescription
+        assert "ddim, 3 steps, seed 0, stage 2 on, model input" in derived.DerivationDescription
     assert result.shape == (rows, columns)
     # The picture the toy makes: 0.9 (0.7 cxr +- 0.2) in [-1, 1], at every depth on the same scale.
     shown = result / (2**bits - 1)
@@ -909,7 +909,7 @@ def test_a_derived_object_says_that_mirror_images_are_in_it(run, toy, tmp_path):
     dicom(tmp_path / "in" / "a.dcm")
     run(mirror=True)
     described = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
-    assert "averaged with the mirrored image, network matrix" in described
+    assert "averaged with the mirrored image, model input" in described
 
 
 def test_a_lost_deviation_map_is_made_again(run, toy, tmp_path):
@@ -1236,7 +1236,7 @@ def test_a_derived_object_says_what_the_networks_were_shown(run, toy, tmp_path):
     save(tmp_path / "in" / "a.dcm", dataset(values, 12))
     run()
     described = dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
-    assert f"rows 21-{20 + SHAPE[0]} and columns 41-{40 + SHAPE[1]}, network matrix" in described
+    assert f"rows 21-{20 + SHAPE[0]} and columns 41-{40 + SHAPE[1]}, model input" in described
     run(raw_view=True)
     assert "rows" not in dcmread(tmp_path / "out" / "a.dcm").DerivationDescription
 
