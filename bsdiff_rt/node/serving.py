@@ -91,10 +91,10 @@ class Node:
         stack.callback(self._journal.close)
         for folder in (settings.received, settings.results):
             remove_orphans(folder, self._journal.list_files())
-        do = stack.enter_context(self._inference.keep_loaded(self._add))
-        if settings.http_port is not None:
+        if settings.http_port is not None:  # before the model, which takes its time: the port may be taken
             self._status = StatusServer(settings.http_port, self._journal, self.read_state)
             stack.callback(self._status.close)
+        do = stack.enter_context(self._inference.keep_loaded(self._add))
         self._start_sending(stack)
         worker = threading.Thread(target=self._process, args=(do,), name="model", daemon=True)
         worker.start()
