@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ from bsdiff_rt.bench.measure import PICTURE_RANGE, compute_psnr, measure_batches
 from bsdiff_rt.bench.networks import BASELINE
 from bsdiff_rt.bench.plan import Plan
 from bsdiff_rt.bench.trial import Trial
-from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.bundle import MANIFEST, Bundle, open_bundle
 from bsdiff_rt.config import EngineOptions, InferSettings
 from bsdiff_rt.errors import BsdiffError, one_line
+from bsdiff_rt.files import file_sha256
 from bsdiff_rt.runners.eager import EagerRunner
 from bsdiff_rt.runners.timing import time_call
 
@@ -53,6 +56,7 @@ TELLING_S = 10.0  # for pytest to report failures when time runs out
 COMPILING_S = 60.0  # torch.compile starts only if this much time is left
 DEMO_ENGINE_S = 60.0  # the demo model's engine likewise
 DEMO_BATCH = 8
+LARGE_IMAGES = 8  # of the folder that the large network does with all steps
 TWICE_S = 15.0  # an image that takes less is made twice; the second time its step is recorded already
 
 
@@ -308,26 +312,77 @@ def _list_kernels(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
 
 
 def run_folder(part: Part) -> None:
-    """Run the demo bundle on a folder of random pictures, reading and writing included."""
+    """Run the demo bundle on a folder of random pictures, then the large network, reading and writing included."""
     from bsdiff_rt.folder.pipeline import Inference  # here: it needs the packages that read files
 
     source = part.work / "pictures"
     source.mkdir()
     draw_pictures(source, part.options.images, part.options.image_px)
-    started = time.monotonic()
     runner = str(part.work / DEMO) if (part.work / DEMO).is_dir() else "auto"
-    inference = Inference(InferSettings(output=part.work / "results", device=part.options.device, runner=runner))
-    report = inference.run(inference.find_tasks([source]))
+    settings = InferSettings(output=part.work / "results", device=part.options.device, runner=runner)
+    part.save(**_time_folder(part, Inference(settings), sorted(source.iterdir()), "demo"))
+    _run_large_folder(part, source)
+
+
+def _run_large_folder(part: Part, source: Path) -> None:
+    """Run the network that the other parts measure with all steps, on as many pictures as there is time for."""
+    from bsdiff_rt.folder.pipeline import Inference
+
+    model = make_model(part)
+    assert model.bundle is not None
+    steps = {row["name"]: row["step_ms"] / 1e3 for row in part.read_other("steps").get("rows", []) if row["batch"] == 1}
+    loaded, _ = load_all(part, model)
+    fastest = min(loaded, key=lambda candidate: steps.get(candidate.name, math.inf))
+    image_s = 1.2 * steps.get(fastest.name, 0.0) * part.options.full_steps
+    count = min(part.options.images, LARGE_IMAGES, int(part.left() / max(image_s, 1e-9)))
+    if not count:
+        part.note(f"{model.name}: skipped, an image takes about {image_s:.0f} s and {part.left():.0f} s are left")
+        return
+    settings = InferSettings(
+        output=part.work / "large results",
+        device=part.options.device,
+        bundle=str(_name_graphs(model.bundle, part.work / "large")),
+        steps=part.options.full_steps,
+        batch=1,
+        mirror=False,
+    )
+    found = _time_folder(part, Inference(settings, fastest.runner), sorted(source.iterdir())[:count], fastest.name)
+    part.save(large=found | {"candidate": fastest.name, "steps": part.options.full_steps})
+
+
+def _name_graphs(bundle: Bundle, folder: Path) -> Path:
+    """Copy a bundle that may have no graphs, and give it empty ones. A run with a loaded runner does not read them."""
+    shutil.copytree(bundle.folder, folder)
+    for name in ("denoiser.onnx", "enhancer.onnx"):
+        (folder / name).touch()
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    (folder / MANIFEST).write_text(replace(bundle.manifest, files=files).to_json())
+    return folder
+
+
+def _time_folder(part: Part, inference: Any, pictures: list[Path], name: str) -> dict[str, Any]:
+    """Run a folder. Return the seconds with loading, the counts and the rate.
+
+    Raises:
+        RuntimeError: not every picture has a result.
+    """
+    started = time.monotonic()
+    report = inference.run(inference.find_tasks(pictures))
     seconds = time.monotonic() - started
     counts = dict(report.counts())
-    done = counts.get("ok", 0)
-    part.save(seconds_whole=seconds, counts=counts, settings=report.settings, images_per_second=done / seconds)
+    rate = counts.get("ok", 0) / seconds
     part.note(
-        f"{counts} of {part.options.images} images of {part.options.image_px} px in {seconds:.1f} s with loading: "
-        f"{part.found['images_per_second']:.2f} images/s, runner {report.settings['runner']}"
+        f"{name}: {counts} of {len(pictures)} images of {part.options.image_px} px in {seconds:.1f} s with loading: "
+        f"{rate:.3g} images/s, runner {report.settings['runner']}"
     )
-    if done != part.options.images:
+    if counts.get("ok", 0) != len(pictures):
         raise RuntimeError(f"some images failed: {counts}")
+    return {
+        "seconds_whole": seconds,
+        "counts": counts,
+        "settings": report.settings,
+        "images_per_second": rate,
+    }
 
 
 def draw_pictures(target: Path, count: int, size: int) -> None:

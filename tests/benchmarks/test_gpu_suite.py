@@ -73,6 +73,9 @@ def test_every_part_on_a_cpu(tmp_path, monkeypatch, capsys):
         assert rows[batch, "cudnn fp8"]["reason"] == "the package nvidia-cudnn-frontend is not installed"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu_suite.json"}
     assert parts["folder"]["counts"] == {"ok": 1}
+    large = parts["folder"]["large"]
+    assert (large["counts"], large["candidate"], large["steps"]) == ({"ok": 1}, "eager", 2)
+    assert large["images_per_second"] > 0
     assert "published / this" in printed
 
 
