@@ -66,7 +66,11 @@ class GroupedCommand(TyperCommand):
         for place, word in enumerate(args):
             if word == "--ray" and not (args[place + 1 :] and _ADDRESS.fullmatch(args[place + 1])):
                 args[place] = "--ray=local"
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's words
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each group, in the order in which the groups first appear."""

@@ -319,7 +319,7 @@ def test_every_option_arrives(infer, toy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--sampler euler", "Invalid value for '--sampler'"),
+        ("--sampler euler", "Invalid value for '--sampler': 'euler' is not one of 'ddpm', "),
         ("--steps 0", "0 sampling steps requested"),
         ("--steps 1001", "--steps: 1001 sampling steps"),
         ("--steps many", "Invalid value for '--steps'"),
