@@ -15,7 +15,7 @@ from bsdiff_rt.folder import report as short
 from bsdiff_rt.folder.journal import JOURNAL, Journal
 from bsdiff_rt.folder.report import EARLIER, PARQUET, FileEntry, Report, read_entry, read_name
 from bsdiff_rt.folder.stored_journal import FOLDER, has_journal, open_journal
-from bsdiff_rt.urls import is_url
+from bsdiff_rt.urls import is_file, is_url, lexists
 
 
 class Results(Protocol):
@@ -86,25 +86,31 @@ def check_output(folder: Path) -> None:
     if is_url(folder):
         named = short.load_report(folder).get("files_in")
         if named is not None and not has_journal(folder):
+            why = "is missing. Put it back" if named == FOLDER else "is of a run on a disk. Copy the results there"
             raise SettingsError(
-                f"{folder}: its report names {named}, which cannot be used here. Choose another folder.",
-                setting="output",
+                f"{folder}: its report names {named}, which {why}, or choose another output folder.", setting="output"
             )
-        return
-    for name in (JOURNAL, PARQUET):
-        if os.path.lexists(folder / name) and not os.path.isfile(folder / short.FILE_NAME):
+    for name in (PARQUET,) if is_url(folder) else (JOURNAL, PARQUET):
+        if lexists(folder / name) and not is_file(folder / short.FILE_NAME):
             raise SettingsError(
                 f"{folder / name}: no report.json says that this program wrote it. Move it away, or choose another "
                 "output folder.",
                 setting="output",
             )
-    if has_journal(folder):
+    if not is_url(folder) and os.path.isfile(folder / JOURNAL):
         Journal(folder).close()
 
 
-def find_results(folder: Path) -> Results:
-    """Return what tells the result of an earlier run in a folder, of any version and settings."""
-    return _JournalResults(open_journal(folder)) if has_journal(folder) else short.read_results(folder)
+def find_results(folder: Path, journal: Journal | None = None) -> Results:
+    """Return what tells the result of an earlier run in a folder, of any version and settings.
+
+    Args:
+        folder: the output folder.
+        journal: its journal, if that is open.
+    """
+    if journal is None and not has_journal(folder):
+        return short.read_results(folder)
+    return _JournalResults(journal or open_journal(folder))
 
 
 def list_results(folder: Path) -> Iterator[tuple[Path, FileEntry]]:
@@ -125,16 +131,27 @@ def find_finished(folder: Path, report: Report) -> Finished:
     return _JournalFinished(open_journal(folder), report)
 
 
-def find_named(folder: Path) -> Named:
-    """Return what tells the files in a folder that a later run may replace. False if there are none."""
-    return _JournalNamed(folder, open_journal(folder)) if has_journal(folder) else short.read_named(folder)
+def find_named(folder: Path, journal: Journal | None = None) -> Named:
+    """Return what tells the files in a folder that a later run may replace. False if there are none.
+
+    Args:
+        folder: the output folder.
+        journal: its journal, if that is open.
+    """
+    if journal is None and not has_journal(folder):
+        return short.read_named(folder)
+    return _JournalNamed(folder, journal or open_journal(folder))
 
 
 def take_over(folder: Path, journal: Journal) -> None:
-    """Copy what report.json names into a new journal, before the first long run into a folder."""
+    """Copy what report.json names into a new journal, before the first long run into a folder: all of it or nothing."""
     content: dict[str, Any] = short.load_report(folder)
-    if not content:
-        return
+    if content:
+        with journal.together():
+            _take_over(content, journal)
+
+
+def _take_over(content: dict[str, Any], journal: Journal) -> None:
     head = {key: value for key, value in content.items() if key not in ("files", "earlier", "planned")}
     for entries in (content.get("earlier", []), content["files"]):
         # The results of other runs are known to be ours, but not how they were made.

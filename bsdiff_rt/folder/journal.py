@@ -58,6 +58,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.RLock()
+        self._together = False
         try:
             self._base = sqlite3.connect(folder / JOURNAL, timeout=_WAIT_S, check_same_thread=False)
             self._base.execute("PRAGMA journal_mode = TRUNCATE")
@@ -92,13 +93,13 @@ class Journal:
             self._run += 1
             self._base.execute("INSERT INTO runs VALUES (?, ?)", (self._run, json.dumps(head)))
             self._base.execute("DELETE FROM entries WHERE output IS NULL")
-            self._base.commit()
+            self._commit()
 
     def plan(self, outputs: Iterable[Path]) -> None:
         """Note results that will be written. They are on disk before this returns."""
         with self._lock:
             self._base.executemany("INSERT OR IGNORE INTO planned VALUES (?)", [(os.fsencode(one),) for one in outputs])
-            self._base.commit()
+            self._commit()
 
     def add(self, place: int, entry: dict[str, Any], maps: Iterable[Path] = (), planned: Path | None = None) -> None:
         """Add an entry of this run, in the place of an earlier one with the same result.
@@ -127,12 +128,35 @@ class Journal:
     def commit(self) -> None:
         """Put on disk what was added."""
         with self._lock:
+            self._commit()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Put what is changed in this block on disk as a whole, or nothing of it if the process is killed."""
+        with self._lock:
+            self._together = True
+            try:
+                yield
+            except BaseException:
+                self._base.rollback()
+                raise
+            finally:
+                self._together = False
+            self.commit()
+
+    def _commit(self) -> None:
+        if not self._together:
             self._base.commit()
 
     def read_heads(self) -> dict[int, dict[str, Any]]:
         """Return what each run's report says of the run as a whole, by the number of the run."""
         with self._lock:
             return {run: json.loads(head) for run, head in self._base.execute("SELECT run, head FROM runs")}
+
+    @property
+    def is_new(self) -> bool:
+        """Return whether no run was begun."""
+        return self._run == 0
 
     def find(self, output: str | Path) -> tuple[int, dict[str, Any]] | None:
         """Return the run and the entry of a result, or None."""

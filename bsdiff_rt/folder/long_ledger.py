@@ -18,7 +18,7 @@ from bsdiff_rt.folder.earlier import find_named, find_results, take_over
 from bsdiff_rt.folder.journal import sqlite_errors
 from bsdiff_rt.folder.ledger import SAVE_EVERY_S, Ledger
 from bsdiff_rt.folder.report import PARQUET, FileEntry, Report, locate_map, read_name, read_rates
-from bsdiff_rt.folder.stored_journal import has_journal, name_journal, open_journal
+from bsdiff_rt.folder.stored_journal import name_journal, open_journal
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class LongLedger(Ledger):
         self._earlier_rates = read_rates(folder)
         report.preview = report.preview or read_name(folder, "preview")
         report.page = report.page or read_name(folder, "page")
-        is_new = not has_journal(folder)
         self._journal = open_journal(folder)
-        if is_new:
+        if self._journal.is_new:
             take_over(folder, self._journal)
-        self._earlier, self._results = find_results(folder), find_named(folder)
+        self._earlier = find_results(folder, self._journal)
+        self._results = find_named(folder, self._journal)
         self._outputs: dict[str, Path | None] = {}
         self._places: dict[str, int] = {}
         self._listed_count = 0

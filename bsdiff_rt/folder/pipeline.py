@@ -122,7 +122,8 @@ class Inference:
         folder = self.settings.output
         is_long = tasks.is_long or has_journal(folder)
         if is_long and self.settings.html:
-            raise SettingsError(f"{PAGE} takes at most {LONG} files. Make it for a part of the folder.", setting="html")
+            where = "a part of the folder" if tasks.is_long else "results in another output folder: here was a long run"
+            raise SettingsError(f"{PAGE} takes at most {LONG} files. Make it for {where}.", setting="html")
         with self._begin(on_file, is_long=is_long) as do:
             do(tasks, True)
         if self.settings.preview:

@@ -18,7 +18,7 @@ from bsdiff_rt import __version__
 from bsdiff_rt.config import InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.files import parse_json, write_atomically
-from bsdiff_rt.urls import lexists, resolve
+from bsdiff_rt.urls import is_url, lexists, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +321,19 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path) -> Any:
-    return parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+    """Return the content of report.json.
+
+    Raises:
+        SettingsError: object storage has it and does not give it. Taken for missing, its results would be nobody's.
+    """
+    try:
+        return parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not is_url(folder):
+            raise
+        raise SettingsError(f"{folder / FILE_NAME}: cannot be read ({error.strerror}). Try again.") from error
 
 
 def _read_entries(content: dict[str, Any]) -> list[FileEntry]:

@@ -7,6 +7,7 @@ A file in the storage cannot be appended to. So each commit uploads what has cha
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import tempfile
 import threading
@@ -22,6 +23,8 @@ from bsdiff_rt.folder.journal import JOURNAL, Journal
 from bsdiff_rt.urls import is_dir, is_url, list_below
 
 FOLDER = "report.journal"
+_DIGITS = 9
+_PART = re.compile(rf"\d{{{_DIGITS}}}-[0-9a-f]{{8}}\.jsonl")
 _AT_ONCE = 16  # files that are read from the storage at the same time
 
 _OPEN: dict[str, StoredJournal] = {}  # by output folder: what one part of a run changes, the others must see
@@ -29,10 +32,17 @@ _OPENING = threading.Lock()
 
 
 def has_journal(folder: Path) -> bool:
-    """Return whether a long run has written into a folder. Its journal then serves every later run."""
+    """Return whether a long run was begun in a folder. Its journal then serves every later run.
+
+    Raises:
+        SettingsError: the journal is damaged, or the storage does not say.
+    """
     if is_url(folder):
-        return str(folder) in _OPEN or is_dir(folder / FOLDER)
-    return (folder / JOURNAL).is_file()
+        return str(folder) in _OPEN or (is_dir(folder / FOLDER) and bool(_list_parts(folder)))
+    if not (folder / JOURNAL).is_file():
+        return False
+    with Journal(folder) as journal:
+        return not journal.is_new
 
 
 def name_journal(folder: Path) -> str:
@@ -68,16 +78,16 @@ class StoredJournal(Journal):
         self._changes: list[str] = []
         super().__init__(Path(self._disk.name))
         self._base.execute("PRAGMA synchronous = OFF")  # after a power failure the storage has everything
-        names = sorted(list_below(folder / FOLDER))
-        try:
-            self._number = int(names[-1].partition("-")[0]) + 1 if names else 0
-            self._replay(folder / FOLDER / name for name in names)
-        except OSError as error:
-            raise SettingsError(f"{folder / FOLDER}: cannot be read ({error.strerror}).", setting="output") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        names = _list_parts(folder)
+        numbers = {int(name[:_DIGITS]) for name in names}
+        self._number = max(numbers, default=-1) + 1
+        if missing := set(range(self._number)) - numbers:
+            first = f"{min(missing):0{_DIGITS}}-*.jsonl"
             raise SettingsError(
-                f"{folder / FOLDER}: damaged. Choose another output folder.", setting="output"
-            ) from error
+                f"{folder / FOLDER}: {first} is missing. Put it back, or choose another output folder.",
+                setting="output",
+            )
+        self._replay([folder / FOLDER / name for name in names])
         _OPEN[str(folder)] = self
 
     def close(self) -> None:
@@ -115,10 +125,10 @@ class StoredJournal(Journal):
         """
         with self._lock:
             super().commit()
-            if not self._changes:
+            if not self._changes or self._together:
                 return
             # The end of the name keeps two runs from replacing each other's entries.
-            place = self._folder / FOLDER / f"{self._number:09}-{secrets.token_hex(4)}.jsonl"
+            place = self._folder / FOLDER / f"{self._number:0{_DIGITS}}-{secrets.token_hex(4)}.jsonl"
             try:
                 place.write_bytes("\n".join(self._changes).encode())
             except OSError as error:
@@ -148,14 +158,38 @@ class StoredJournal(Journal):
         else:
             raise ValueError(kind)
 
-    def _replay(self, files: Iterable[Path]) -> None:
-        for content in _read_ahead(files):
-            for line in content.decode().splitlines():
-                self._do(*parse_json(line))
+    def _replay(self, files: list[Path]) -> None:
+        """Do what the files say, in order.
+
+        Raises:
+            SettingsError: one is damaged, or the storage does not give it.
+        """
+        for file, content in zip(files, _read_ahead(files), strict=True):
+            try:
+                if not content:
+                    raise ValueError("empty")
+                for line in content.decode().splitlines():
+                    self._do(*parse_json(line))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise SettingsError(
+                    f"{file}: damaged. Put it back as it was, or choose another output folder.", setting="output"
+                ) from error
+
+
+def _list_parts(folder: Path) -> list[str]:
+    """Return the names of the journal's files in order. Other files, such as a storage's mark of a folder, are none."""
+    return sorted(name for name in list_below(folder / FOLDER) if _PART.fullmatch(name))
 
 
 def _read_ahead(files: Iterable[Path]) -> Iterator[bytes]:
     files = iter(files)
     with ThreadPoolExecutor(_AT_ONCE) as readers:
         while group := list(islice(files, 4 * _AT_ONCE)):
-            yield from readers.map(lambda file: file.read_bytes(), group)
+            yield from readers.map(_read, group)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read ({error.strerror}). Try again.", setting="output") from error

@@ -282,12 +282,12 @@ def test_changes_that_the_storage_refuses_are_uploaded_later(memory_store, monke
         assert opened.find("a.png") is not None
 
 
-@pytest.mark.parametrize("content", [b"no json", b'["drop", 1]', b'["plan"]', b"[1]", b"{}", b"\xff"])
+@pytest.mark.parametrize("content", [b"no json", b'["drop", 1]', b'["plan"]', b"[1]", b"{}", b"\xff", b""])
 def test_a_damaged_journal_is_refused(run, inputs, memory_store, long, content):
     upload(inputs, memory_store / "in")
     run(memory_store / "in", memory_store / "out")
     (memory_store / "out" / "report.journal" / "000000001-00000000.jsonl").write_bytes(content)
-    with pytest.raises(SettingsError, match=r"report\.journal: damaged"):
+    with pytest.raises(SettingsError, match=r"report\.journal/000000001-00000000\.jsonl: damaged"):
         run(memory_store / "in", memory_store / "out")
 
 
@@ -295,8 +295,92 @@ def test_the_journal_of_a_run_on_a_disk_is_not_used_in_the_storage(run, inputs, 
     upload(inputs, memory_store / "in")
     run(inputs, tmp_path / "out")
     upload(tmp_path / "out", memory_store / "out")
-    with pytest.raises(SettingsError, match=r"names report\.sqlite, which cannot be used here"):
+    with pytest.raises(SettingsError, match=r"names report\.sqlite, which is of a run on a disk\. Copy"):
         run(memory_store / "in", memory_store / "out")
+
+
+def test_what_is_missing_from_a_journal_is_noticed(run, inputs, memory_store, long):
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in", memory_store / "out", steps=2)
+    parts = sorted(list_below(memory_store / "out" / "report.journal"))
+    content = (memory_store / "out" / "report.journal" / parts[0]).read_bytes()
+    (memory_store / "out" / "report.journal" / parts[0]).unlink()  # it says with which settings the rest was made
+    with pytest.raises(SettingsError, match=r"report\.journal: 000000000-\*\.jsonl is missing"):
+        run(memory_store / "in", memory_store / "out")
+    (memory_store / "out" / "report.journal" / parts[0]).write_bytes(content)
+    for foreign in ("notes.txt", "mark"):
+        (memory_store / "out" / "report.journal" / foreign).write_bytes(b"")
+    assert run(memory_store / "in", memory_store / "out", steps=2).counts() == {"skipped": 4, "failed": 1}
+    for part in list_below(memory_store / "out" / "report.journal"):
+        (memory_store / "out" / "report.journal" / part).unlink()
+    with pytest.raises(SettingsError, match=r"names report\.journal, which is missing"):
+        run(memory_store / "in", memory_store / "out")
+
+
+def test_another_programs_table_stays(run, inputs, memory_store, long):
+    upload(inputs, memory_store / "in")
+    write_atomically(memory_store / "out" / "report.parquet", b"mine")
+    with pytest.raises(SettingsError, match=r"report\.parquet: no report\.json says"):
+        run(memory_store / "in", memory_store / "out")
+    assert (memory_store / "out" / "report.parquet").read_bytes() == b"mine"
+
+
+def test_a_report_that_the_storage_does_not_give_once_makes_no_results_foreign(run, inputs, memory_store, monkeypatch):
+    """Whichever read of report.json fails: the run ends, or does what it would have done."""
+    upload(inputs, memory_store / "in")
+    run(memory_store / "in" / "deep", memory_store / "out")
+    for module in (journal, pipeline, search, tasks):
+        monkeypatch.setattr(module, "LONG", 2)
+    read, left = UrlPath.read_bytes, [0]
+
+    def fail_once(self):
+        left[0] -= self.name == "report.json"
+        if self.name == "report.json" and left[0] == 0:
+            raise OSError(5, "the storage does not answer")
+        return read(self)
+
+    monkeypatch.setattr(UrlPath, "read_bytes", fail_once)
+    said = []
+    for which in range(1, 16):
+        left[0] = which
+        try:
+            assert run(memory_store / "in" / "deep", memory_store / "out").counts() == {"skipped": 2}
+        except SettingsError as error:
+            said.append(str(error))
+            stored_journal._OPEN.clear()
+    assert said
+    assert all("does not answer" in one for one in said)
+    left[0] = 0
+    assert run(memory_store / "in" / "deep", memory_store / "out").counts() == {"skipped": 2}
+
+
+@pytest.mark.parametrize("where", ["storage", "disk"])
+def test_a_run_killed_while_it_takes_over_a_shorter_one_orphans_nothing(
+    run, inputs, memory_store, tmp_path, monkeypatch, where
+):
+    source, output = inputs, tmp_path / "out"
+    if where == "storage":
+        upload(inputs, memory_store / "in")
+        source, output = memory_store / "in", memory_store / "out"
+    run(source, output)
+    for module in (journal, pipeline, search, tasks):
+        monkeypatch.setattr(module, "LONG", 2)
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+
+        def kill(*_, **__):
+            raise Killed
+
+        patch.setattr(journal.Journal, "add", kill)
+        patch.setattr(journal.Journal, "close", lambda _: None)
+        patch.setattr(stored_journal.StoredJournal, "close", lambda _: None)
+        with pytest.raises(Killed):
+            run(source, output)
+    stored_journal._OPEN.clear()
+    assert run(source, output).counts() == {"skipped": 4, "failed": 1}
 
 
 def test_what_the_command_line_says(cli, inputs, memory_store, tiny_bundle, tmp_path, toy):
