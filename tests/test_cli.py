@@ -39,7 +39,7 @@ INTERRUPTED = (
     "bsdiff-rt: interrupted. Finished files are complete; the same command (without --overwrite) goes on with the rest"
 )
 GROUPS = {
-    "Input and output": "INPUT --output --format --preview --html --overwrite --any-view --dry-run",
+    "Input and output": "INPUT --output --format --preview --html --send --overwrite --any-view --dry-run",
     "Model": "--bundle --sampler --steps --seed --samples --enhance --mirror --probe --detail --raw-view",
     "Speed": "--runner --device --precision --batch --threads --ray",
     "Run": "--fail-on --quiet --verbose --json --help",
@@ -63,7 +63,7 @@ def test_help_shows_every_option_with_its_default(cli, command):
         assert option in shown.out
 
 
-def test_infer_has_27_options_in_four_groups_each_with_its_default(cli):
+def test_infer_has_28_options_in_four_groups_each_with_its_default(cli):
     text = cli("infer", "--help").out
     titles = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
     assert titles == list(GROUPS)
@@ -76,7 +76,7 @@ def test_infer_has_27_options_in_four_groups_each_with_its_default(cli):
         for name, entry in zip(names, entries, strict=True):
             options += name not in ("INPUT", "--help")
             assert "[default:" in entry or "[required]" in entry or name == "--help", entry
-    assert options == 27
+    assert options == 28
     words = " ".join(text.split())
     for default in ("demo", "auto", "0", "1;", "full", "refused", "(off)", "(the bundle's)", "(all processors)"):
         assert f"[default: {default}" in words, default
