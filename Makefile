@@ -25,7 +25,7 @@ test: install-dev check
 
 # One after another: each starts several processes.
 SERVICES := $(addprefix tests/, folder/test_ray_workers.py folder/test_storage_runs.py node/test_with_orthanc.py \
-	folder/test_html_in_chromium.py)
+	folder/test_html_in_chromium.py node/test_page_in_chromium.py benchmarks/test_reader_study.py)
 
 # What `make test` leaves out: tests with Ray, S3 (moto's server) and, where Debian's packages are, Orthanc and Chromium.
 services: install-dev

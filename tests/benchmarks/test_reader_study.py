@@ -280,7 +280,11 @@ def test_an_error_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys):
 # --- the page in a browser: keys and buttons in, what tabulate reads out ---
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+
+
+def in_a_browser(test):
+    """Mark a test that needs Chromium."""
+    return pytest.mark.services(pytest.mark.skipif(BROWSER is None, reason="no Chromium here")(test))
 
 
 def browse(page, folder, script):

@@ -20,6 +20,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 DRIVER = shutil.which("chromedriver")
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")
 def test_the_page_fits_narrow_and_wide_windows_and_says_nothing_on_the_console(small, tmp_path):
