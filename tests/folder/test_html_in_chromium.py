@@ -18,6 +18,7 @@ from selenium.webdriver import ActionChains, Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -251,10 +252,10 @@ def test_a_thousand_cards_stay_smooth(chromium, long_page):
     """
     longest_ms = chromium.execute_async_script(scroll)
     assert longest_ms < 500
-    # The last picture is loaded once it comes into view.
-    chromium.execute_async_script("""
-      const [done] = arguments, image = document.querySelector(".card:last-child img");
-      image.scrollIntoView();
-      image.decode().then(done, done);
-    """)
-    assert measure(chromium, ".card:last-child img") > 50
+    # The last picture is loaded once it is in view.
+    WebDriverWait(chromium, 30).until(
+        lambda _: (
+            chromium.execute_script("document.querySelector('.card:last-child').scrollIntoView()")
+            or measure(chromium, ".card:last-child img") > 50
+        )
+    )
