@@ -325,7 +325,7 @@ def run_folder(part: Part) -> None:
 
 
 def _run_large_folder(part: Part, source: Path) -> None:
-    """Run the network that the other parts measure with all steps, on as many pictures as there is time for."""
+    """Run the large network, with all its steps, on as many pictures as time allows."""
     from bsdiff_rt.folder.pipeline import Inference
 
     model = make_model(part)
