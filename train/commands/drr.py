@@ -59,6 +59,9 @@ def drr_command(
         str | None, typer.Option(help="Labels that are bone, such as 25-50,69.", show_default="all but 0")
     ] = None,
     lungs: Annotated[bool, typer.Option("--lungs", help="Also write NAME_lungs.png, the lung fields.")] = False,
+    calcified: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of pairs with calcifications drawn into the rib cartilage.")
+    ] = DrrOptions.calcified,
     seed: Annotated[
         int, typer.Option(min=0, help="Random seed. The same seed gives the same pairs.")
     ] = DrrOptions.seed,
@@ -70,7 +73,7 @@ def drr_command(
 
     An interrupted run continues with the same command. A larger --count adds pairs.
     """
-    options = DrrOptions(size, seed, view, beam, pose, lungs)
+    options = DrrOptions(size, seed, view, beam, pose, lungs, calcified)
     sources = find_sources(cts)
     wanted = Labels(labels, parse_labels(bone_labels))
     entries = make_pool(sources, output, count, options, wanted, workers or os.cpu_count() or 1)

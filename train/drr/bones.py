@@ -59,7 +59,7 @@ def find_tissues(hu: Volume3D, body: Mask, lungs: Mask, spacing: Spacing, labels
     dense &= ~_metal(hu, body, spacing)
     if labels is not None:
         dense |= labels & body
-    cage = _inside_of_cage(lungs, spacing)
+    cage = inside_of_cage(lungs, spacing)
     blood = _grow_blood(hu, body, dense, cage, spacing, labels)
     has_contrast = blood is not None
     core = dense & ~blood if blood is not None else dense
@@ -80,7 +80,7 @@ def _metal(hu: Volume3D, body: Mask, spacing: Spacing) -> Mask:
     return found
 
 
-def _inside_of_cage(lungs: Mask, spacing: Spacing) -> Mask:
+def inside_of_cage(lungs: Mask, spacing: Spacing) -> Mask:
     """Return what the ribs enclose: the convex hull of the lungs of a slice and of all above it, without its rim."""
     kernel = ellipse(WALL_MM, spacing[1:])
     cage = np.zeros(lungs.shape, bool)

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from bsdiff_rt import __version__
 from bsdiff_rt.errors import InputFailed, InputRefused, SettingsError
 from bsdiff_rt.files import write_atomically
 from bsdiff_rt.formats.raster import write_png
+from train.drr.cartilage import calcify
 from train.drr.framing import Anatomy, BeamKind, View, draw_framing
 from train.drr.materials import SCALE, Materials
 from train.drr.prepare import prepare_ct
@@ -47,8 +48,10 @@ RECORD, SHEET, WORK = "pool.json", "contact_sheet.png", ".work"
 KIND = "pool of DRR pairs"
 BITS = 16
 LARGEST_SHEET = 48  # pairs
+CALCIFIED = 1  # seed of the calcifications
 LUNG_SHARE = 0.35  # of the long paths through the lungs: what is longer is lung field
 ROLES = ("cxr", "soft_tissue")
+PARTS = tuple(field.name for field in fields(Materials))
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class DrrOptions:
         beam: "cone", "parallel" or "mixed".
         pose: multiplies the random rotations; 0 is straight.
         lungs: also write NAME_lungs.png, the lung fields.
+        calcified: share of pairs with calcifications drawn into the rib cartilage.
     """
 
     size: int = 512
@@ -70,6 +74,7 @@ class DrrOptions:
     beam: BeamKind = "mixed"
     pose: float = 1.0
     lungs: bool = False
+    calcified: float = 0.4
 
     @property
     def voxel_mm(self) -> float:
@@ -266,7 +271,7 @@ def _start_worker() -> None:
 
 
 def _work_files(work: Path, name: str) -> Iterator[Path]:
-    for part in ("soft", "excess", "lungs"):
+    for part in PARTS:
         yield work / f"{name}_{part}.npy"
     yield work / f"{name}.json"
 
@@ -283,7 +288,7 @@ def _prepare(source: Source, work: Path, options: DrrOptions, labels: Labels) ->
         status = "refused" if isinstance(error, InputRefused) else "failed"
         return {"status": status, "reason": str(error), "prepare_seconds": time.monotonic() - started}
     *volumes, text = _work_files(work, source.name)
-    for file, part in zip(volumes, ("soft", "excess", "lungs"), strict=True):
+    for file, part in zip(volumes, PARTS, strict=True):
         np.save(file, getattr(prepared.materials, part))
     text.write_text(json.dumps(asdict(prepared.anatomy)))
     return {
@@ -321,9 +326,15 @@ def _make_pair(output: Path, name: str, number: int, options: DrrOptions) -> Non
 
 def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, options: DrrOptions) -> dict[str, Array]:
     """Return one pair, "cxr" and "soft_tissue", and "lungs" where the options say so; [S, S] float32 in [0, 1]."""
-    rng = np.random.default_rng([options.seed, zlib.crc32(os.fsencode(name)), number])
+    seed = [options.seed, zlib.crc32(os.fsencode(name)), number]
+    rng = np.random.default_rng(seed)
     framing = draw_framing(rng, anatomy, options.size, options.view, options.beam, options.pose)
-    maps = [materials.soft, materials.excess] + ([materials.lungs] if options.lungs else [])
+    excess = materials.excess
+    drawn = np.random.default_rng([*seed, CALCIFIED])  # its own, so that the share changes nothing else
+    if drawn.random() < options.calcified:
+        y_z_x = (anatomy.spacing[1], anatomy.spacing[0], anatomy.spacing[2])
+        excess = excess + calcify(drawn, materials.cartilage, y_z_x)
+    maps = [materials.soft, excess] + ([materials.lungs] if options.lungs else [])
     soft_path, excess_path, *rest = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
     pixel_mm = framing.beam.side_mm / options.size
     logs = expose(soft_path, excess_path, draw_exposure(rng), pixel_mm, rng)

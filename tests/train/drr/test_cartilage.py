@@ -1,0 +1,91 @@
+"""Rib cartilage is found in the wall of the chest and nowhere else; what is drawn into it is bone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_ct import SPACING, ellipse, make_chest
+
+from train.drr.body import find_body, find_lungs
+from train.drr.bones import find_tissues
+from train.drr.cartilage import DEPTH_UNITS, calcify, find_cartilage
+from train.drr.framing import Anatomy
+from train.drr.materials import split_materials
+from train.drr.pool import DrrOptions, draw_pair
+
+
+@pytest.fixture(scope="module")
+def chest():
+    """A chest whose ribs are joined to the breastbone by cartilage: HU and where the cartilage is."""
+    hu = make_chest()
+    rim = ellipse(hu.shape[1:], (50, 60), (33, 47)) & ~ellipse(hu.shape[1:], (50, 60), (29, 44))
+    rim[30:] = False
+    rim[:, :50] = rim[:, 71:] = False
+    slices = np.arange(len(hu)) % 6 < 3
+    cartilage = slices[:, None, None] & rim & (hu == 40)
+    hu[cartilage] = 130
+    return hu, cartilage
+
+
+def segment(hu):
+    body = find_body(hu, SPACING)
+    lungs = find_lungs(hu, body, SPACING)
+    return body, lungs, find_tissues(hu, body, lungs, SPACING)
+
+
+def test_cartilage_is_found_and_nothing_else(chest):
+    hu, cartilage = chest
+    body, lungs, tissues = segment(hu)
+    depth = find_cartilage(hu, body, lungs, tissues, SPACING)
+    found = depth > 0
+    assert found[cartilage & ~tissues.bone].mean() > 0.8
+    near = np.zeros_like(found)  # voxels are 3 mm wide: a ring of one voxel is partial volume
+    for k in range(len(found)):
+        rows, columns = np.nonzero(cartilage[k])
+        if len(rows):
+            near[k, rows.min() - 1 : rows.max() + 2, columns.min() - 1 : columns.max() + 2] = True
+    assert not found[~near].any()
+    assert not (found & (tissues.bone | lungs | ~body)).any()
+    assert depth[found].min() == pytest.approx(3.0 * DEPTH_UNITS)
+
+
+def test_a_chest_without_denser_cartilage_has_none():
+    hu = make_chest(contrast=True)
+    assert not find_cartilage(hu, *segment(hu), SPACING).any()
+
+
+def test_calcifications_lie_in_the_cartilage_and_differ(chest):
+    hu, _ = chest
+    depth = find_cartilage(hu, *segment(hu), SPACING)
+    drawn = [calcify(np.random.default_rng(seed), depth, SPACING) for seed in range(12)]
+    for excess in drawn:
+        assert excess.dtype == np.int16
+        assert not excess[depth == 0].any()
+        assert 0 <= excess.min() <= excess.max() <= 1200  # no denser than cortical bone
+    shares = [(excess > 100)[depth > 0].mean() for excess in drawn]
+    assert min(shares) < 0.1
+    assert max(shares) > 0.4
+    np.testing.assert_array_equal(drawn[3], calcify(np.random.default_rng(3), depth, SPACING))
+    assert not calcify(np.random.default_rng(0), np.zeros_like(depth), SPACING).any()
+
+
+def test_a_calcified_pair_differs_in_the_x_ray_only_where_cartilage_is(chest):
+    hu, _ = chest
+    body, lungs, tissues = segment(hu)
+    materials = split_materials(hu, body, lungs, tissues, SPACING)
+    anatomy = Anatomy.measure(body, lungs, SPACING)
+    for number in range(3):
+        plain, drawn = (
+            draw_pair(materials, anatomy, "one", number, DrrOptions(size=96, calcified=share)) for share in (0.0, 1.0)
+        )
+        bone, calcified = (pair["cxr"] - pair["soft_tissue"] for pair in (plain, drawn))
+        assert np.abs(drawn["soft_tissue"] - plain["soft_tissue"]).mean() < 0.005  # the display follows the X-ray's
+        assert (calcified - bone).max() > 0.01
+    partly = [
+        (
+            draw_pair(materials, anatomy, "one", n, DrrOptions(size=64, calcified=0.5))["cxr"]
+            != draw_pair(materials, anatomy, "one", n, DrrOptions(size=64, calcified=0.0))["cxr"]
+        ).any()
+        for n in range(12)
+    ]
+    assert 2 <= sum(partly) <= 10
