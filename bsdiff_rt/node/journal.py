@@ -132,7 +132,8 @@ class Line:
         state: what became of it.
         reason: why it was refused, failed or not sent yet, or a remark about its result.
         sent, unsent: number of destinations that have the result, and that wait for it.
-        committed: number of destinations that answer for it (storage commitment).
+        committed, uncommitted: number of destinations that answer for it (storage commitment), and of those that were
+            or will be asked to, and do not.
     """
 
     number: int
@@ -144,6 +145,7 @@ class Line:
     sent: int
     unsent: int
     committed: int = 0
+    uncommitted: int = 0
 
 
 class Journal:
@@ -456,7 +458,7 @@ class Journal:
             "SELECT objects.id, sender, received_at, ended_at, objects.state, "
             "NULLIF(TRIM(COALESCE(objects.reason, '') || ' ' || COALESCE(MAX(sendings.reason), '')), ''), "
             "COALESCE(SUM(sendings.state = 'sent'), 0), COALESCE(SUM(sendings.state != 'sent'), 0), "
-            "COALESCE(SUM(commitment = 'done'), 0) "
+            "COALESCE(SUM(commitment = 'done'), 0), COALESCE(SUM(commitment NOT IN ('none', 'done')), 0) "
             "FROM objects LEFT JOIN sendings ON object = objects.id "
             "WHERE received_at >= ? GROUP BY objects.id ORDER BY objects.id DESC LIMIT ?",
             (begin, limit),

@@ -211,11 +211,15 @@ def _describe_unsent(waiting: tuple[int, float] | None) -> str:
     return f"{results}, the oldest since {since:%Y-%m-%d %H:%M}"
 
 
+def _count(done: int, waiting: int) -> str:
+    return f"{done} of {done + waiting}" if done + waiting else ""
+
+
 def _write_row(line: Line) -> str:
     received = datetime.fromtimestamp(line.received_at).astimezone()
     seconds = "" if line.ended_at is None else f"{line.ended_at - line.received_at:.1f}"
-    sent = f"{line.sent} of {line.sent + line.unsent}" if line.sent + line.unsent else ""
-    committed = f"by {line.committed}" if line.committed else ""
+    sent = _count(line.sent, line.unsent)
+    committed = _count(line.committed, line.uncommitted)
     return (
         f'<tr><td class="number">{line.number}</td><td>{received:%H:%M:%S}</td><td>{escape(line.sender)}</td>'
         f'<td class="{line.state}">{line.state}</td><td class="number">{seconds}</td><td>{sent}</td>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 import time
@@ -23,6 +24,7 @@ from bsdiff_rt.node import sending
 from bsdiff_rt.node.commitment import INSTANCE
 from bsdiff_rt.node.journal import MOST_ASKS, Journal
 from bsdiff_rt.node.settings import Sender
+from bsdiff_rt.node.status import State, write_page
 
 NODE_AET = "BSDIFF"
 
@@ -184,11 +186,19 @@ def test_a_destination_may_report_but_not_send(small, tmp_path):
             wait_for(lambda: committed(node) == 1)
 
 
+def shown(journal):
+    """Return what the page's line says about storage commitment."""
+    page = write_page(journal.list_since(0, 10), State([], {}, 1, ["P"]), {}, 0)
+    return re.findall(r"<td[^>]*>([^<]*)</td>", page)[-2]
+
+
 def test_files_are_kept_until_the_report(tmp_path):
     journal = Journal(tmp_path / "journal.sqlite")
     journal.add("a" * 64, "XRAY", 1)
     journal.finish("a" * 64, "1.2", 1, ["P"])
+    assert shown(journal) == ""
     journal.note_sent(journal.find_sending("P", ()), "P", commit=True)
+    assert shown(journal) == "0 of 1"
     assert journal.find_finished(float("inf")) == []
     assert [one.result_uid for one in journal.find_uncommitted("P", 0, 10)] == ["1.2"]
     journal.begin_commitment(["1.2"], "P", "9.9")
@@ -196,6 +206,7 @@ def test_files_are_kept_until_the_report(tmp_path):
     assert journal.note_commitment("8.8", ["1.2"], []) == 0  # of no request
     assert journal.find_finished(float("inf")) == []
     assert journal.note_commitment("9.9", ["1.2"], []) == 1
+    assert shown(journal) == "1 of 1"
     assert len(journal.find_finished(float("inf"))) == 1
     assert journal.count_commitments() == {"wanted": 0, "asked": 0, "done": 1, "failed": 0}
     journal.close()
