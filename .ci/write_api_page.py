@@ -48,6 +48,7 @@ def write_page() -> str:
     """Return the text of docs/api.md."""
     import bsdiff_rt
     from bsdiff_rt import errors
+    from bsdiff_rt.imaging.probe import Retention
 
     parts = [HEAD, describe("bsdiff_rt.open_model", bsdiff_rt.open_model, "##")]
     parts.append(describe("bsdiff_rt.Model", bsdiff_rt.Model, "##", signature=False))
@@ -56,6 +57,7 @@ def write_page() -> str:
     ]
     parts.append(describe("Model.close", bsdiff_rt.Model.close, "###"))
     parts.append(describe("bsdiff_rt.Result", bsdiff_rt.Result, "##", signature=False))
+    parts.append(describe("Result.retention", Retention, "###", signature=False))
     rows = [
         f"| `{name}` | {first_line(kind)} | {kind.exit_code} |"
         for name, kind in vars(errors).items()

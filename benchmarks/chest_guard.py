@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import cv2
 import numpy as np
-import skimage
 import typer
 from numpy.typing import NDArray
 
@@ -93,8 +93,15 @@ def count_answers(pictures: list[Image]) -> Counter[str]:
 
 
 def read_natural_pictures() -> Iterator[Image]:
-    """Yield the photographs and drawings in scikit-image's package, grey, [H, W] in [0, 1]."""
-    for path in sorted((Path(skimage.__file__).parent / "data").iterdir()):
+    """Yield the photographs and drawings in scikit-image's package, grey, [H, W] in [0, 1].
+
+    Raises:
+        SettingsError: the package is not installed.
+    """
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise SettingsError("scikit-image is not installed: pip install scikit-image")
+    for path in sorted((Path(package.origin).parent / "data").iterdir()):
         picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.suffix in SUFFIXES else None
         if picture is not None and min(picture.shape) >= 64:
             yield (picture / 255).astype(np.float32)

@@ -138,8 +138,12 @@ def read_subjects(
     files = sorted(path for path in folder.iterdir() if path.is_file() and formats.is_candidate(path))
     truths = {path.stem.removesuffix(TRUTH): path for path in files if path.stem.endswith(TRUTH)}
     subjects: list[Subject] = []
+    seen: dict[str, Path] = {}
     for path in (path for path in files if not path.stem.endswith(TRUTH)):
         name = path.stem.removesuffix(CXR)
+        if name in seen:  # their pictures would replace each other
+            raise SettingsError(f"{path} and {seen[name]} have the same stem. Give a folder with one of them.")
+        seen[name] = path
         if name in truths:
             pictures = [picture.cxr for picture in formats.read_together([path, truths[name]], any_view=True)]
         else:

@@ -52,7 +52,7 @@ class Manifest:
     Attributes:
         format: version of this layout.
         name: name of the model, for reports.
-        preset: the network preset that was trained, or "" for another shape.
+        preset: the network preset that was trained, or "" for another shape. Stage 2 may be `NO_ENHANCER` all the same.
         denoiser, enhancer: network shapes.
         schedule: the diffusion that the denoiser was trained for, and what it predicts.
         sampler: default sampler and number of steps. Its seed is 0; users choose their own.
@@ -149,7 +149,10 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
         folder = BUNDLES / name_or_folder
     elif not folder.is_dir():
         known = ", ".join(shipped) or "none"
-        raise BundleError(f"no bundle {str(name_or_folder)!r}: neither a folder nor a bundle of the package ({known})")
+        raise BundleError(
+            f"no bundle {str(name_or_folder)!r}: neither a folder nor a bundle of the package ({known}). "
+            "`python -m export` makes one."
+        )
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST} in it). `python -m export` makes one.")

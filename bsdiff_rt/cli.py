@@ -137,7 +137,7 @@ Steps = Annotated[
         "--steps",
         "-n",
         metavar="N[:M]",
-        show_default="the bundle's",
+        show_default="the bundle's; all 1000 with a --sampler of another kind",
         help="Denoiser steps per image, 1 to 1000. With :M, from 20 steps on: compute the model's deep features in "
         "every Mth step only. Faster, but not exact.",
         rich_help_panel=MODEL,
@@ -333,7 +333,10 @@ def infer(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove the bones from chest X-rays: DICOM, PNG, JPEG or TIFF in, an image of the same matrix out."""
+    """Remove the bones from chest X-rays.
+
+    DICOM, PNG, JPEG or TIFF in, an image of the same matrix out.
+    """
     _log(quiet, verbose)
     count, cache_every = _parse_steps(steps)
     settings = InferSettings(
@@ -438,7 +441,10 @@ def watch(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Process X-rays as they arrive in a folder, with the model kept loaded, until Ctrl-C or SIGTERM."""
+    """Process X-rays as they arrive in a folder.
+
+    The model is kept loaded, until Ctrl-C or SIGTERM.
+    """
     _log(quiet, verbose)
     count, cache_every = _parse_steps(steps)
     settings = InferSettings(
@@ -576,7 +582,10 @@ def serve(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Be a DICOM node: receive X-rays, send their results to a PACS, until Ctrl-C or SIGTERM."""
+    """Be a DICOM node beside a PACS.
+
+    It receives X-rays and sends their results on, until Ctrl-C or SIGTERM.
+    """
     _log(quiet, verbose)
     from bsdiff_rt.node import settings as node
     from bsdiff_rt.node.rules import Rules, read_rules
@@ -892,7 +901,10 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Time every runner on this machine, and compare its images with those of the eager network."""
+    """Time every runner on this machine.
+
+    Its images are compared with those of the eager network.
+    """
     _log(quiet, verbose)
     batches = None if batch is None else tuple(_parse_whole(part, "--batch") for part in batch.split(","))
     if json_path is not None and not json_path.absolute().parent.is_dir():
@@ -930,7 +942,7 @@ def bench(
 @app.command()
 def evaluate(
     predicted: Annotated[Path, typer.Argument(metavar="RESULTS", help="Results of infer: a file or a folder.")],
-    soft_tissue: Annotated[Path, typer.Argument(help="True soft-tissue images: a file or a folder.")],
+    soft_tissue: Annotated[Path, typer.Argument(metavar="TRUTH", help="True soft-tissue images: a file or a folder.")],
     cxr: Annotated[Path, typer.Option("--cxr", help="X-rays that the results were made from: a file or a folder.")],
     size: Annotated[
         int, typer.Option(min=16, help="Every image is resized to this many px on its longer side first.")
@@ -956,7 +968,10 @@ def evaluate(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare results with true soft-tissue images: BSR (Yang, tone-matched, as published), MSE, SSIM, PSNR."""
+    """Compare results with true soft-tissue images.
+
+    BSR (bone suppression ratio: Yang's, tone-matched, and as the published code computes it), MSE, SSIM, PSNR.
+    """
     _log(quiet, verbose)
     from bsdiff_rt.folder.evaluate import evaluate as compare
     from bsdiff_rt.folder.evaluate import match, read_trained_on
@@ -988,6 +1003,8 @@ def evaluate(
             print_table([escape(title) for title in titles], [[escape(cell) for cell in row] for row in table])
         where = ", inside the lungs" if lungs else ""
         _print(f"Measured with every image at {size} px on its longer side{where}.")
+        if without_bone := [name for name, row in rows if math.isnan(row.bsr)]:
+            print_line(f"No BSR where X-ray and truth are the same picture: {', '.join(without_bone)}")
     if trained_on:
         print_line(
             f"{len(trained_on)} of {len(rows)} images were used to train this model. Their figures say nothing about "
@@ -1008,7 +1025,10 @@ def summarise_report(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Summarise a run of any length: files by status, reasons, speed and the slowest files."""
+    """Summarise a run of any length.
+
+    Files by status, reasons, speed and the slowest files.
+    """
     _log(quiet, verbose)
     from bsdiff_rt.folder.summary import format_summary, summarise
 
@@ -1018,7 +1038,10 @@ def summarise_report(
 
 @app.command()
 def info(quiet: Quiet = False, verbose: Verbose = False, as_json: AsJson = False) -> None:
-    """Show versions, devices, runners or why they cannot be used, bundles, and engines in the cache."""
+    """Show versions, devices, runners, bundles and engines.
+
+    What cannot be used here is shown with the reason.
+    """
     _log(quiet, verbose)
     from bsdiff_rt.info import describe
 

@@ -16,6 +16,7 @@ DetailName = Literal["full", "model"]
 FormatName = Literal["auto", "png", "dicom", "dicom-sc", "dicom-j2k"]
 Precision = Literal["fp32", "bf16", "fp16"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+FEW_STEP_SAMPLERS = frozenset({"ddim", "dpmpp-2m"})  # deterministic: what is enough for one is enough for the other
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class EnhancerConfig:
     middle_attention: bool = True
     norm_groups: int = 32
     residual: bool = False
+
+
+# Stage 2 of a bundle without one: with new weights it returns its input, and it is not run.
+NO_ENHANCER = EnhancerConfig(
+    (8, 8, 8), (1, 1, 1), (False,) * 3, latent_channels=4, middle_attention=False, norm_groups=4, residual=True
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class ModelSettings:
         batch: images per batch; None lets the runner decide.
         threads: CPU threads; None takes the library's default.
         sampler: None takes the bundle's.
-        steps: denoiser steps per image; None takes the bundle's.
+        steps: denoiser steps per image; None takes the bundle's, or all with a sampler of another kind than its own.
         cache_every: compute the model's deep features in every Nth step only, from 20 steps on. 1 is exact.
         seed: of the noise. The same image and seed give the same result.
         samples: samples per image. Their mean is the result.

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 _SHOWN_CHARACTERS = 300
 
@@ -119,6 +120,21 @@ def describe_error(error: BsdiffError) -> str:
 
 def _name_option(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
+
+
+def check_packages(extra: str, *names: str) -> None:
+    """End `python -m PACKAGE` with a sentence if packages that it imports are not installed.
+
+    For the first lines of a package. A program that imports it gets Python's own error.
+
+    Args:
+        extra: the extra of this project that brings them.
+        *names: names as they are imported.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing and sys.argv[0] == "-m":  # while Python looks for what `-m` names
+        sys.stderr.write(f"not installed: {', '.join(missing)}. In the clone: pip install --editable '.[{extra}]'\n")
+        raise SystemExit(SettingsError.exit_code)
 
 
 def run_command(app: Callable[[], object]) -> None:

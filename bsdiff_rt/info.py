@@ -87,11 +87,19 @@ def describe_engines() -> dict[str, str]:
             on_cpu = engine.manifest.multiprocessors == 0 and engine.manifest.parity is not None
             check_machine(engine, torch.device("cpu") if on_cpu else resolve_device("auto"))
             check_files(engine)
+            _check_bundle(engine)
         except EngineError as error:
             found[folder.name] = f"not usable: {error}"
             continue
         found[folder.name] = f"usable: {_describe_engine(engine)}"
     return found
+
+
+def _check_bundle(engine: Engine) -> None:
+    """Raise EngineError if an engine was built for a shipped bundle that has changed since."""
+    built_for = engine.manifest.bundle
+    if built_for["name"] in list_bundles() and open_bundle(built_for["name"]).sha256 != built_for["sha256"]:
+        raise EngineError(f"built for an earlier bundle {built_for['name']} ({built_for['sha256'][:16]})")
 
 
 def _describe_engine(engine: Engine) -> str:

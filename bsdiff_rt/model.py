@@ -9,19 +9,32 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bsdiff_rt import __version__, formats
 from bsdiff_rt.bundle import Bundle, Manifest, open_bundle
-from bsdiff_rt.config import FormatName, ModelSettings, Precision, step_count
+from bsdiff_rt.config import (
+    FEW_STEP_SAMPLERS,
+    NO_ENHANCER,
+    SAMPLERS,
+    DetailName,
+    FormatName,
+    ModelSettings,
+    Precision,
+    step_count,
+)
 from bsdiff_rt.engines.select import AUTO, Choice, RunnerRequest, load_first
 from bsdiff_rt.errors import InputRefused, SettingsError
 from bsdiff_rt.files import digest_json
@@ -37,6 +50,9 @@ from bsdiff_rt.sampling.deep_cache import check_cache, list_denoisers
 from bsdiff_rt.sampling.noise import ImageNoise
 from bsdiff_rt.sampling.schedule import Table, sampler_table
 
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", *get_args(Precision))
 S = TypeVar("S", bound=ModelSettings)
 Pixels = NDArray[Any]
 
@@ -57,9 +73,9 @@ class Result:
         warnings: what the reader had to assume, and what is wrong with picture or result, one sentence each.
     """
 
-    soft_tissue: NDArray[np.float32]
-    bone: NDArray[np.float32]
-    uncertainty: NDArray[np.float32] | None
+    soft_tissue: NDArray[np.float32] = field(repr=False)
+    bone: NDArray[np.float32] = field(repr=False)
+    uncertainty: NDArray[np.float32] | None = field(repr=False)
     retention: Retention | None = None
     warnings: tuple[str, ...] = ()
 
@@ -85,12 +101,11 @@ def open_model(
         BundleError: the bundle is incomplete or altered.
         EngineError: the runner cannot be used here.
     """
-    try:
-        settings = ModelSettings(bundle=str(bundle), runner=str(runner), device=device, **options)
-    except TypeError:
-        known = ModelSettings.__dataclass_fields__
-        unknown = min(set(options) - set(known))
-        raise SettingsError(f"unknown option {unknown!r}; use one of {', '.join(known)}") from None
+    known = ModelSettings.__dataclass_fields__
+    if unknown := set(options) - set(known):
+        raise SettingsError(f"unknown option {min(unknown)!r}; use one of {', '.join(known)}")
+    _check_options(options)
+    settings = ModelSettings(bundle=str(bundle), runner=str(runner), device=device, **options)
     opened = open_bundle(settings.bundle)
     settings = resolve_settings(settings, opened.manifest)
     choice, loaded = load_runner_for(opened, settings)
@@ -99,6 +114,20 @@ def open_model(
     except BaseException:
         loaded.close()
         raise
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise SettingsError if an option has another type or value than the command line would let through."""
+    for name in ("batch", "threads", "steps", "cache_every", "seed", "samples"):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise SettingsError(f"{value!r} is not a whole number", setting=name)
+    if options.get("samples", 1) < 1:
+        raise SettingsError(f"{options['samples']} is out of range. Give 1 or more.", setting="samples")
+    for name, allowed in (("sampler", SAMPLERS), ("detail", get_args(DetailName)), ("precision", PRECISIONS)):
+        value = options.get(name)
+        if value is not None and value not in allowed:
+            raise SettingsError(f"{value!r} is not one of {', '.join(allowed)}", setting=name)
 
 
 class Model:
@@ -128,6 +157,7 @@ class Model:
         self.engine_sha256 = choice.engine.sha256 if choice is not None and choice.engine else None
         self.batch = resolve_batch(self.settings.batch, runner)
         self._runner = runner
+        self._closed = False
         list_denoisers(runner, 1, self.settings.cache_every)  # refuses a runner that cannot reuse deep features
         self._suppressor = Suppressor(
             runner,
@@ -143,6 +173,7 @@ class Model:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._closed = True
         self._suppressor.__exit__(kind, error, _)
         self._runner.close()
 
@@ -183,11 +214,11 @@ class Model:
         Raises:
             InputRefused: an array that cannot be an X-ray: its dtype, shape, range or content.
             InputFailed: the model returned no image.
-            RuntimeError: the backend failed: out of memory, say.
+            RuntimeError: the model was closed, or the backend failed: out of memory, say.
         """
-        if isinstance(cxr, np.ndarray):
-            return self._suppress([from_array(cxr)])[0]
-        return self._suppress([from_array(one) for one in cxr])
+        if isinstance(cxr, Sequence) and not isinstance(cxr, str | bytes):
+            return self._suppress([from_array(one) for one in cxr])
+        return self._suppress([from_array(cxr)])[0]
 
     def suppress_file(
         self, source: str | Path, target: str | Path, *, format: FormatName = "auto", any_view: bool = False
@@ -203,13 +234,16 @@ class Model:
         Raises:
             InputRefused: the file is not a frontal chest X-ray, or cannot have a result of this format.
             InputFailed: the file is damaged, or the model returned no image.
-            SettingsError: source and target are the same file.
+            SettingsError: source and target are the same file, or the target is named as a file of another format.
             OSError: the target cannot be written.
         """
         source, target = Path(source), Path(target)
         if target.exists() and target.samefile(source):
             raise SettingsError(f"{target}: the result would replace the X-ray; choose another file")
-        radiograph = formats.read(source, any_view=any_view)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", str(target.parent))
+        (radiograph,) = formats.read_together([source], any_view=any_view)
+        formats.check_name(target, format, radiograph)
         formats.check_kind(format, radiograph)
         prepared = self.prepare(radiograph.cxr)
         finished = self._finish_all([(prepared, radiograph.pixel_digest)])[0]
@@ -256,6 +290,8 @@ class Model:
         return describe_derivation(self.bundle, self.settings, decisive, prepared)
 
     def _suppress(self, radiographs: Sequence[Radiograph]) -> list[Result]:
+        if self._closed:
+            raise RuntimeError("the model was closed. Open it again.")
         prepared = [self.prepare(radiograph.cxr) for radiograph in radiographs]
         images = [(one, radiograph.pixel_digest) for one, radiograph in zip(prepared, radiographs, strict=True)]
         return list(map(make_result, radiographs, prepared, self._finish_all(images)))
@@ -275,7 +311,10 @@ def from_array(pixels: Pixels) -> Radiograph:
     Raises:
         InputRefused: its dtype, shape, range or content cannot be an X-ray's.
     """
+    kind = type(pixels).__name__
     pixels = np.asarray(pixels)
+    if pixels.ndim == 0:
+        raise InputRefused(f"an X-ray is an array [H, W], not {kind}. For a file, use suppress_file.")
     if pixels.ndim != 2:
         raise InputRefused(f"an X-ray is an array [H, W]; this one has shape {pixels.shape}")
     if pixels.dtype in (np.uint8, np.uint16):
@@ -284,7 +323,9 @@ def from_array(pixels: Pixels) -> Radiograph:
         raise InputRefused(f"an X-ray is uint8, uint16 or float, not {pixels.dtype}; convert it")
     cxr = np.ascontiguousarray(pixels, dtype=np.float32)
     low, high = (float(cxr.min()), float(cxr.max())) if cxr.size else (0.0, 0.0)
-    if not (low >= 0 and high <= 1):  # also NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputRefused("a float X-ray holds NaN or infinity. Replace them.")
+    if not (low >= 0 and high <= 1):
         raise InputRefused(f"grey levels of a float X-ray lie in [0, 1]; these lie in [{low:g}, {high:g}]. Scale them")
     check_picture(cxr)
     return Radiograph(cxr, 16, hash_grey(cxr))
@@ -298,10 +339,19 @@ def make_result(radiograph: Radiograph, prepared: Prepared, finished: Finished) 
 
 
 def resolve_settings(settings: S, manifest: Manifest) -> S:
-    """Return settings in which the bundle's choice stands for everything that was None."""
+    """Return settings in which the bundle's choice stands for everything that was None.
+
+    Raises:
+        SettingsError: stage 2 is asked for, and the bundle has none.
+    """
+    if settings.enhance and manifest.enhancer == NO_ENHANCER:
+        raise SettingsError(f"bundle {manifest.name} has no stage 2", setting="enhance")
     sampler = settings.sampler or manifest.sampler.name
-    # The bundle's number of steps was chosen for its own sampler; another one runs in full.
-    own_steps = manifest.sampler.steps if sampler == manifest.sampler.name else manifest.schedule.train_steps
+    own_steps = manifest.sampler.steps
+    if sampler != manifest.sampler.name and not {sampler, manifest.sampler.name} <= FEW_STEP_SAMPLERS:
+        own_steps = manifest.schedule.train_steps  # the bundle's number was chosen for another kind of sampler
+        if settings.steps is None:
+            logger.warning("sampler %s runs all %d steps. Set steps for fewer.", sampler, own_steps)
     return replace(
         settings,
         sampler=sampler,

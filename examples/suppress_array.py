@@ -1,6 +1,6 @@
 """Remove the bones from an X-ray that is an array in memory, and save what the model made of it.
 
-python examples/suppress_array.py examples/phantom10000001_cxr.png out
+python examples/suppress_array.py examples/phantom10000001_cxr.png arrays
 """
 
 import sys
@@ -14,6 +14,8 @@ import bsdiff_rt
 
 def main() -> None:
     """Read a picture, run the demo model, and write the soft-tissue image and the bone image."""
+    if len(sys.argv) != 3:
+        sys.exit("Give an X-ray and a folder for the results.")
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     cxr = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)  # [H, W], uint8 or uint16, air dark
     with bsdiff_rt.open_model("demo") as model:

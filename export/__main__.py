@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ import typer
 from bsdiff_rt.bench.networks import fill_randomly
 from bsdiff_rt.bundle import Manifest, open_bundle
 from bsdiff_rt.config import (
+    NO_ENHANCER,
     PRESETS,
     Objective,
     Precision,
@@ -162,7 +163,7 @@ def export_published(
 
 @app.command("checkpoints")
 def export_checkpoints(
-    checkpoints: Annotated[Path, typer.Argument(help="Folder of `python -m train`: denoiser.pt and enhancer.pt.")],
+    checkpoints: Annotated[Path, typer.Argument(help="Folder of `python -m train`: denoiser.pt, perhaps enhancer.pt.")],
     output: Output,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "model",
     sampler: Annotated[
@@ -171,7 +172,12 @@ def export_checkpoints(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default number of steps.", show_default="1000 for eps, else 3")
     ] = None,
-    enhance: Annotated[bool, typer.Option("--enhance/--no-enhance", help="Run stage 2 by default.")] = True,
+    enhance: Annotated[
+        bool | None,
+        typer.Option(
+            "--enhance/--no-enhance", help="Run stage 2 by default.", show_default="on if enhancer.pt is there"
+        ),
+    ] = None,
     mirror: Annotated[
         bool | None,
         typer.Option(
@@ -199,12 +205,19 @@ def export_checkpoints(
     Target(output, overwrite, onnx_only, precision).check()
     provenance = {} if training is None else read_provenance(training)
     first, state = read_averaged_weights(checkpoints / "denoiser.pt")
-    if enhance or (checkpoints / "enhancer.pt").exists():
+    has_enhancer = (checkpoints / "enhancer.pt").exists()
+    enhance = has_enhancer if enhance is None else enhance
+    if enhance or has_enhancer:
         second, enhancer_weights = read_averaged_weights(checkpoints / "enhancer.pt")
     else:
-        second, enhancer_weights = make_identity_enhancer(checkpoints, first)
+        typer.echo(f"{checkpoints} has no enhancer.pt: a bundle without stage 2")
+        second = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
+        enhancer_weights = None
     check_stages(checkpoints, first, second, stage_one=hash_weights(state) if enhance else None)
-    schedule, denoiser, enhancer = build_networks(checkpoints, first, state, enhancer_weights)
+    preset = PRESETS[first["preset"]]
+    if enhancer_weights is None:
+        preset = replace(preset, enhancer=NO_ENHANCER)
+    schedule, denoiser, enhancer = build_networks(checkpoints, preset, first, state, enhancer_weights)
     options = BundleOptions(
         name=name,
         sampler=choose_sampler(schedule.objective, sampler, steps),
@@ -214,7 +227,6 @@ def export_checkpoints(
         licence=licence,
         training=provenance | collect_provenance(first, second),
     )
-    preset = PRESETS[first["preset"]]
     write(Target(output, overwrite, onnx_only, precision), preset, schedule, (denoiser, enhancer), options)
 
 
@@ -249,27 +261,29 @@ def choose_sampler(objective: Objective, name: SamplerName | None, steps: int | 
 
 def build_networks(
     checkpoints: Path,
+    preset: Preset,
     first: dict[str, Any],
     denoiser_weights: dict[str, torch.Tensor],
-    enhancer_weights: dict[str, torch.Tensor],
+    enhancer_weights: dict[str, torch.Tensor] | None,
 ) -> tuple[Schedule, Denoiser, Enhancer]:
     """Return the diffusion and both networks with their weights.
 
     Args:
         checkpoints: folder, for the message.
+        preset: shape of both networks.
         first: header of stage 1's checkpoint.
         denoiser_weights: of stage 1.
-        enhancer_weights: of stage 2.
+        enhancer_weights: of stage 2; None leaves it as it is made.
 
     Raises:
         SettingsError: the weights or the diffusion do not fit the preset of this version.
     """
-    preset = PRESETS[first["preset"]]
     denoiser, enhancer = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
     try:
         schedule = Schedule(**first["schedule"])
         denoiser.load_state_dict(denoiser_weights)
-        enhancer.load_state_dict(enhancer_weights)
+        if enhancer_weights is not None:
+            enhancer.load_state_dict(enhancer_weights)
     except (RuntimeError, TypeError) as error:
         raise SettingsError(
             f"{checkpoints}: the weights do not fit preset {preset.name} of this version. Train them again."
@@ -302,25 +316,6 @@ def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any
         raise SettingsError(f"{checkpoints}: preset {first['preset']!r} is not one of {', '.join(PRESETS)}")
     if not first["schedule"]:
         raise SettingsError(f"{checkpoints / 'denoiser.pt'}: has no schedule, so it is not a checkpoint of stage 1")
-
-
-def make_identity_enhancer(checkpoints: Path, first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return header and weights of a stage 2 that returns its input, for a bundle that leaves stage 2 off.
-
-    Args:
-        checkpoints: folder, for the message.
-        first: header of stage 1's checkpoint.
-
-    Raises:
-        SettingsError: a new stage 2 of this preset does not return its input.
-    """
-    preset = PRESETS.get(first["preset"])
-    if preset is None or not preset.enhancer.residual:
-        raise SettingsError(
-            f"{checkpoints / 'enhancer.pt'}: no such checkpoint. Write it with `python -m train enhancer`."
-        )
-    header = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
-    return header, Enhancer(preset.enhancer).state_dict()
 
 
 def resolve_clahe(first: dict[str, Any], requested: float | None) -> float:

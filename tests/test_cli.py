@@ -384,7 +384,10 @@ def test_no_such_bundle(cli, tmp_path, monkeypatch):
     png(tmp_path / "in" / "a.png")
     refused = cli("infer", tmp_path / "in", "-o", tmp_path / "out")
     assert refused.code == 4
-    assert lines(refused.err) == ["bsdiff-rt: no bundle 'demo': neither a folder nor a bundle of the package (none)"]
+    assert lines(refused.err) == [
+        "bsdiff-rt: no bundle 'demo': neither a folder nor a bundle of the package (none). "
+        "`python -m export` makes one."
+    ]
 
 
 def test_an_output_folder_that_cannot_be_written(cli, toy, tiny_bundle, tmp_path):

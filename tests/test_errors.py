@@ -8,7 +8,15 @@ import tempfile
 import pytest
 import torch
 
-from bsdiff_rt.errors import BundleError, EngineError, SettingsError, describe_error, out_of_memory, run_command
+from bsdiff_rt.errors import (
+    BundleError,
+    EngineError,
+    SettingsError,
+    check_packages,
+    describe_error,
+    out_of_memory,
+    run_command,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +88,13 @@ def test_a_job_schedulers_stop_removes_what_is_half_made(ended, tmp_path):
 
     assert ended(stopped) == (143, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_python_m_needs(monkeypatch, capsys):
+    check_packages("train", "numpy", "not_there")  # imported by a program: Python says what is missing
+    monkeypatch.setattr("sys.argv", ["-m", "--help"])
+    check_packages("train", "numpy")
+    with pytest.raises(SystemExit) as stop:
+        check_packages("train", "numpy", "not_there")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "not installed: not_there. In the clone: pip install --editable '.[train]'\n"

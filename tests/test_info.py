@@ -82,7 +82,7 @@ def engine(cache, name: str, age: int, **changes) -> Path:
     check = Check("denoiser, t = 0, batch 1", PSNR, 91.0, 80.0, True)
     manifest = EngineManifest(
         format=FORMAT,
-        bundle={"name": "demo", "sha256": "ab" * 32},
+        bundle={"name": "mine", "sha256": "ab" * 32},
         runner="aoti",
         image_size=256,
         multiprocessors=0,
@@ -124,16 +124,26 @@ def test_engines_newest_first_and_why_one_cannot_be_used(cache):
     engine(cache, "other torch", 3000, versions={"torch": "1.0", "cuda": torch.version.cuda or "none"})
     (engine(cache, "damaged", 4000) / "denoiser.pt2").write_bytes(b"c0de")
     engine(cache, "open to others", 5000).chmod(0o777)
+    engine(cache, "before a new model", 5500, bundle={"name": "demo", "sha256": "ab" * 32})
     (engine(cache, "no manifest", 6000) / MANIFEST).write_text("{}")
     os.utime(cache / "no manifest" / MANIFEST, (6000, 6000))
     found = info.describe()["engines"]
-    assert list(found)[1:] == ["no manifest", "open to others", "damaged", "other torch", "other processor", "good"]
+    assert list(found)[1:] == [
+        "no manifest",
+        "before a new model",
+        "open to others",
+        "damaged",
+        "other torch",
+        "other processor",
+        "good",
+    ]
     assert found["good"] == (
-        f"usable: aoti bf16, batch 1 to 8, bundle demo {'ab' * 8}, on AMD EPYC, 91.0 dB against eager fp32 on cpu, "
+        f"usable: aoti bf16, batch 1 to 8, bundle mine {'ab' * 8}, on AMD EPYC, 91.0 dB against eager fp32 on cpu, "
         "92 ms a step, 1.75 times as fast as onnxruntime (161 ms), built 2026-01-02T03:04:05Z"
     )
     for name, reason in {
         "no manifest": "format: built as None, this version reads 2",
+        "before a new model": f"built for an earlier bundle demo ({'ab' * 8})",
         "open to others": "others may write to it (mode 777)",
         "damaged": "denoiser.pt2: SHA-256: built as ",
         "other torch": f"version of torch: built for 1.0, this is {torch.__version__}",

@@ -9,6 +9,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import SHAPE, dicom, png
 from pydicom import dcmread
 from synthetic import chest
@@ -17,7 +18,7 @@ import bsdiff_rt
 from benchmarks import quality, table1
 from bsdiff_rt import formats
 from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import InferSettings, ModelSettings
+from bsdiff_rt.config import NO_ENHANCER, InferSettings, ModelSettings
 from bsdiff_rt.errors import BundleError, EngineError, InputFailed, InputRefused, SettingsError
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.imaging.chest_guard import NO_CHEST
@@ -157,7 +158,21 @@ def test_a_file_that_is_refused_writes_nothing(model, tmp_path):
         model.suppress_file(tmp_path / "a.png", tmp_path / "out.dcm", format="dicom")
     with pytest.raises(SettingsError, match="would replace the X-ray"):
         model.suppress_file(tmp_path / "a.png", tmp_path / "a.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "text.png"]
+    with pytest.raises(SettingsError, match=r"out\.dcm: the result would be a \.png file"):
+        model.suppress_file(tmp_path / "a.png", tmp_path / "out.dcm")
+    with pytest.raises(SettingsError, match=r"out\.png: the result would be a \.dcm file"):
+        model.suppress_file(dicom(tmp_path / "a.dcm"), tmp_path / "out.png")
+    with pytest.raises(FileNotFoundError) as missing:
+        model.suppress_file(tmp_path / "a.png", tmp_path / "absent" / "out.png")
+    assert missing.value.filename == str(tmp_path / "absent")
+    with pytest.raises(InputFailed, match=r"none\.png: cannot be read"):
+        model.suppress_file(tmp_path / "none.png", tmp_path / "out.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.dcm", "a.png", "text.png"]
+
+
+def test_a_name_without_a_known_suffix_is_taken(model, tmp_path):
+    model.suppress_file(dicom(tmp_path / "a.dcm"), tmp_path / "IM0001")
+    assert dcmread(tmp_path / "IM0001").Modality == "CR"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +181,11 @@ def test_a_file_that_is_refused_writes_nothing(model, tmp_path):
         (np.zeros((64, 64, 3), np.uint8), r"\[H, W\]; this one has shape \(64, 64, 3\)"),
         (np.zeros((64, 64), np.int16), "uint8, uint16 or float, not int16"),
         (np.full((64, 64), 2.0), r"these lie in \[2, 2\]"),
-        (np.full((64, 64), np.nan), "grey levels of a float X-ray"),
+        (np.full((64, 64), np.nan), "holds NaN or infinity"),
+        (np.full((64, 64), np.inf), "holds NaN or infinity"),
+        ("a.png", r"\[H, W\], not str. For a file, use suppress_file"),
+        (None, "not NoneType"),
+        ([clean(), "a.png"], "not str"),
         (np.zeros((8, 64), np.uint8), "at least 32 px"),
         (np.zeros((64, 64), np.uint8), "the image is empty"),
     ],
@@ -174,6 +193,23 @@ def test_a_file_that_is_refused_writes_nothing(model, tmp_path):
 def test_an_array_that_is_no_x_ray_is_refused(model, pixels, message):
     with pytest.raises(InputRefused, match=message):
         model.suppress(pixels)
+
+
+def test_what_numpy_can_read_is_an_array(model):
+    """A tensor, for example, is one X-ray, not a list of rows."""
+    found = model.suppress(torch.from_numpy(clean())).soft_tissue
+    np.testing.assert_array_equal(found, model.suppress(clean()).soft_tissue)
+
+
+def test_a_result_is_printed_in_a_line(model):
+    assert "array" not in repr(model.suppress(clean()))
+
+
+def test_a_closed_model_says_so(tiny_bundle):
+    model = bsdiff_rt.open_model(tiny_bundle, runner="eager")
+    model.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        model.suppress(clean())
 
 
 def test_a_warning_is_in_the_result(model):
@@ -196,6 +232,12 @@ def test_a_runner_that_fails_says_so(tiny_bundle, toy):
         ({"bundle": "absent"}, BundleError, "absent"),
         ({"stepps": 3}, SettingsError, "unknown option 'stepps'; use one of bundle, runner"),
         ({"steps": 5000}, SettingsError, "5000 sampling steps"),
+        ({"steps": "a"}, SettingsError, "'a' is not a whole number"),
+        ({"batch": 1.5}, SettingsError, "1.5 is not a whole number"),
+        ({"samples": 0}, SettingsError, "0 is out of range. Give 1 or more"),
+        ({"sampler": "euler"}, SettingsError, "'euler' is not one of ddpm, ddim"),
+        ({"detail": "some"}, SettingsError, "'some' is not one of full, model"),
+        ({"precision": "fp8"}, SettingsError, "'fp8' is not one of auto, fp32"),
         ({"seed": -1}, SettingsError, "-1 is out of range"),
         ({"precision": "fp16", "runner": "eager"}, EngineError, "fp16"),
         ({"device": "tpu"}, SettingsError, "tpu"),
@@ -206,6 +248,29 @@ def test_a_runner_that_fails_says_so(tiny_bundle, toy):
 def test_options_that_cannot_be_used_are_refused(tiny_bundle, options, error, message):
     with pytest.raises(error, match=message):
         bsdiff_rt.open_model(**({"bundle": tiny_bundle} | options))
+
+
+def test_the_steps_of_another_sampler(tiny_bundle, caplog):
+    """The bundle's number of steps holds for samplers of its kind; the others run in full, and say so."""
+    manifest = open_bundle(tiny_bundle).manifest
+    assert manifest.sampler.name == "ddim"
+    steps = manifest.sampler.steps
+    for sampler, expected in {None: steps, "dpmpp-2m": steps, "ddpm": 1000, "release": 1000}.items():
+        assert resolve_settings(ModelSettings(sampler=sampler), manifest).steps == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        "sampler ddpm runs all 1000 steps. Set steps for fewer.",
+        "sampler release runs all 1000 steps. Set steps for fewer.",
+    ]
+    caplog.clear()
+    assert resolve_settings(ModelSettings(sampler="ddpm", steps=7), manifest).steps == 7
+    assert not caplog.records
+
+
+def test_a_bundle_without_stage_2_runs_none(tiny_bundle):
+    manifest = replace(open_bundle(tiny_bundle).manifest, enhancer=NO_ENHANCER, enhance=False)
+    assert resolve_settings(ModelSettings(), manifest).enhance is False
+    with pytest.raises(SettingsError, match="has no stage 2"):
+        resolve_settings(ModelSettings(enhance=True), manifest)
 
 
 def test_library_messages_name_no_command_line_option(tiny_bundle):

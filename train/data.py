@@ -154,6 +154,8 @@ def _record(folder: Path) -> tuple[list[tuple[str, str, str | None]], dict[str, 
         record = json.loads(path.read_text())
         settings = {name: record["settings"][name] for name in ("size", "clahe")}
         return [(entry["name"], entry["part"], entry.get("digest")) for entry in record["pairs"]], settings
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file. Make a data set with `python -m train prepare`.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"{path}: not the record of a data set ({type(error).__name__}). Make one with `python -m train prepare`."

@@ -53,7 +53,7 @@ class _JournalResults:
 class _JournalFinished:
     def __init__(self, journal: Journal, report: Report) -> None:
         self._journal = journal
-        self._runs = {run for run, head in journal.read_heads().items() if short.makes_the_same(head, report)}
+        self._runs = {run for run, head in journal.read_heads().items() if not short.find_difference(head, report)}
 
     def get(self, path: str, /) -> FileEntry | None:
         """Return the entry of a result of the same bundle and settings, or None."""

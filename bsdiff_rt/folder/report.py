@@ -197,27 +197,32 @@ def read_finished(folder: Path, report: Report) -> dict[str, FileEntry]:
     try:
         earlier = _load(folder)
         entries = [read_entry(content) for content in earlier["files"]]
-        same = makes_the_same(earlier, report)
+        difference = find_difference(earlier, report)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be used (%s). Every file is processed again.", path, type(error).__name__)
         return {}
-    if not same:
-        logger.info("%s is of another bundle or of other settings. Every file is processed again.", path)
+    if difference:
+        logger.info("%s: %s. Every file is processed again.", path, difference)
         return {}
     return {entry.output: entry for entry in entries if entry.status in ("ok", "skipped") and entry.output}
 
 
-def makes_the_same(head: dict[str, Any], report: Report) -> bool:
-    """Return whether the bundle and settings of a report.json are those of `report`.
+def find_difference(head: dict[str, Any], report: Report) -> str:
+    """Return in which setting a report.json differs from `report`, as words; "" if bundle and settings are the same.
 
     Raises:
         KeyError, TypeError, AttributeError: not the content of a report.
     """
+    if head["bundle"]["sha256"] != report.bundle["sha256"]:
+        return "made with another bundle"
     missing = {key: _SETTING_DEFAULTS[key] for key in report.settings.keys() - head["settings"].keys()}
-    same_settings = missing | head["settings"] == report.settings
-    return bool(head["bundle"]["sha256"] == report.bundle["sha256"] and same_settings)
+    earlier = missing | head["settings"]
+    changed = [key for key in earlier if key not in report.settings or earlier[key] != report.settings[key]]
+    if not changed:
+        return ""
+    return f"made with {changed[0]} {earlier[changed[0]]}, now {report.settings.get(changed[0])}"
 
 
 def read_results(folder: Path) -> dict[Path, FileEntry]:

@@ -144,6 +144,22 @@ def check_kind(kind: str, like: Radiograph) -> None:
         raise InputRefused(f"a {titles} result needs a {titles} X-ray, whose patient and study it belongs to")
 
 
+def check_name(target: Path, kind: str, like: Radiograph) -> None:
+    """Raise SettingsError if a result of this kind would lie in a file whose suffix says another format.
+
+    Args:
+        target: the file to write.
+        kind: "auto", or one of `result_kinds()`.
+        like: the X-ray that the result belongs to.
+    """
+    writer, _ = _find_writer(kind, _find_by_name(like.format))
+    suffix = target.suffix.lower()
+    if suffix != writer.result_suffix and any(suffix in each.suffixes for each in FORMATS):
+        raise SettingsError(
+            f"{target}: the result would be a {writer.result_suffix} file. Name it so, or give a format."
+        )
+
+
 def find_format(path: Path) -> Format | None:
     """Return the format of a file by its content, else by its suffix; None if it is of no known format."""
     for each in FORMATS:

@@ -8,7 +8,7 @@ kept = <r, n> / <n, n>: 1 if the nodule stays as it is, 0 if the model takes it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -56,7 +56,7 @@ class Retention:
         count: number of nodules.
     """
 
-    map: Image
+    map: Image = field(repr=False)
     mean: float
     percentile_5: float
     worst: tuple[int, int, float]

@@ -35,6 +35,14 @@ def run(*arguments):
     return result
 
 
+def test_files_of_one_name_are_refused(phantoms, tmp_path):
+    """A PNG and a DICOM file of one X-ray would be written into one picture, and compared with each other."""
+    for name in ("a_cxr.png", "a_cxr.tif"):
+        (tmp_path / name).write_bytes(next(phantoms.glob("*_cxr.png")).read_bytes())
+    with pytest.raises(SettingsError, match=r"a_cxr\.tif and .*a_cxr\.png have the same stem"):
+        retention.read_subjects("x", tmp_path, 128, 400.0, FEW, 0)
+
+
 def test_figures_of_a_bundle_and_of_other_results(phantoms, tiny_bundle, tmp_path, few):
     """Results at 0.6 of the X-ray's contrast keep 0.6; the X-ray itself keeps all of everything."""
     common = (f"drawn={phantoms}", "--size", 128, "--seed", 1)

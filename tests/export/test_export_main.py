@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bsdiff_rt.bundle import open_bundle
-from bsdiff_rt.config import PRESETS, SamplerSettings
+from bsdiff_rt.config import NO_ENHANCER, PRESETS, SamplerSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
@@ -103,16 +103,18 @@ def test_a_bundle_without_stage_2(tmp_path, monkeypatch):
     given = catch_arguments(monkeypatch)
     demo = Denoiser(PRESETS["demo"].denoiser).state_dict()
     torch.save(GOOD | {"preset": "demo", "averaged": dict(demo)}, tmp_path / "denoiser.pt")
-    command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
-    (_, preset, _, _, enhancer, options) = given[0]
+    tiny = Denoiser(PRESETS["tiny"].denoiser).state_dict()  # its own stage 2 does not begin as the identity
+    for enhance in (False, None):
+        command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=enhance)
+    torch.save(GOOD | {"averaged": dict(tiny)}, tmp_path / "denoiser.pt")
+    command.export_checkpoints(tmp_path, tmp_path / "bundle")
     x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(enhancer.eval()(x), x)  # as good as none
-    assert (preset.name, options.training["enhancer_steps"], options.enhance) == ("demo", 0, False)
+    for (_, preset, _, _, enhancer, options), name in zip(given, ("demo", "demo", "tiny"), strict=True):
+        torch.testing.assert_close(enhancer.eval()(x), x)  # as good as none
+        assert (preset.name, preset.enhancer) == (name, NO_ENHANCER)
+        assert (options.training["enhancer_steps"], options.enhance) == (0, False)
     with pytest.raises(SettingsError, match=r"enhancer\.pt: no such checkpoint"):
-        command.export_checkpoints(tmp_path, tmp_path / "bundle")
-    torch.save(GOOD, tmp_path / "denoiser.pt")  # its stage 2 does not begin as the identity
-    with pytest.raises(SettingsError, match=r"no such checkpoint\. Write it with `python -m train enhancer`"):
-        command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=False)
+        command.export_checkpoints(tmp_path, tmp_path / "bundle", enhance=True)
 
 
 def test_a_size_that_the_networks_cannot_halve(tmp_path):

@@ -76,12 +76,15 @@ def test_only_finished_files_count(tmp_path):
     assert read_finished(tmp_path, make()) == {"a.png": DONE, "c.png": skipped}
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"steps": None}, {"mirror": True}])
-def test_other_settings_finish_nothing(tmp_path, changed, caplog):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"seed": 1}, "seed 0, now 1"), ({"steps": None}, "steps 3, now None"), ({"mirror": True}, "now True")],
+)
+def test_other_settings_finish_nothing(tmp_path, changed, words, caplog):
     make([DONE]).write(tmp_path)
     with caplog.at_level(logging.INFO):
         assert read_finished(tmp_path, make(**changed)) == {}
-    assert "is of another bundle or of other settings. Every file is processed again." in caplog.text
+    assert f"{words}. Every file is processed again." in caplog.text
 
 
 def test_another_bundle_finishes_nothing(tmp_path):

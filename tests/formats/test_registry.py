@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -108,6 +110,15 @@ def test_whom_a_file_belongs_to(tmp_path):
         assert formats.read_identity(path) == Identity()
 
 
+def list_titles(known):
+    *others, last = sorted(title for each in known for title in each.titles)
+    return f"{', '.join(others)} or {last}"
+
+
+def test_the_titles_of_all_formats_are_listed():
+    assert {"DICOM", "JPEG", "PNG", "TIFF"} <= set(re.split(", | or ", list_titles(formats.FORMATS)))
+
+
 def test_files_of_no_known_format(tmp_path):
     path = tmp_path / "SECRET"
     with pytest.raises(InputFailed, match="cannot be read: No such file"):
@@ -116,7 +127,7 @@ def test_files_of_no_known_format(tmp_path):
     with pytest.raises(InputFailed, match="empty"):
         formats.read(path)
     path.write_bytes(b"SECRET text")
-    with pytest.raises(InputRefused, match="not a DICOM, JPEG, PNG or TIFF file") as refusal:
+    with pytest.raises(InputRefused, match=f"not a {list_titles(formats.FORMATS)} file") as refusal:
         formats.read(path)
     assert "SECRET" not in str(refusal.value)
     with pytest.raises(InputRefused, match="not a DICOM file"):
@@ -167,7 +178,7 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
     formats.write(tmp_path / "b.png", radiograph.cxr, like=radiograph, kind="png")
     np.testing.assert_array_equal(formats.read(tmp_path / "b.png").cxr, radiograph.cxr)
     path.write_bytes(b"none of these")
-    with pytest.raises(InputRefused, match="not a DICOM, JPEG, PNG, TIFF or TOY"):
+    with pytest.raises(InputRefused, match=f"not a {list_titles(formats.FORMATS)} file"):
         formats.read(path.rename(tmp_path / "a.none"))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bsdiff_rt import open_model
+from bsdiff_rt import cli, open_model
 from bsdiff_rt.bundle import MANIFEST, Bundle, Manifest, open_bundle, to_signed_json
 from bsdiff_rt.config import PRESETS, Preprocessing
 from bsdiff_rt.engines.select import RunnerRequest, choose, load_first
@@ -65,6 +65,13 @@ def test_names():
     assert list_bundle_runners() == ("onnxruntime", "eager")
     with pytest.raises(SettingsError, match=r"^'abacus' is not a runner\. Use one of tensorrt, tensorrt-rtx, o"):
         find_entry("abacus")
+
+
+def test_help_and_api_name_every_runner(capsys):
+    with pytest.raises(SystemExit):
+        cli.app(["infer", "--help"])
+    for text in (capsys.readouterr().out, open_model.__doc__):
+        assert not [name for name in RUNNERS if name not in text]
 
 
 def test_packages_that_are_missing(monkeypatch):

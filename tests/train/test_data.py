@@ -285,7 +285,7 @@ def test_phantoms_beside_equalised_pairs(pair, pool):
 
 
 def test_no_data_set_or_a_damaged_one_is_said_so(tmp_path):
-    with pytest.raises(SettingsError, match=r"FileNotFoundError.*train prepare"):
+    with pytest.raises(SettingsError, match=r"no such file.*train prepare"):
         load_dataset(tmp_path, "train")
     for content in ("{", "[]", '{"pairs": []}', '{"settings": {"size": 64, "clahe": 0}, "pairs": [{"name": "a"}]}'):
         (tmp_path / "dataset.json").write_text(content)

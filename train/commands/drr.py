@@ -80,6 +80,6 @@ def drr_command(
     for entry in entries:
         typer.echo(describe_entry(entry))
     used = [entry for entry in entries if entry.status == "ok"]
-    typer.echo(f"{sum(e.pairs for e in used)} pairs of {len(used)} CTs, {len(entries) - len(used)} CTs without pairs")
+    typer.echo(f"{sum(e.pairs for e in used)} pairs. CTs used: {len(used)}, without pairs: {len(entries) - len(used)}")
     if len(used) < len(entries):
         raise typer.Exit(3)

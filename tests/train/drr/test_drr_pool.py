@@ -184,7 +184,7 @@ def test_the_command_takes_a_series_and_nifti_with_labels_and_names_what_is_of_n
     result = CliRunner().invoke(app, ["drr", *map(str, arguments)])
     assert result.exit_code == 3
     assert "cut: refused, covers 196 mm from feet to head, less than 200 mm" in result.output
-    assert "2 pairs of 2 CTs, 1 CTs without pairs" in result.output
+    assert "2 pairs. CTs used: 2, without pairs: 1" in result.output
     series, nifti = (read(tmp_path / "pool" / f"{name}_0000_cxr.png") for name in ("series", "nifti"))
     assert series.shape == nifti.shape == (256, 256)
     result = CliRunner().invoke(app, ["drr", str(cts), "-o", str(tmp_path / "other"), "--labels", str(tmp_path / "no")])
