@@ -1118,7 +1118,7 @@ def _summarise_retention(report: Report, output: Path) -> str:
     least, name = min(probed, key=lambda one: one[0]["percentile_5"])
     return (
         f"{least['nodule_mm']:g} mm nodules keep {mean:.0%} of their contrast on average. The image that loses most is "
-        f"{escape(name)}: 5 % of its nodules keep {least['percentile_5']:.0%} or less\n"
+        f"{escape(name)}: 5% of its nodules keep {least['percentile_5']:.0%} or less\n"
     )
 
 

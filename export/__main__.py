@@ -205,14 +205,8 @@ def export_checkpoints(
     Target(output, overwrite, onnx_only, precision).check()
     provenance = {} if training is None else read_provenance(training)
     first, state = read_averaged_weights(checkpoints / "denoiser.pt")
-    has_enhancer = (checkpoints / "enhancer.pt").exists()
-    enhance = has_enhancer if enhance is None else enhance
-    if enhance or has_enhancer:
-        second, enhancer_weights = read_averaged_weights(checkpoints / "enhancer.pt")
-    else:
-        typer.echo(f"{checkpoints} has no enhancer.pt: a bundle without stage 2")
-        second = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
-        enhancer_weights = None
+    enhance = (checkpoints / "enhancer.pt").exists() if enhance is None else enhance
+    second, enhancer_weights = read_stage_two(checkpoints, first, needed=enhance)
     check_stages(checkpoints, first, second, stage_one=hash_weights(state) if enhance else None)
     preset = PRESETS[first["preset"]]
     if enhancer_weights is None:
@@ -289,6 +283,26 @@ def build_networks(
             f"{checkpoints}: the weights do not fit preset {preset.name} of this version. Train them again."
         ) from error
     return schedule, denoiser, enhancer
+
+
+def read_stage_two(
+    checkpoints: Path, first: dict[str, Any], *, needed: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+    """Return header and weights of stage 2; no weights, and say so, if it is not there and not needed.
+
+    Args:
+        checkpoints: folder.
+        first: header of stage 1's checkpoint.
+        needed: whether stage 2 must be there.
+
+    Raises:
+        SettingsError: it is not there, or cannot be read.
+    """
+    if needed or (checkpoints / "enhancer.pt").exists():
+        return read_averaged_weights(checkpoints / "enhancer.pt")
+    typer.echo(f"{checkpoints} has no enhancer.pt: a bundle without stage 2")
+    header = {"preset": first["preset"], "step": 0, "size": first["size"], "stage_one": None, "trained_on": None}
+    return header, None
 
 
 def check_stages(checkpoints: Path, first: dict[str, Any], second: dict[str, Any], *, stage_one: str | None) -> None:

@@ -113,7 +113,7 @@ def _make_card(folder: Path, entry: FileEntry) -> tuple[dict[str, Any], dict[str
     card["facts"] += describe_view(entry.view or {}, (rows, columns))
     kept = [(entry.retention or {}).get(key) for key in ("mean", "percentile_5")]
     if all(isinstance(share, float) for share in kept):
-        card["facts"].append(f"small nodules keep {kept[0]:.0%}, 5 % of them {kept[1]:.0%} or less")
+        card["facts"].append(f"small nodules keep {kept[0]:.0%}, 5% of them {kept[1]:.0%} or less")
     card["side_px"] = max(rows, columns)
     # A browser shows 16-bit files too dark and DICOM not at all. For these the embedded pictures have to do.
     suffixes = {Path(entry.input).suffix.lower(), Path(entry.output).suffix.lower()}

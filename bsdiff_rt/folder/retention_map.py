@@ -40,7 +40,7 @@ def draw_retention(cxr: NDArray[np.float32], retention: Retention | None) -> byt
     centre = (int(column * scale), int(row * scale))
     cv2.circle(picture, centre, max(3, _RING_PX * max(shape) // LONGEST_PX), (0, 1, 1), 2, cv2.LINE_AA)
     text = (
-        f"{NODULE_MM:g} mm nodules keep {retention.mean:.0%}; 5 % of them keep {retention.percentile_5:.0%} or less; "
+        f"{NODULE_MM:g} mm nodules keep {retention.mean:.0%}; 5% of them keep {retention.percentile_5:.0%} or less; "
         f"ring: {share:.0%}. Full red: {ALL_RED:.0%} or less."
     )
     return _encode(picture, text)

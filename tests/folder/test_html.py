@@ -139,7 +139,7 @@ def test_what_the_probe_found_is_shown(run, tmp_path):
     assert card["pictures"] == ["xray", "soft", "bone", "retention"]
     assert read_picture(page, "retention-0").shape == (160, 144, 3)
     kept = report_of(tmp_path / "out")["files"][0]["retention"]
-    assert f"small nodules keep {kept['mean']:.0%}, 5 % of them {kept['percentile_5']:.0%} or less" in card["facts"]
+    assert f"small nodules keep {kept['mean']:.0%}, 5% of them {kept['percentile_5']:.0%} or less" in card["facts"]
 
 
 @pytest.mark.parametrize(("bits", "full"), [(8, True), (12, False)])
