@@ -25,6 +25,7 @@ with bsdiff_rt.open_model("demo", runner="auto") as model:  # keeps the model lo
 
 The pixels are those of `bsdiff-rt infer` with the same options. Options are keyword arguments with the names and
 defaults of the command line: `bsdiff_rt.open_model("demo", sampler="ddim", steps=2, seed=1, mirror=False)`.
+`--steps 50:3` is `steps=50, cache_every=3`, and `--batch auto` is `batch=None`.
 A list of X-rays is faster than a loop, because the model takes several at once.
 
 `import bsdiff_rt` loads no torch. The first use of `open_model` does, which takes a few seconds.

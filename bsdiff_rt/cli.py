@@ -827,7 +827,7 @@ def build_engine(
         )
     if speed.ratio < 1:
         print_line(
-            f"This engine is slower than {speed.instead}, so `--runner auto` will not use it. If the machine was busy, "
+            f"This engine is slower than {speed.instead}, so `--runner auto` prefers that. If the machine was busy, "
             "build it again."
         )
 

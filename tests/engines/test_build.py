@@ -367,7 +367,7 @@ def test_command(cli, small, stand_in, cache):
 
 
 def test_command_says_that_an_engine_is_slower(cli, small, stand_in, cache, takes):
-    slower = "This engine is slower than eager, so `--runner auto` will not use it. If the machine was busy, build it"
+    slower = "This engine is slower than eager, so `--runner auto` prefers that. If the machine was busy, build it"
     done = cli("build-engine", small.folder)
     assert "Speed at batch 1: 200 ms a step, 2.50 times as fast as eager (500 ms)." in done.out
     assert slower not in done.err

@@ -21,7 +21,7 @@ def demo_command(
     ] = None,
     drrs: Annotated[Path | None, typer.Option(help="Folder of pairs projected from CTs.")] = None,
 ) -> None:
-    """Train both stages with the recipe of the bundled demo model (docs/model-card.md). Takes hours on two cores."""
+    """Train a small model from nothing, both stages. It is weaker than the bundled one. Takes hours on two cores."""
     shared = SharedOptions(pairs=pairs, drrs=drrs)
     denoiser(output, shared=shared)
     enhancer(output, shared=shared)
