@@ -135,8 +135,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
 def run_node(folder: Path, bundle: Bundle, archive: Archive, **settings: Any) -> Iterator[Node]:
     """Run a node in this process."""
     destinations = settings.pop("destinations", (Destination(ARCHIVE, HOST, archive.port),))
-    asked = NodeSettings(folder=folder, destinations=destinations, **{"port": 0, "http_port": 0} | settings)
     runner = settings.pop("runner", None) or ToyRunner(SIZE)
+    asked = NodeSettings(folder=folder, destinations=destinations, **{"port": 0, "http_port": 0} | settings)
     inference = Inference(InferSettings(output=asked.results, bundle=str(bundle.folder), format="dicom"), runner)
     with ExitStack() as stack:
         node = Node(asked, inference)
