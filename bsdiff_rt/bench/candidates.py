@@ -156,8 +156,9 @@ def _try_runner(model: BenchModel, runner: str, wanted: Wanted, device: torch.de
         return []  # loaded already
     if not find_entry(runner).needs_engine:
         precisions = [p for p in wanted.precisions or ("fp32",) if (runner, p) != (BASELINE, "fp32")]
+        names = {p: runner if len(precisions) == 1 else f"{runner} {p}" for p in precisions}
         return [
-            _try(runner, model, (runner, p), device, asked=_is_asked(wanted, runner, p, device)) for p in precisions
+            _try(names[p], model, (runner, p), device, asked=_is_asked(wanted, runner, p, device)) for p in precisions
         ]
     if wanted.precisions:
         return [

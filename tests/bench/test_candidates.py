@@ -117,6 +117,13 @@ def test_every_engine_that_is_built_is_a_candidate(fake_engines, tiny_bundle):
     assert [(entry.name, entry.reason, entry.exit_code) for entry in absent] == reasons
 
 
+def test_one_runner_in_two_precisions_has_two_names(fake_engines, tiny_bundle):
+    """Rows are told apart by their names: of two with one name, only the second was measured."""
+    wanted = Wanted(("onnxruntime",), ("fp32", "bf16"))
+    found, _ = load_candidates(open_bench_model(str(tiny_bundle)), wanted, CPU)
+    assert [candidate.name for candidate in found] == [BASELINE, "onnxruntime fp32", "onnxruntime bf16"]
+
+
 def test_what_is_asked_for_by_name_and_missing_fails_the_run(fake_engines, tiny_bundle):
     opened = open_bench_model(str(tiny_bundle))
     found, absent = load_candidates(opened, Wanted(("aoti", "tensorrt"), ("fp16", "fp32")), CPU)
