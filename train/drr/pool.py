@@ -74,7 +74,7 @@ class DrrOptions:
     beam: BeamKind = "mixed"
     pose: float = 1.0
     lungs: bool = False
-    calcified: float = 0.4
+    calcified: float = 0.0
 
     @property
     def voxel_mm(self) -> float:
