@@ -119,11 +119,13 @@ def open_model(
 def _check_options(options: dict[str, Any]) -> None:
     """Raise SettingsError if an option has another type or value than the command line would let through."""
     for name in ("batch", "threads", "steps", "cache_every", "seed", "samples"):
-        value = options.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        value = options.get(name, 1)
+        if value is None and name in ("batch", "threads", "steps"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise SettingsError(f"{value!r} is not a whole number", setting=name)
-    if options.get("samples", 1) < 1:
-        raise SettingsError(f"{options['samples']} is out of range. Give 1 or more.", setting="samples")
+        if value < 1 and name != "seed":
+            raise SettingsError(f"{value} is out of range. Give 1 or more.", setting=name)
     for name, allowed in (("sampler", SAMPLERS), ("detail", get_args(DetailName)), ("precision", PRECISIONS)):
         value = options.get(name)
         if value is not None and value not in allowed:

@@ -235,6 +235,8 @@ def test_a_runner_that_fails_says_so(tiny_bundle, toy):
         ({"steps": "a"}, SettingsError, "'a' is not a whole number"),
         ({"batch": 1.5}, SettingsError, "1.5 is not a whole number"),
         ({"samples": 0}, SettingsError, "0 is out of range. Give 1 or more"),
+        ({"batch": 0}, SettingsError, "0 is out of range. Give 1 or more"),
+        ({"samples": None}, SettingsError, "None is not a whole number"),
         ({"sampler": "euler"}, SettingsError, "'euler' is not one of ddpm, ddim"),
         ({"detail": "some"}, SettingsError, "'some' is not one of full, model"),
         ({"precision": "fp8"}, SettingsError, "'fp8' is not one of auto, fp32"),
