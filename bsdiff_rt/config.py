@@ -16,7 +16,7 @@ DetailName = Literal["full", "model"]
 FormatName = Literal["auto", "png", "dicom", "dicom-sc", "dicom-j2k"]
 Precision = Literal["fp32", "bf16", "fp16"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
-FEW_STEP_SAMPLERS = frozenset({"ddim", "dpmpp-2m"})  # deterministic: what is enough for one is enough for the other
+FEW_STEP_SAMPLERS = frozenset({"ddim", "dpmpp-2m"})  # a bundle's number of steps holds for both
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def draw_projections(
 
 
 def _list_maps(materials: Materials) -> list[NDArray[np.int16]]:
-    return [materials.soft, materials.excess, materials.lungs, materials.cartilage]
+    return [materials.soft, materials.excess, materials.lungs]
 
 
 def _show(pictures: Pictures, picture: Image, group: str, rng: np.random.Generator, kind: str) -> None:

@@ -156,7 +156,7 @@ def check_name(target: Path, kind: str, like: Radiograph) -> None:
     suffix = target.suffix.lower()
     if suffix != writer.result_suffix and any(suffix in each.suffixes for each in FORMATS):
         raise SettingsError(
-            f"{target}: the result would be a {writer.result_suffix} file. Name it so, or give a format."
+            f"{target}: the result would be a {writer.result_suffix} file. Name it so, or give another format."
         )
 
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from train.drr.body import ellipse
 from train.drr.bones import BOLUS_HU, Tissues
-from train.drr.cartilage import find_cartilage
 from train.drr.volume import Mask, Spacing, Volume3D
 
 REPLACED_HU = 50  # soft tissue in the place of bone
@@ -41,13 +40,13 @@ class Materials:
         soft: attenuation relative to water, with soft tissue in the place of bone; 0 outside of the body.
         excess: what bone attenuates beyond that soft tissue, relative to water, at CT_KEV.
         lungs: SCALE in the lungs, else 0.
-        cartilage: depth in the rib cartilage, see `find_cartilage`.
+        cartilage: depth in the rib cartilage (`find_cartilage`); None if it was not looked for.
     """
 
     soft: NDArray[np.int16]
     excess: NDArray[np.int16]
     lungs: NDArray[np.int16]
-    cartilage: NDArray[np.int16]
+    cartilage: NDArray[np.int16] | None = None
 
 
 def split_materials(hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spacing: Spacing) -> Materials:
@@ -59,12 +58,7 @@ def split_materials(hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spa
     soft[~body] = 0
     most = GLARING_BONE_HU if tissues.contrast.any() else int(hu.max())
     excess = np.where(tissues.bone & body, np.clip(hu, REPLACED_HU, most) - np.int16(REPLACED_HU), np.int16(0))
-    volumes = (
-        np.clip(soft, 0, None),
-        excess,
-        lungs * np.int16(SCALE),
-        find_cartilage(hu, body, lungs, tissues, spacing),
-    )
+    volumes = (np.clip(soft, 0, None), excess, lungs * np.int16(SCALE))
     return Materials(*(np.ascontiguousarray(volume.transpose(1, 0, 2)) for volume in volumes))
 
 

@@ -263,7 +263,7 @@ def _project_all(
                 logger.info("%s: %d of %d pairs", source.name, entry.pairs, count)
         entry.seconds_per_pair = (time.monotonic() - started) / len(missing)
         for path in _work_files(output / WORK, source.name):
-            path.unlink()
+            path.unlink(missing_ok=True)  # cartilage was not looked for, perhaps
 
 
 def _start_worker() -> None:
@@ -283,13 +283,14 @@ def _prepare(source: Source, work: Path, options: DrrOptions, labels: Labels) ->
     if path is not None and path.is_dir():
         path = _label_file(path, source.name)
     try:
-        prepared = prepare_ct(source, options.voxel_mm, path, labels.values)
+        prepared = prepare_ct(source, options.voxel_mm, path, labels.values, cartilage=options.calcified > 0)
     except (InputRefused, InputFailed) as error:
         status = "refused" if isinstance(error, InputRefused) else "failed"
         return {"status": status, "reason": str(error), "prepare_seconds": time.monotonic() - started}
     *volumes, text = _work_files(work, source.name)
     for file, part in zip(volumes, PARTS, strict=True):
-        np.save(file, getattr(prepared.materials, part))
+        if (volume := getattr(prepared.materials, part)) is not None:
+            np.save(file, volume)
     text.write_text(json.dumps(asdict(prepared.anatomy)))
     return {
         "spacing_mm": [round(step, 4) for step in prepared.anatomy.spacing],
@@ -312,7 +313,8 @@ def _load(work: Path, name: str) -> tuple[Materials, Anatomy]:
     a = json.loads(text.read_text())
     z, y, x = (tuple(pair) for pair in a["lungs"])
     anatomy = Anatomy(tuple(a["spacing"]), tuple(a["size"]), (z, y, x), a["cut"])
-    return Materials(*(np.load(path, mmap_mode="r") for path in volumes)), anatomy
+    there = {part: path for part, path in zip(PARTS, volumes, strict=True) if path.exists()}
+    return Materials(**{part: np.load(path, mmap_mode="r") for part, path in there.items()}), anatomy
 
 
 def _make_pair(output: Path, name: str, number: int, options: DrrOptions) -> None:
@@ -331,7 +333,7 @@ def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, op
     framing = draw_framing(rng, anatomy, options.size, options.view, options.beam, options.pose)
     excess = materials.excess
     drawn = np.random.default_rng([*seed, CALCIFIED])  # its own, so that the share changes nothing else
-    if drawn.random() < options.calcified:
+    if materials.cartilage is not None and drawn.random() < options.calcified:
         y_z_x = (anatomy.spacing[1], anatomy.spacing[0], anatomy.spacing[2])
         excess = excess + calcify(drawn, materials.cartilage, y_z_x)
     maps = [materials.soft, excess] + ([materials.lungs] if options.lungs else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bsdiff_rt.errors import InputRefused
 from train.drr.body import check_chest, check_geometry, crop_to_body, find_body, find_lungs
 from train.drr.bones import find_tissues
+from train.drr.cartilage import find_cartilage
 from train.drr.framing import Anatomy
 from train.drr.materials import Materials, split_materials
 from train.drr.volume import Source, Volume, read_volume
@@ -30,7 +31,12 @@ class Prepared:
 
 
 def prepare_ct(
-    source: Source, voxel_mm: float, labels: Path | None = None, label_values: frozenset[int] | None = None
+    source: Source,
+    voxel_mm: float,
+    labels: Path | None = None,
+    label_values: frozenset[int] | None = None,
+    *,
+    cartilage: bool = False,
 ) -> Prepared:
     """Read, check and segment one CT.
 
@@ -38,6 +44,7 @@ def prepare_ct(
         source: the CT.
         voxel_mm: finer voxels are averaged to about this size.
         labels, label_values: see `read_volume`.
+        cartilage: also look for the rib cartilage.
 
     Raises:
         InputRefused: not a chest, cut, incomplete, or otherwise of no use; with the reason.
@@ -58,7 +65,11 @@ def prepare_ct(
     if millilitres[0] < LEAST_BONE_ML:
         raise InputRefused(f"{millilitres[0]:.0f} ml of bone were found, less than {LEAST_BONE_ML:g}")
     anatomy = Anatomy.measure(body, lungs, spacing)
-    return Prepared(split_materials(hu, body, lungs, tissues, spacing), anatomy, *millilitres)
+    materials = split_materials(hu, body, lungs, tissues, spacing)
+    if cartilage:
+        depth = find_cartilage(hu, body, lungs, tissues, spacing)
+        materials = replace(materials, cartilage=np.ascontiguousarray(depth.transpose(1, 0, 2)))
+    return Prepared(materials, anatomy, *millilitres)
 
 
 def coarsen(volume: Volume, voxel_mm: float) -> Volume:

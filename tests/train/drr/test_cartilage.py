@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from made_ct import SPACING, ellipse, make_chest
+from made_ct import SPACING, ellipse, make_chest, write_npz
 
 from train.drr.body import find_body, find_lungs
 from train.drr.bones import find_tissues
 from train.drr.cartilage import DEPTH_UNITS, calcify, find_cartilage
 from train.drr.framing import Anatomy
 from train.drr.materials import split_materials
-from train.drr.pool import DrrOptions, draw_pair
+from train.drr.pool import DrrOptions, Labels, draw_pair, make_pool
+from train.drr.volume import find_sources
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +72,11 @@ def test_calcifications_lie_in_the_cartilage_and_differ(chest):
     assert not calcify(np.random.default_rng(0), np.zeros_like(depth), SPACING).any()
 
 
-def test_a_calcified_pair_differs_in_the_x_ray_only_where_cartilage_is(chest):
+def test_a_calcified_pair_has_more_bone_and_the_same_soft_tissue(chest):
     hu, _ = chest
     body, lungs, tissues = segment(hu)
-    materials = split_materials(hu, body, lungs, tissues, SPACING)
+    depth = find_cartilage(hu, body, lungs, tissues, SPACING)
+    materials = replace(split_materials(hu, body, lungs, tissues, SPACING), cartilage=depth.transpose(1, 0, 2))
     anatomy = Anatomy.measure(body, lungs, SPACING)
     for number in range(3):
         plain, drawn = (
@@ -89,3 +93,13 @@ def test_a_calcified_pair_differs_in_the_x_ray_only_where_cartilage_is(chest):
         for n in range(12)
     ]
     assert 2 <= sum(partly) <= 10
+
+
+def test_a_pool_has_calcified_pairs_if_asked_for(chest, tmp_path):
+    sources = find_sources([write_npz(tmp_path / "one.npz", chest[0])])
+    pictures = {}
+    for share in (0.0, 1.0):
+        make_pool(sources, tmp_path / str(share), 2, DrrOptions(size=64, calcified=share), Labels(), 1)
+        pictures[share] = [path.read_bytes() for path in sorted((tmp_path / str(share)).glob("one_*_cxr.png"))]
+    assert len(pictures[0.0]) == len(pictures[1.0]) == 2
+    assert not set(pictures[0.0]) & set(pictures[1.0])
