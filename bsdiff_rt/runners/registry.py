@@ -237,12 +237,12 @@ def find_batch_limit(name: str, manifest: Manifest) -> int | None:
     most = RUNNERS[name].largest_tensor
     if most is None:
         return None
-    first, second = manifest.denoiser.attention, manifest.enhancer.attention
-    networks = (
-        (*first[:-1], True),  # the lowest level always has attention
-        (*second[:-1], second[-1] or manifest.enhancer.middle_attention),
-    )
-    levels = [level for attention in networks for level, present in enumerate(attention) if present]
+    levels = [
+        level
+        for network in (manifest.denoiser, manifest.enhancer)
+        for level, present in enumerate((*network.attention[:-1], True))  # the lowest level always has attention
+        if present
+    ]
     tokens = (manifest.preprocessing.size >> min(levels)) ** 2
     return max(1, most // tokens**2)
 
