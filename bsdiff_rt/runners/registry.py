@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bsdiff_rt.bundle import Bundle, Manifest
-from bsdiff_rt.config import EngineOptions, Precision
+from bsdiff_rt.config import DenoiserConfig, EngineOptions, EnhancerConfig, Precision
 from bsdiff_rt.errors import EngineError, SettingsError, one_line
 from bsdiff_rt.runners.base import Progress, Runner
 from bsdiff_rt.runners.devices import RTX_CAPABILITIES, describe_capability
@@ -228,8 +228,6 @@ def list_bundle_runners() -> tuple[str, ...]:
 def find_batch_limit(name: str, manifest: Manifest) -> int | None:
     """Return how many images a runner can safely take at once on a GPU; None for any number.
 
-    Attention has one score for each pair of tokens, and some backends hold all scores of a batch in one tensor.
-
     Args:
         name: the runner.
         manifest: describes the model.
@@ -237,14 +235,24 @@ def find_batch_limit(name: str, manifest: Manifest) -> int | None:
     most = RUNNERS[name].largest_tensor
     if most is None:
         return None
-    levels = [
-        level
-        for network in (manifest.denoiser, manifest.enhancer)
-        for level, present in enumerate((*network.attention[:-1], True))  # the lowest level always has attention
-        if present
-    ]
-    tokens = (manifest.preprocessing.size >> min(levels)) ** 2
-    return max(1, most // tokens**2)
+    size = manifest.preprocessing.size
+    denoiser = _count_largest_tensor(manifest.denoiser, size, middle_attention=True)
+    enhancer = _count_largest_tensor(manifest.enhancer, size, manifest.enhancer.middle_attention)
+    return max(1, most // max(denoiser, enhancer))
+
+
+def _count_largest_tensor(config: DenoiserConfig | EnhancerConfig, size: int, middle_attention: bool) -> int:
+    """Return the most elements that one tensor of a network has for one image.
+
+    A level of the decoder joins its own width with that of the level below. Attention has one score for each pair of
+    tokens, and some backends hold all scores of a batch in one tensor.
+    """
+    sides = [size >> level for level in range(len(config.channels))]
+    joined = [width + max(config.channels[level : level + 2]) for level, width in enumerate(config.channels)]
+    attention = (*config.attention[:-1], config.attention[-1] or middle_attention)
+    features = max(width * side**2 for width, side in zip(joined, sides, strict=True))
+    scores = max((side**4 for side, present in zip(sides, attention, strict=True) if present), default=0)
+    return max(features, scores)
 
 
 def resolve_precision(name: str, precision: str, device: torch.device) -> Precision:
