@@ -249,9 +249,10 @@ class Model:
         formats.check_kind(format, radiograph)
         prepared = self.prepare(radiograph.cxr)
         finished = self._finish_all([(prepared, radiograph.pixel_digest)])[0]
-        derivation = self.describe(prepared)
+        result = make_result(radiograph, prepared, finished)
+        derivation = self.describe(prepared, result.warnings)
         formats.write(target, finished.soft_tissue, like=radiograph, kind=format, derivation=derivation)
-        return make_result(radiograph, prepared, finished)
+        return result
 
     def prepare(self, cxr: NDArray[np.float32]) -> Prepared:
         """Make an X-ray, [H, W], float32, in [0, 1], into the model's input."""
@@ -286,10 +287,10 @@ class Model:
         """Make the model's outputs for one X-ray, [P, S, S], float32, in [-1, 1], into its soft-tissue image."""
         return finish(prepared, passes, mirror=bool(self.settings.mirror), detail=self.settings.detail)
 
-    def describe(self, prepared: Prepared) -> Derivation:
-        """Describe how a result was made, for the header of a derived DICOM object."""
+    def describe(self, prepared: Prepared, warnings: tuple[str, ...] = ()) -> Derivation:
+        """Describe how a result was made, for the header of a derived DICOM object; `warnings` go with it."""
         decisive = list_decisive(self.settings, self._runner.name, self._runner.precision)
-        return describe_derivation(self.bundle, self.settings, decisive, prepared)
+        return describe_derivation(self.bundle, self.settings, decisive, prepared, warnings)
 
     def _suppress(self, radiographs: Sequence[Radiograph]) -> list[Result]:
         if self._closed:
@@ -418,7 +419,11 @@ def list_decisive(settings: ModelSettings, runner: str, precision: Precision) ->
 
 
 def describe_derivation(
-    bundle: Bundle, settings: ModelSettings, decisive: Mapping[str, Any], prepared: Prepared
+    bundle: Bundle,
+    settings: ModelSettings,
+    decisive: Mapping[str, Any],
+    prepared: Prepared,
+    warnings: tuple[str, ...] = (),
 ) -> Derivation:
     """Describe how a result was made.
 
@@ -428,6 +433,7 @@ def describe_derivation(
         decisive: `list_decisive`, perhaps with the format of the result. Its digest becomes part of new UIDs. The
             format does not, because the object's class does.
         prepared: the X-ray.
+        warnings: of X-ray and result.
     """
     view, size = prepared.view, bundle.manifest.preprocessing.size
     part = replace(view, gain=1.0, offset=0.0) != make_whole_view(prepared.cxr.shape)
@@ -455,4 +461,5 @@ def describe_derivation(
         bundle_sha256=bundle.sha256,
         settings_digest=digest_json([bundle.identity, {key: decisive[key] for key in decisive if key != "format"}]),
         software_version=__version__,
+        warnings=warnings,
     )

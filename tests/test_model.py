@@ -145,6 +145,9 @@ def test_a_file_is_what_infer_writes(model, tiny_bundle, tmp_path, name):
         ours, theirs = dcmread(tmp_path / name), dcmread(tmp_path / "out" / name)
         assert ours.SOPInstanceUID == theirs.SOPInstanceUID
         assert ours.DerivationDescription == theirs.DerivationDescription
+        assert result.warnings  # the random weights of the tiny model make no chest
+        assert ours.ImageComments == theirs.ImageComments
+        assert all(warning in ours.ImageComments for warning in result.warnings)
         np.testing.assert_array_equal(ours.pixel_array, theirs.pixel_array)
     assert result.soft_tissue.shape == SHAPE
 

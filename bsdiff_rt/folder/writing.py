@@ -58,7 +58,8 @@ class Writer:
             finished = finish(ready.prepared, passes, mirror=bool(settings.mirror), detail=settings.detail)
             maps = self._write_maps(ready, finished)
             path.parent.mkdir(parents=True, exist_ok=True)
-            derivation = describe_derivation(self._bundle, settings, self._decisive, ready.prepared)
+            warnings = (*ready.warnings, *finished.warnings)
+            derivation = describe_derivation(self._bundle, settings, self._decisive, ready.prepared, warnings)
             picture, kind = finished.soft_tissue, settings.format
             with staged(path) as place:
                 formats.write(place, picture, like=ready.radiograph, kind=kind, derivation=derivation)
@@ -80,7 +81,7 @@ class Writer:
             maps=maps,
             retention=finished.retention.to_report() if finished.retention else None,
             view=ready.prepared.view.to_report(ready.radiograph.cxr.shape),
-            warnings=[*ready.warnings, *finished.warnings],
+            warnings=list(warnings),
         )
 
     def _flush(self, path: Path, maps: Iterable[str], ready: Ready) -> None:

@@ -52,6 +52,7 @@ class Derivation:
         settings_digest: identifies the resolved settings. In DICOM it is part of the new UIDs.
         software_version: version of this package.
         created: date and time, local unless aware; None for now.
+        warnings: what a reader of the result should know, one sentence each.
     """
 
     description: str
@@ -60,6 +61,7 @@ class Derivation:
     settings_digest: str
     software_version: str
     created: datetime | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

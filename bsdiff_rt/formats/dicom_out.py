@@ -49,7 +49,7 @@ DicomKind = Literal["dicom", "dicom-sc", "dicom-j2k"]
 SERIES_SUFFIX = "bone suppressed, not for diagnostic use"
 LUNGS = "LUNGS"  # explanation of the window that is fitted to the lungs
 _MANUFACTURER = "bsdiff-rt"
-_LO_CHARACTERS, _ST_CHARACTERS = 64, 1024  # PS3.5 table 6.2-1
+_LO_CHARACTERS, _ST_CHARACTERS, _LT_CHARACTERS = 64, 1024, 10240  # PS3.5 table 6.2-1
 _LARGEST_OFFSET = timedelta(hours=14)  # PS3.5 6.2, DT: +1400
 _LARGEST_SERIES_NUMBER = 20_000_000  # of a source; a hundred times as much is still an integer string
 
@@ -158,6 +158,7 @@ def _describe_object(derived: Dataset, source: Dataset, pixel_digest: bytes, der
     derived.ImageType = ["DERIVED", "SECONDARY", "", BONE_SUPPRESSED]
     derived.SyntheticData = "YES"  # C.12.1: not a faithful representation of acquired data
     derived.DerivationDescription = _to_ascii(derivation.description, _ST_CHARACTERS)
+    _enter_warnings(derived, derivation)
     derived.SourceImageSequence = Sequence([_make_source_reference(source)])
     equipment = list(derived.get("ContributingEquipmentSequence") or [])
     derived.ContributingEquipmentSequence = Sequence([*equipment, _make_equipment(derivation, created)])
@@ -170,6 +171,15 @@ def _describe_object(derived: Dataset, source: Dataset, pixel_digest: bytes, der
         derived.SecondaryCaptureDeviceManufacturer = _MANUFACTURER
         derived.SecondaryCaptureDeviceManufacturerModelName = _to_ascii(derivation.bundle_name, _LO_CHARACTERS)
         derived.SecondaryCaptureDeviceSoftwareVersions = _to_ascii(derivation.software_version, _LO_CHARACTERS)
+
+
+def _enter_warnings(derived: Dataset, derivation: Derivation) -> None:
+    """Put warnings before the source's Image Comments (C.7.6.1), where a reader at the PACS can see them."""
+    if not derivation.warnings:
+        return
+    warnings = " ".join(f"Warning: {one.rstrip('.')}." for one in derivation.warnings)
+    comments = f"{_MANUFACTURER}: {_to_ascii(warnings, _LT_CHARACTERS)} {derived.get('ImageComments') or ''}"
+    derived.ImageComments = comments.strip()[:_LT_CHARACTERS]
 
 
 def _identify(derived: Dataset, source: Dataset, pixel_digest: bytes, derivation: Derivation) -> None:

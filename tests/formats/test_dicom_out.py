@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,21 @@ def test_our_own_reader_sees_what_was_written(tmp_path, make, kind):
     derive(tmp_path, make(stored(PICTURE, 12)), kind=kind)
     again = read_dicom(tmp_path / "o.dcm", derived=True)
     np.testing.assert_allclose(again.cxr, SOFT, atol=0.5 / 4095 + 1e-6)
+
+
+@pytest.mark.parametrize("make", [dataset, dx_dataset])
+@pytest.mark.parametrize("kind", ["dicom", "dicom-sc"])
+def test_warnings_reach_whoever_sees_the_object_only(tmp_path, make, kind):
+    derivation = replace(DERIVATION, warnings=("it looks like a negative", "Do not use the result."))
+    for comments in ("", "Zweite Aufnahme für Dr. Ü"):
+        derived = derive(tmp_path, make(stored(PICTURE, 12), ImageComments=comments), kind=kind, derivation=derivation)
+        expected = "bsdiff-rt: Warning: it looks like a negative. Warning: Do not use the result."
+        if comments and kind == "dicom":  # a Secondary Capture image takes over little of its source
+            expected += f" {comments}"
+        assert derived.ImageComments == expected
+    assert "ImageComments" not in derive(tmp_path, make(stored(PICTURE, 12)), kind=kind)  # there is nothing to say
+    long = derive(tmp_path, make(stored(PICTURE, 12), ImageComments="x" * 10240), kind=kind, derivation=derivation)
+    assert len(long.ImageComments) <= 10240  # LT, PS3.5 table 6.2-1
 
 
 def test_a_derived_image_is_not_processed_again(tmp_path):
