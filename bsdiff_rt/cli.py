@@ -201,7 +201,7 @@ RunnerName = Annotated[
     typer.Option(
         metavar="NAME|DIR",
         help="auto, eager, onnxruntime, openvino, aoti, tensorrt, tensorrt-rtx, or the folder of a built engine. "
-        "auto: the fastest one that can be used.",
+        "auto: the fastest engine built for this machine, else onnxruntime, else eager.",
         rich_help_panel=SPEED,
     ),
 ]
