@@ -43,15 +43,15 @@ def add_fine_detail(
     Returns:
         [H, W], float32, in [0, 1].
     """
-    picture = from_network(soft_tissue_net, placement)
     if max(cxr.shape) <= placement.size:
-        return picture
+        return from_network(soft_tissue_net, placement)
     if prep.clahe_clip_limit > 0:
         small = resize(cxr, (placement.height, placement.width))
         cxr = EqualizingCurves.measure(small, prep.clahe_clip_limit, prep.clahe_tiles, cxr.shape).apply(cxr)
     seen, soft_tissue = view_picture(cxr_net, placement), view_picture(soft_tissue_net, placement)
     share = clip_to_unit(resize(bone_share(seen, seen - soft_tissue), cxr.shape))
-    return clip_to_unit(picture + (1 - share) * (cxr - resize(seen, cxr.shape)))
+    # Neither enlarged picture is clipped: both overshoot alike beside hard edges, and there the difference counts.
+    return clip_to_unit(resize(soft_tissue, cxr.shape) + (1 - share) * (cxr - resize(seen, cxr.shape)))
 
 
 def bone_share(cxr: NDArray[np.float32], bone: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ as long as there are any. Letters beside known ones may stand out less.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def find_marks(cxr: Image) -> Mask | None:
     edge = max(1, round(MARK_EDGE * side))
     reach = max(edge + 1, round(MARK_RING * side))
     marks, near = np.zeros(cxr.shape, bool), np.zeros(cxr.shape, bool)
-    grey = brightest
+    grey = _find_brightest(cxr, cxr.size)
     for _ in range(MOST_GREYS):
         letters, labels = _find_letters_of_grey(cxr, marks, grey, scale, edge, reach)
         if not letters:
@@ -84,10 +85,19 @@ def find_marks(cxr: Image) -> Mask | None:
         for spot in letters:
             near[spot.surround(edge + reach)] |= _dilate_inside(marks, spot.surround(edge + reach), reach)
         rest = cxr[~near]
-        grey = float(rest.max()) if rest.size else darkest
+        grey = _find_brightest(rest, cxr.size)
         if grey < darkest + LEAST_GREY * scale:
             break
     return marks if marks.any() else None
+
+
+def _find_brightest(picture: Image, size: int) -> float:
+    """Return the grey that as many pixels reach as the smallest mark of a picture of `size` pixels has.
+
+    A single pixel of the detector may be brighter than all letters.
+    """
+    least = math.ceil(max(LEAST_MARK * size, LEAST_MARK_PX))
+    return float(np.partition(picture, -least, axis=None)[-least]) if picture.size >= least else 0.0
 
 
 def dilate(mask: NDArray[np.uint8], by: int) -> Mask:

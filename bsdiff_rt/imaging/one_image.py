@@ -81,7 +81,8 @@ def prepare(cxr: Image, preprocessing: Preprocessing, *, raw_view: bool = False,
     cxr_net, placement = to_network(shown_cxr, preprocessing)
     warning = load_guard().check(shown_cxr)
     cxr_net = view.hide_marks(cxr_net, placement)
-    nodules = tuple(place_nodules(cxr[view.top : view.bottom, view.left : view.right])) if probe else ()
+    inside = cxr[view.top : view.bottom, view.left : view.right]
+    nodules = tuple(place_nodules(inside, view.white)) if probe else ()
     warnings = () if warning is None else (warning,)
     return Prepared(cxr, view, cxr_net, placement, preprocessing, warnings, nodules)
 

@@ -75,11 +75,12 @@ class Retention:
         }
 
 
-def place_nodules(view: Image) -> list[list[Nodule]]:
+def place_nodules(view: Image, white: float = 1.0) -> list[list[Nodule]]:
     """Put nodules on a grid over an X-ray, and spread them over `PICTURES` pictures.
 
     Args:
         view: the part of the X-ray that the model sees, [h, w], float32, in [0, 1].
+        white: the grey above which the model sees no more: nothing is added there.
 
     Returns:
         The nodules of each picture. Places in air, and places too bright for a nodule, are left out.
@@ -92,7 +93,7 @@ def place_nodules(view: Image) -> list[list[Nodule]]:
     for i, row in enumerate(np.arange(step / 2, view.shape[0], step)):
         for j, column in enumerate(np.arange(step / 2, view.shape[1], step)):
             y, x = int(row), int(column)
-            contrast = min(CONTRAST, 1.0 - float(brightest[y, x]))
+            contrast = min(CONTRAST, white - float(brightest[y, x]))
             if grey[y, x] >= AIR and contrast >= LEAST_CONTRAST:
                 shape = nodule((float(row), float(column)), radius)
                 pictures[2 * (i % 2) + j % 2].append(Nodule((float(row), float(column)), shape, contrast))

@@ -21,6 +21,7 @@ Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 UNIFORM = 4 / 255  # largest deviation within a border, of the picture's range: JPEG leaves some around drawn lines
+STRAY_SHARE = 0.005  # of a line's pixels: so many may deviate more, such as hot pixels of the detector
 LEAST_BORDER = 0.01  # of the side; the model does not notice a thinner one
 MOST_BORDER = 0.5  # of the side, both borders together; above, something else is wrong
 LEAST_PX = 32  # side of what is left, as small as an X-ray may be
@@ -108,6 +109,11 @@ class View:
         return place | {"gain": self.gain, "offset": self.offset, "mark_pixels": self.mark_pixels}
 
     @property
+    def white(self) -> float:
+        """Return the grey of the X-ray that the model sees as white."""
+        return (1 - self.offset) / self.gain
+
+    @property
     def mark_pixels(self) -> int:
         """Return the number of pixels that burned-in letters cover."""
         return 0 if self.marks is None else int(self.marks.sum())
@@ -180,6 +186,6 @@ def _measure_borders(lines: Image, tolerance: float) -> tuple[int, int]:
 def _count_uniform(lines: Image, tolerance: float) -> int:
     level = np.median(lines[0])
     for number, line in enumerate(lines):
-        if np.abs(line - level).max() > tolerance:
+        if np.count_nonzero(np.abs(line - level) > tolerance) > STRAY_SHARE * len(line):
             return number
     return len(lines)

@@ -46,6 +46,15 @@ def test_a_source_no_larger_than_the_networks_has_no_finer_detail(shape):
     )
 
 
+def test_a_model_that_takes_nothing_out_leaves_hard_edges_as_they_are():
+    """Enlarged pictures overshoot there. Clipped on one side alone, that left bright fringes in black."""
+    source = chest(1024, 1024)
+    source[:, :300], source[:200], source[700:800, 500:600] = 0, 1, 1
+    cxr_net, placement = to_network(source, Preprocessing(size=256))
+    result = add_fine_detail(source, cxr_net, cxr_net, placement, Preprocessing(size=256))
+    np.testing.assert_allclose(result, source, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1024, 1024), (1024, 830), (700, 1001)])
 def test_what_is_added_is_equalised_as_the_networks_saw_it(shape):
     """Networks that take nothing out: the result is the equalised source."""

@@ -77,6 +77,15 @@ def test_lines_of_several_greys_are_all_found(seed):
     assert marks.sum() < 3 * (ink > 0).sum()
 
 
+@pytest.mark.parametrize("grey", [1.0, 0.9])
+def test_a_pixel_brighter_than_the_letters_hides_none(grey):
+    cxr = (draw_phantom(1, 512).cxr * np.float32(0.85)).astype(np.float32)
+    marked, ink = written(cxr, [("AP ERECT", grey), ("MOBILE", grey - 0.03)])
+    for bright in (marked[400, 300], 1):
+        marked[400, 300] = bright
+        assert find_marks(marked)[ink > 0.9].mean() > 0.995
+
+
 def test_a_word_is_found_as_a_whole():
     """A letter over something bright stands out less than its neighbours, and belongs to them all the same."""
     cxr = np.full((512, 512), 0.2, np.float32)

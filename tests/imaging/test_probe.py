@@ -59,6 +59,14 @@ def test_a_model_that_keeps_a_known_share_of_everything(share):
     assert retention.to_report()["count"] == retention.count > 100
 
 
+def test_a_faint_picture_that_is_spread_does_not_cut_nodules_off():
+    """What the model sees as white holds no more: the loss would be the probe's own."""
+    prepared = prepare(0.4 + 0.25 * chest(256, 240), Preprocessing(256, least_span=0.45), probe=True)
+    assert prepared.view.gain > 1
+    retention = suppressed(prepared, lambda seen: seen).retention
+    assert retention.worst[2] > 0.99
+
+
 def test_the_map_and_the_worst_place_show_where_nodules_vanish():
     """This model takes everything away in the upper left quarter, and nothing elsewhere."""
     prepared = prepare(body(256, 256), PREP, probe=True)

@@ -47,6 +47,16 @@ def test_a_frame_saved_as_jpeg_is_uniform():
     assert (min(left_out) >= 32, max(left_out) <= 40) == (True, True)
 
 
+@pytest.mark.parametrize("hot", [1, 4])
+def test_hot_pixels_of_the_detector_do_not_hide_a_frame(hot):
+    picture = cv2.resize(framed(20, 20, 20, 20), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+    expected = seen(picture, least_span=0.0)
+    assert expected == View(80, 880, 80, 720)
+    for row, column in ((3, 100), (950, 70), (400, 2), (500, 790))[:hot]:
+        picture[row, column] = 1
+    assert seen(picture, least_span=0.0) == expected
+
+
 @pytest.mark.parametrize(
     "cxr",
     [
