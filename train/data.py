@@ -12,6 +12,7 @@ because an image of another scanner must keep its own tone.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -78,14 +79,27 @@ def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STO
             "shape. Register the pairs with `python -m train prepare`."
         )
     digest = xray_digest(images[0])
-    images += [read_raster(path).cxr for path in sorted(cxr_path.parent.glob(f"{name}_keep.*"))[:1]]
-    if images[-1].shape not in (images[0].shape, images[1].shape):
-        raise SettingsError(f"pair {name}: the mask {name}_keep is {images[-1].shape}, not {images[0].shape} px")
+    mask = read_mask(cxr_path.parent, name, images[0].shape, images[1].shape)
+    images += [] if mask is None else [mask]
     squares = (to_network(image, Preprocessing(size))[0] for image in remove_borders(images))
     cxr, soft_tissue, *keep = (np.asarray((square + 1) / 2, dtype=np.float32) for square in squares)
     if keep:
         soft_tissue = cxr - restore_kept(cxr - soft_tissue, keep[0] > KEEP_ABOVE)
     return Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), digest)
+
+
+def read_mask(folder: Path, name: str, *shapes: tuple[int, ...]) -> Image | None:
+    """Read the mask NAME_keep.* of a pair, [H, W] in [0, 1]; None if there is none.
+
+    Raises:
+        SettingsError: it has none of `shapes`.
+    """
+    for path in sorted(folder.glob(f"{glob.escape(name)}_keep.*"))[:1]:
+        mask = read_raster(path).cxr
+        if mask.shape not in shapes:
+            raise SettingsError(f"pair {name}: the mask {path.name} is {mask.shape}, not {shapes[0]} px")
+        return mask
+    return None
 
 
 def load_projected(folder: Path, size: int) -> NDArray[np.uint8]:
@@ -123,7 +137,7 @@ def read_dataset_settings(folder: Path) -> tuple[int, float]:
 
 
 def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]:
-    """Read one part of a data set. It may be empty.
+    """Read one part of a data set. It may be empty. Masks NAME_keep.* in it count as in `load_pair`.
 
     Args:
         folder: written by `python -m train prepare`.
@@ -131,7 +145,7 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
         size: side to resize to, px; None keeps the stored one.
 
     Raises:
-        SettingsError: there is no such data set.
+        SettingsError: there is no such data set, or a mask differs in shape from its X-ray.
         InputFailed: a file of it is missing or damaged.
     """
     pairs = []
@@ -141,8 +155,14 @@ def load_dataset(folder: Path, part: str, size: int | None = None) -> list[Pair]
             read_result(folder / part / f"{name}_{role}.png", DATASET_BITS) for role in ("cxr", "soft_tissue")
         )
         digest = digest or xray_digest(cxr)  # a data set by an older version says none
+        images = [cxr, soft_tissue]
+        mask = read_mask(folder / part, name, cxr.shape)
+        images += [] if mask is None else [mask]
         if size is not None:
-            cxr, soft_tissue = (np.clip(resize(image, (size, size)), 0, 1) for image in (cxr, soft_tissue))
+            images = [np.clip(resize(image, (size, size)), 0, 1) for image in images]
+        cxr, soft_tissue, *keep = images
+        if keep:
+            soft_tissue = cxr - restore_kept(cxr - soft_tissue, keep[0] > KEEP_ABOVE)
         pairs.append(Pair(name, cxr, soft_tissue, match_tone(cxr, soft_tissue), digest))
     return pairs
 
@@ -184,15 +204,16 @@ class Batches:
     Args:
         real: dual-energy pairs.
         phantoms: [N, 2, P, P] uint8, X-ray and soft tissue of each phantom.
-        real_share: share of real samples in a batch; 0 when there are no pairs.
+        real_share: share of real samples in a batch; 0 when there are no pairs. Without phantoms, all that `projected`
+            leaves.
         augmentation: see `Augmentation`.
         seed: every batch is a function of this and its step.
         clahe: clip limit the pairs were equalised with; 0: they were not; None: not known.
         projected: [M, 2, Q, Q] uint8, X-ray and soft tissue of pairs projected from CTs.
-        projected_share: share of such samples in a batch; 0 when there are none.
+        projected_share: share of such samples in a batch; 0 when there are none, all when there is nothing else.
 
     Raises:
-        SettingsError: no samples; or phantoms that nothing draws from, or that are not equalised as the pairs are.
+        SettingsError: no samples, or some that would never be drawn or are not equalised as the pairs are.
     """
 
     def __init__(
@@ -206,28 +227,46 @@ class Batches:
         projected: NDArray[np.uint8] = NO_PAIRS,
         projected_share: float = 0.0,
     ) -> None:
-        if not real and not len(phantoms):
-            raise SettingsError("nothing to train on: give a folder of pairs, a number of phantoms, or both")
-        if real and len(phantoms) and real_share == 1:
+        if not real and not len(phantoms) and not len(projected):
+            raise SettingsError("nothing to train on: give pairs, pairs projected from CTs, or a number of phantoms")
+        others = [name for name, pool in (("phantoms", phantoms), ("pairs projected from CTs", projected)) if len(pool)]
+        if clahe and others:
             raise SettingsError(
-                f"{len(phantoms)} phantoms, but all samples are to be real ones. Give --real-share below 1, or "
-                "--phantoms 0."
-            )
-        if clahe and len(phantoms):
-            raise SettingsError(
-                f"the data set is equalised (CLAHE {clahe:g}), phantoms are not. Give --phantoms 0, or prepare it "
-                "with --clahe 0."
+                f"the data set is equalised (CLAHE {clahe:g}), {' and '.join(others)} are not. Give --phantoms 0 and "
+                "no --drrs, or prepare it with --clahe 0."
             )
         self.clahe = clahe
         self.real = real
         self.phantoms = phantoms
-        self.real_share = real_share if real else 0.0
-        if not len(phantoms):
-            self.real_share = 1.0
         self.projected = projected
-        self.projected_share = projected_share if len(projected) else 0.0
+        self.real_share, self.projected_share = self._share_out(real_share, projected_share)
         self.augmentation = augmentation
         self.seed = seed
+
+    def _share_out(self, real: float, projected: float) -> tuple[float, float]:
+        """Return the shares of real and of projected samples; phantoms have the rest.
+
+        Raises:
+            SettingsError: something that was given would not be drawn.
+        """
+        if len(self.projected) and (self.real or len(self.phantoms)) and not projected:
+            raise SettingsError(
+                f"{len(self.projected)} pairs projected from CTs, but their share is 0. Give --drr-share, or no --drrs."
+            )
+        projected = projected if len(self.projected) else 0.0
+        if not len(self.phantoms):
+            projected = projected if self.real else 1.0
+            real = 1.0 - projected
+            if self.real and not real:
+                raise SettingsError("pairs are given, but --drr-share 1 leaves none to them. Give less.")
+        elif not self.real:
+            real = 0.0
+        if len(self.phantoms) and real + projected >= 1 - 1e-9:  # 0.7 + 0.3 is a little less than 1
+            raise SettingsError(
+                f"{len(self.phantoms)} phantoms, but --real-share {real:g} and --drr-share {projected:g} leave none to "
+                "them. Give less, or --phantoms 0."
+            )
+        return real, projected
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that a sample depends on except its step.

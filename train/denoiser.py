@@ -8,6 +8,7 @@ its bone.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bsdiff_rt.bundle import open_bundle
 from bsdiff_rt.config import Preset, Schedule
-from bsdiff_rt.errors import SettingsError
+from bsdiff_rt.errors import BundleError, SettingsError
 from bsdiff_rt.networks.unet import Denoiser
 from train.checkpoint import last_checkpoint
 from train.data import Batches
@@ -30,6 +32,8 @@ from train.response import paired_samples, response_losses
 from train.run import Run
 from train.start import start_from
 from train.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 
 def denoiser_losses(
@@ -120,7 +124,7 @@ def _begin(
     began = None
     if last:
         began = run.restored.get("start")
-        if (began is None) != (start is None):
+        if (began is None) != (start is None) or (start and began != _identify_start(start, began)):
             raise SettingsError(f"{last}: trained with start {began}, not {start}. Give the same, or another folder.")
         trained_on = run.restored.get("trained_on", trained_on)
     elif bundle:
@@ -129,6 +133,15 @@ def _begin(
     check_held_out(validation, trained_on)
     run.header |= {"start": began, "trained_on": trained_on}
     return run
+
+
+def _identify_start(start: str, began: str | None) -> str | None:
+    """Return the hash of the bundle that a resumed run names as its start; `began` if it is no longer there."""
+    try:
+        return open_bundle(start).sha256
+    except BundleError as error:
+        logger.warning("%s The run goes on from its checkpoint.", error)
+        return began
 
 
 def check_held_out(validation: Validation, trained_on: Iterable[str]) -> None:

@@ -135,7 +135,8 @@ def make_stage_one_outputs(
     Raises:
         SettingsError: the disk is full, the file is damaged, or an output of stage 1 is not finite.
     """
-    key = hashlib.sha256(repr((stage.sha256, asdict(sampler), count, batches.fingerprint())).encode()).hexdigest()
+    parts = (stage.sha256, asdict(sampler), count, batches.fingerprint(), batches.projected_share)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
     path = folder / f"stage1_{stage.sha256[:16]}_{key[:16]}.npy"
     accelerator = make_accelerator()
     if accelerator.is_main_process and not path.exists():

@@ -244,9 +244,11 @@ class Trainee:
             The rest of the checkpoint, without weights and optimiser.
 
         Raises:
-            SettingsError: the checkpoint is of another network.
+            SettingsError: the checkpoint is of another network, or a mean of several.
         """
         state = load_checkpoint(path)
+        if "network" not in state:  # `average` keeps no optimiser
+            raise SettingsError(f"{path}: a mean of runs cannot be continued. Export it, then give it as --start.")
         try:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(state["averaged"])

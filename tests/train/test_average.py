@@ -9,6 +9,7 @@ from train.__main__ import app
 from train.average import average_checkpoints
 from train.checkpoint import load_checkpoint
 from train.commands.average import parse_run
+from train.loop import Trainee, TrainOptions
 
 HEADER = {"preset": "tiny", "schedule": {"objective": "x0"}, "size": 64, "clahe": None, "step": 7}
 
@@ -50,3 +51,11 @@ def test_other_networks_and_weights_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="the weight a number"):
         parse_run("RUN=much")
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_mean_is_not_trained_on(tmp_path):
+    first = save(tmp_path / "a", 1.0)
+    (tmp_path / "mean").mkdir()
+    average_checkpoints([(first, 1.0)], tmp_path / "mean" / "denoiser.pt")
+    with pytest.raises(SettingsError, match=r"a mean of runs cannot be continued\. Export it"):
+        Trainee(torch.nn.Linear(2, 2), TrainOptions(steps=1)).restore(tmp_path / "mean" / "denoiser.pt")

@@ -52,7 +52,7 @@ def test_a_pair_is_read_on_one_grey_scale(tmp_path):
 
 def test_a_pair_that_is_not_square_is_padded_as_inference_pads_it(tmp_path):
     cxr = np.zeros((400, 300), np.uint16)
-    cxr[[0, -1], [0, -1]] = 20000  # no uniform borders
+    cxr[:5, :5] = cxr[-5:, -5:] = 20000  # no uniform borders
     cv2.circle(cxr, (150, 200), 100, 60000, -1)
     for role in ("cxr", "soft_tissue"):
         cv2.imwrite(str(tmp_path / f"b_{role}.png"), cxr)
@@ -271,9 +271,45 @@ def test_the_fingerprint_is_of_what_was_read(pair, pool):
 
 
 def test_phantoms_that_would_be_drawn_for_nothing(pair, pool):
-    with pytest.raises(SettingsError, match=r"phantoms, but all samples are to be real ones\. Give --real-share below"):
+    with pytest.raises(SettingsError, match=r"phantoms, but --real-share 1 and --drr-share 0 leave none to them"):
         Batches([pair], pool, 1.0, PLAIN, 0)
     assert Batches([], pool, 1.0, PLAIN, 0).real_share == 0.0
+
+
+def count_kinds(monkeypatch, batches):
+    kinds = []
+    for kind in ("_draw_real", "_draw_projected", "_phantom"):
+        drawn = *(np.zeros((2, 64, 64), np.float32)), lambda image: image
+        monkeypatch.setattr(Batches, kind, lambda *_, kind=kind, drawn=drawn: kinds.append(kind) or drawn)
+    for step in range(400):
+        batches.batch(step, 1, 64, 64)
+    return [kinds.count(kind) / 400 for kind in ("_draw_real", "_draw_projected", "_phantom")]
+
+
+@pytest.mark.parametrize(
+    ("real", "phantoms", "shares"),
+    [
+        (True, True, (0.5, 0.3, 0.2)),
+        (True, False, (0.7, 0.3, 0)),
+        (False, True, (0, 0.3, 0.7)),
+        (False, False, (0, 1, 0)),
+    ],
+)
+def test_projected_pairs_have_their_share_whatever_else_there_is(monkeypatch, pair, pool, real, phantoms, shares):
+    given = pool if phantoms else pool[:0]
+    batches = Batches([pair] if real else [], given, 0.5, PLAIN, 0, projected=pool, projected_share=0.3)
+    assert (batches.real_share, batches.projected_share) == pytest.approx(shares[:2])
+    # Three standard errors of a share in 400 draws.
+    assert count_kinds(monkeypatch, batches) == pytest.approx(shares, abs=0.075)
+
+
+def test_shares_that_leave_something_out(pair, pool):
+    with pytest.raises(SettingsError, match=r"--real-share 0\.8 and --drr-share 0\.5 leave none to them"):
+        Batches([pair], pool, 0.8, PLAIN, 0, projected=pool, projected_share=0.5)
+    with pytest.raises(SettingsError, match=r"projected from CTs, but their share is 0\. Give --drr-share"):
+        Batches([pair], pool[:0], 1.0, PLAIN, 0, projected=pool)
+    with pytest.raises(SettingsError, match=r"--drr-share 1 leaves none"):
+        Batches([pair], pool[:0], 0.5, PLAIN, 0, projected=pool, projected_share=1.0)
 
 
 def test_phantoms_beside_equalised_pairs(pair, pool):
@@ -281,6 +317,8 @@ def test_phantoms_beside_equalised_pairs(pair, pool):
         SettingsError, match=r"the data set is equalised \(CLAHE 2\), phantoms are not\. Give --phantoms 0"
     ):
         Batches([pair], pool, 0.5, PLAIN, 0, clahe=2.0)
+    with pytest.raises(SettingsError, match=r"pairs projected from CTs are not\. Give --phantoms 0 and no --drrs"):
+        Batches([pair], pool[:0], 0.5, PLAIN, 0, clahe=2.0, projected=pool, projected_share=0.3)
     assert Batches([pair], pool[:0], 0.5, PLAIN, 0, clahe=2.0).description()["clahe"] == 2.0
 
 
@@ -409,12 +447,12 @@ def test_pairs_projected_from_cts_are_a_source_of_their_own(tmp_path, pool):
     write_pairs(tmp_path, 2, first_seed=20, size=64)
     projected = load_projected(tmp_path, 64)
     assert projected.shape == (2, 2, 64, 64)
-    batches = Batches([], pool, 0.0, PLAIN, 0, projected=projected, projected_share=1.0)
+    batches = Batches([], pool[:0], 0.0, PLAIN, 0, projected=projected)
     batch = batches.batch(0, 1, 64, 64)[0]
     truth = (batch[1] + 1) / 2
     assert min(np.abs(truth - stored[1] / 255).max() for stored in projected.astype(np.float32)) < 2e-3
     assert batches.description()["projected"] == 2
-    assert batches.fingerprint() != Batches([], pool, 0.0, PLAIN, 0, projected_share=1.0).fingerprint()
+    assert batches.fingerprint() != Batches([], pool[:0], 0.0, PLAIN, 0, projected=projected[:1]).fingerprint()
     cv2.imwrite(str(tmp_path / "phantom000020_soft_tissue.png"), np.eye(64, dtype=np.uint8)[:32] * 255)
     with pytest.raises(SettingsError, match="pair phantom000020: X-ray and soft tissue differ in shape"):
         load_projected(tmp_path, 64)

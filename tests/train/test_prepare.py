@@ -19,7 +19,7 @@ from bsdiff_rt.imaging.network_input import to_network
 from train.__main__ import app
 from train.augment import Augmentation
 from train.contact_sheet import CELL_PX, GAP_PX, TEXT_PX, Row, contact_sheet
-from train.data import load_dataset, xray_digest
+from train.data import load_dataset, load_pair, xray_digest
 from train.pairing import Match, Source
 from train.phantoms import draw_phantom
 from train.prepare import PrepareOptions, identify_patient, parse_split, prepare, read_exclusions, split_patients
@@ -154,6 +154,25 @@ def test_training_reads_the_parts(made):
     stored_as = cv2.imread(str(folder / part / "ann-1_cxr.png"), cv2.IMREAD_UNCHANGED)
     np.testing.assert_allclose(pair.cxr, stored_as / 65535, atol=1e-6)
     assert load_dataset(folder, part, 32)[0].cxr.shape == (32, 32)
+
+
+def test_a_mask_in_a_data_set_counts_as_beside_a_pair(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "set")
+    part = next(pair["part"] for pair in record(folder)["pairs"] if pair["name"] == "ann-1")
+    mask = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    mask[SIZE_PX // 3 : SIZE_PX // 2, SIZE_PX // 4 : SIZE_PX // 2] = 255
+    without = next(pair for pair in load_dataset(folder, part) if pair.name == "ann-1")
+    cv2.imwrite(str(folder / part / "ann-1_keep.png"), mask)
+    for size in (None, 32):
+        with_mask = next(pair for pair in load_dataset(folder, part, size) if pair.name == "ann-1")
+        roles = (folder / part / f"ann-1_{role}.png" for role in ("cxr", "soft_tissue"))
+        expected = load_pair("ann-1", *roles, size=size or SIZE_PX)
+        np.testing.assert_allclose(with_mask.soft_tissue, expected.soft_tissue, atol=1e-5)
+    whole = next(pair for pair in load_dataset(folder, part) if pair.name == "ann-1")
+    assert not np.array_equal(whole.soft_tissue, without.soft_tissue)
+    cv2.imwrite(str(folder / part / "ann-1_keep.png"), mask[:-1])
+    with pytest.raises(SettingsError, match=r"the mask ann-1_keep\.png is"):
+        load_dataset(folder, part)
 
 
 def test_training_on_a_data_set(made, tmp_path, monkeypatch):

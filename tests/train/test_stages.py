@@ -207,10 +207,19 @@ def test_what_stage_1_makes_must_be_finite(stage, batches, tmp_path, monkeypatch
         make_stage_one_outputs(tmp_path, stage, batches, 3, SIZE, TWO_STEPS)
 
 
-@pytest.mark.parametrize("change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation"])
+@pytest.mark.parametrize(
+    "change", ["sampler", "seed", "weights", "count", "one phantom", "augmentation", "share of projected pairs"]
+)
 def test_other_data_weights_or_sampler_make_new_outputs(stage, batches, tmp_path, monkeypatch, change):
     monkeypatch.setattr("train.enhancer.run_stage_one", lambda _, schedule, cxr, sampler: cxr)
-    make_stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
+    if change == "share of projected pairs":
+        batches, other = (
+            Batches([], batches.phantoms, 0.0, Augmentation(), 0, projected=batches.phantoms, projected_share=share)
+            for share in (0.1, 0.9)
+        )
+        make_stage_one_outputs(tmp_path, stage, other, 1, SIZE, TWO_STEPS)
+    else:
+        make_stage_one_outputs(tmp_path, stage, batches, 1, SIZE, TWO_STEPS)
     if change == "weights":
         stage = StageOne(stage.network, stage.preset, stage.schedule, "0" * 64)
     sampler = SamplerSettings("ddim", 3) if change == "sampler" else TWO_STEPS

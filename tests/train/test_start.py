@@ -128,6 +128,16 @@ def test_a_run_is_resumed_with_a_start_or_without_as_it_began(tiny_bundle, tmp_p
         train(tmp_path / "without", 1, str(tiny_bundle))
 
 
+def test_a_run_is_not_resumed_with_another_start(bundle_copy, tiny_bundle, tmp_path, caplog):
+    train(tmp_path / "run", 1, str(tiny_bundle))
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    (bundle_copy / "manifest.json").write_text(to_signed_json(manifest | {"name": "another"}))
+    with pytest.raises(SettingsError, match=r"trained with start [0-9a-f]{64}, not .*Give the same"):
+        train(tmp_path / "run", 2, str(bundle_copy))
+    train(tmp_path / "run", 2, str(tmp_path / "gone"))
+    assert "The run goes on from its checkpoint" in caplog.text
+
+
 def test_what_the_start_was_trained_on_cannot_be_held_out(bundle_copy, tmp_path):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     manifest["training"]["trained_on"] = ["ab" * 8]

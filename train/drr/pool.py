@@ -119,7 +119,7 @@ def make_pool(
         workers: worker processes.
 
     Returns:
-        One entry per CT.
+        One entry per CT of `sources`. The record also keeps those of earlier calls.
 
     Raises:
         SettingsError: the folder holds something else, or a pool with other settings; or a worker was killed.
@@ -130,7 +130,9 @@ def make_pool(
     _load.cache_clear()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    entries = {source.name: Entry(source.name) for source in sources}
+    entries = _read_entries(output)
+    for source in sources:
+        entries.setdefault(source.name, Entry(source.name))
     try:
         with _start_workers(workers) as executor:
             _project_all(executor, sources, output, count, options, labels, entries)
@@ -144,7 +146,7 @@ def make_pool(
         _write_record(output, options, entries.values())
     if names := sorted(path.name[: -len("_cxr.png")] for path in output.glob("*_cxr.png")):
         write_atomically(output / SHEET, contact_sheet(output, names, LARGEST_SHEET))
-    return list(entries.values())
+    return [entries[source.name] for source in sources]
 
 
 class _SameProcess(Executor):
@@ -203,6 +205,11 @@ def start_pool(output: Path, options: DrrOptions) -> None:
         raise SettingsError(f"{record}: not the record of a pool; give a new folder")
     if settings != asdict(options):
         raise SettingsError(f"{output}: made with other settings ({settings}); give the same, or a new folder")
+
+
+def _read_entries(output: Path) -> dict[str, Entry]:
+    """Return what the record says of the CTs of earlier calls, by name."""
+    return {row["name"]: Entry(**row) for row in json.loads((output / RECORD).read_text())["volumes"]}
 
 
 def _write_record(output: Path, options: DrrOptions, entries: Iterable[Entry]) -> None:

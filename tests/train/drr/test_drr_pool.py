@@ -66,6 +66,14 @@ def test_a_pool_is_whole_and_the_same_for_any_number_of_workers(folder, tmp_path
     assert contents(tmp_path / "c")["one_0000_cxr.png"] != contents(tmp_path / "a")["one_0000_cxr.png"]
 
 
+def test_the_record_keeps_what_earlier_calls_found(folder, tmp_path):
+    pool_of(folder, tmp_path / "pool", 1)
+    before = json.loads((tmp_path / "pool" / "pool.json").read_text())["volumes"]
+    (entry,) = make_pool(find_sources([folder])[:1], tmp_path / "pool", 1, DrrOptions(size=64), Labels(), 1)
+    assert json.loads((tmp_path / "pool" / "pool.json").read_text())["volumes"] == before
+    assert (entry.name, entry.bone_ml > 0) == ("one", True)
+
+
 def test_an_interrupted_pool_is_continued_and_extended(folder, tmp_path, monkeypatch):
     pool_of(folder, tmp_path / "whole", 3)
     pool = tmp_path / "pool"
