@@ -142,7 +142,7 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
             is written with its path, such as `./demo`.
 
     Raises:
-        BundleError: there is no such bundle, or it is incomplete or altered. Names the file or field.
+        BundleError: there is no such bundle, or it is incomplete, altered or not readable. Names the file or field.
     """
     folder, shipped = Path(name_or_folder), list_bundles()
     if str(name_or_folder) in shipped:  # before folders: what lies where a command is started must not change the model
@@ -153,6 +153,14 @@ def open_bundle(name_or_folder: str | Path) -> Bundle:
             f"no bundle {str(name_or_folder)!r}: neither a folder nor a bundle of the package ({known}). "
             "`python -m export` makes one."
         )
+    try:
+        return _read_bundle(folder)
+    except OSError as error:
+        raise BundleError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+
+
+def _read_bundle(folder: Path) -> Bundle:
+    """Read the manifest of a folder, and check the files that it names."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST} in it). `python -m export` makes one.")

@@ -87,7 +87,7 @@ def write_bundle(
         finished.mkdir()
         agreement = _export(work, schedule, denoiser.eval(), enhancer.eval(), options.preprocessing.size)
         manifest = _describe_bundle(preset, schedule, options, agreement, work)
-        (work / MANIFEST).write_text(manifest.to_json())
+        (work / MANIFEST).write_bytes(manifest.to_json().encode())  # no CRLF on Windows: the text is hashed
         for name in (*FILES, MANIFEST):
             (work / name).chmod(0o644)  # safetensors writes for the owner alone
             (work / name).rename(finished / name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import logging
 import os
 import re
@@ -339,3 +342,19 @@ def infer(cli: Callable[..., Outcome], tiny_bundle: Path, tmp_path: Path) -> Cal
         return cli("infer", tmp_path / "in", "-o", tmp_path / "out", "--bundle", tiny_bundle, *arguments)
 
     return run
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Return a function that lets a file be read by nobody. Tests may run as root, who may read all files."""
+    files = set()
+    open_file = io.open
+
+    def refuse(file, *args, **kwargs):
+        if not isinstance(file, int) and Path(file) in files:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr(builtins, "open", refuse)
+    return files.add

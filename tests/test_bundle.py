@@ -129,6 +129,13 @@ def test_a_file_is_missing(bundle_copy, name):
         open_bundle(bundle_copy)
 
 
+@pytest.mark.parametrize("name", [MANIFEST, "denoiser.safetensors"])
+def test_what_cannot_be_read_is_named(bundle_copy, unreadable, name):
+    unreadable(bundle_copy / name)
+    with pytest.raises(BundleError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        open_bundle(bundle_copy)
+
+
 def test_a_change_of_the_manifest_is_another_bundle(bundle_copy, tiny_bundle):
     edit(bundle_copy, "name", "other")
     assert open_bundle(bundle_copy).sha256 != open_bundle(tiny_bundle).sha256

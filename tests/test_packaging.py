@@ -157,3 +157,12 @@ def test_the_dockerfile_installs_into_an_empty_environment(image_folder, tmp_pat
     where = run(executables / "python", "-c", "import bsdiff_rt; print(bsdiff_rt.__file__)", folder=tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path)
     assert (executables / "bsdiff-rt").exists() or (executables / "bsdiff-rt.exe").exists()
+
+
+def test_git_leaves_the_bundles_as_they_are():
+    """Line ends of Windows in manifest.json would change its hash."""
+    named = "bsdiff_rt/bundles/demo/manifest.json"
+    said = subprocess.run(["git", "check-attr", "text", "--", named], cwd=ROOT, capture_output=True, text=True)
+    if said.returncode:
+        pytest.skip("not in a git repository")
+    assert said.stdout.strip() == f"{named}: text: unset"

@@ -258,6 +258,7 @@ def gate_engine(engine: Engine, bundle: Bundle, device: torch.device, progress: 
         write_atomically(
             engine.folder / MANIFEST, EngineManifest(**fields, parity=parity, speed=speed).to_json().encode()
         )
+        (engine.folder / MANIFEST).chmod(0o600)  # whatever the umask: an engine others may write to is refused
     except OSError as error:
         raise EngineError(f"{engine.folder / MANIFEST}: cannot be written ({error.strerror})") from error
     return read_engine(engine.folder)

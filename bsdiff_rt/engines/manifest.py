@@ -18,6 +18,8 @@ import json
 import os
 import platform
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,14 +215,15 @@ def read_engine(folder: Path) -> Engine:
     """Read an engine's manifest. Only its format is checked, and that nobody else may write to the engine.
 
     Raises:
-        EngineError: the folder is not an engine, or others may write to it.
+        EngineError: the folder is not an engine, cannot be read, or others may write to it.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise EngineError(f"{folder}: not an engine (no {MANIFEST} in it). Build one with bsdiff-rt build-engine.")
-    for part in (folder, *folder.iterdir()):
-        _check_owner(part)
-    text = path.read_bytes()
+    with _naming_what_cannot_be_read(folder):
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise EngineError(f"{folder}: not an engine (no {MANIFEST} in it). Build one with bsdiff-rt build-engine.")
+        for part in (folder, *folder.iterdir()):
+            _check_owner(part)
+        text = path.read_bytes()
     try:
         manifest = EngineManifest.from_json(text.decode())
     except (EngineError, UnicodeDecodeError) as error:
@@ -273,12 +276,22 @@ def check_files(engine: Engine) -> None:
             raise EngineError(f"{engine.folder / MANIFEST}: files names {file!r}, which is not a plain file name")
         if not path.is_file():
             raise EngineError(f"{path}: missing. Build the engine again.")
-        actual = file_sha256(path)
+        with _naming_what_cannot_be_read(path):
+            actual = file_sha256(path)
         if actual != expected:
             raise EngineError(
                 f"{path}: SHA-256: built as {expected[:16]}…, this is {actual[:16]}…. "
                 "The file was altered or damaged. Build the engine again."
             )
+
+
+@contextmanager
+def _naming_what_cannot_be_read(path: Path) -> Iterator[None]:
+    """Raise EngineError for a file or folder that this user may not read, or that the disk does not give."""
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
 
 
 def _require(folder: Path, field: str, built: object, here: object) -> None:

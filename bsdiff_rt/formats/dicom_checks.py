@@ -148,6 +148,7 @@ def check_pixel_module(dataset: Dataset) -> list[str]:
     if int(dataset.get("SamplesPerPixel") or 1) != 1 or photometric not in _PHOTOMETRIC:
         raise InputRefused("not a grey image (MONOCHROME1 or MONOCHROME2)")
     dataset.PhotometricInterpretation = photometric  # the decoder takes no other spelling
+    dataset.SamplesPerPixel = 1  # and does not guess it
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
     if allocated not in (8, 16) or not 8 <= stored <= 16:
         raise InputRefused(f"{stored} bits stored in {allocated}; 8 to 16 in 8 or 16 are processed")

@@ -38,6 +38,7 @@ COLOURED_SHARE = 0.01
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
 STARTS = (PNG_START, JPEG_START, *TIFF_STARTS)
+_PNG_CHUNKS_AT = 8  # byte of the first chunk
 _PNG_SIZE_AT = 16  # byte of width and height
 _PNG_DEPTH_AT = 24  # byte of the bit depth, in the first chunk
 _ORIENTATION = 274
@@ -111,7 +112,7 @@ def _decode_png(content: bytes) -> NDArray[Any]:
         check_size(rows, columns)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            animated, exif = bool(getattr(image, "is_animated", False)), image.info.get("exif")
+            animated = bool(getattr(image, "is_animated", False))
             if image.mode == "P" and image.palette is None:
                 raise InputFailed("the PNG file is damaged: its palette is missing")
             image.verify()
@@ -124,8 +125,19 @@ def _decode_png(content: bytes) -> NDArray[Any]:
     depth = content[_PNG_DEPTH_AT]
     if depth not in (8, 16):
         raise InputRefused(f"a PNG of {depth} bits; 8 or 16 are needed")
-    _refuse_turned(exif)
+    _refuse_turned(_find_exif(content))
     return _decode_with_opencv("PNG", content)
+
+
+def _find_exif(png: bytes) -> bytes | None:
+    """Return the content of the eXIf chunk of a PNG whose chunks are whole. Pillow finds it before the pixels only."""
+    place = _PNG_CHUNKS_AT
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        if kind == b"eXIf":
+            return png[place + 8 : place + 8 + length]
+        place += 12 + length
+    return None
 
 
 def _decode_jpeg(content: bytes) -> NDArray[Any]:

@@ -100,8 +100,13 @@ def load_bundle(
         EngineError: OpenVINO cannot load a graph, lacks the device, or the device lacks the precision.
     """
     cache = locate_model_cache()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    denoiser, enhancer = compile_bundle(bundle, precision, {"CACHE_DIR": str(cache)}, threads=threads)
+    options: dict[str, object] = {"CACHE_DIR": str(cache)}
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:  # a service user without a home, for example
+        logger.info("%s cannot be made (%s): OpenVINO compiles anew at each start", cache, error.strerror)
+        options = {}
+    denoiser, enhancer = compile_bundle(bundle, precision, options, threads=threads)
     return OpenVinoRunner(denoiser, enhancer, bundle.manifest.preprocessing.size, precision=precision)
 
 

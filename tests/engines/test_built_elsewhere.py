@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 from stand_in import CPU, WEIGHTS
@@ -88,6 +89,16 @@ def test_it_is_compared_on_its_first_use_and_then_is_this_machines(elsewhere, sm
     machine.capability = "8.6"
     with pytest.raises(EngineError, match=r"compute_capability: built for 8\.9, this is 8\.6"):
         open_engine(elsewhere, small, CPU)
+
+
+def test_it_stays_usable_whatever_the_umask(elsewhere, small, stand_in):
+    before = os.umask(0o002)
+    try:
+        with load_first(RunnerRequest(small, str(elsewhere), CPU))[1]:
+            pass
+    finally:
+        os.umask(before)
+    assert open_engine(elsewhere, small, CPU).manifest.parity is not None
 
 
 def test_one_that_does_not_agree_is_not_used(elsewhere, small, stand_in, caplog):

@@ -55,6 +55,14 @@ def test_every_field_is_checked_and_the_one_that_differs_is_named(built, small, 
     assert stand_in.loaded == []
 
 
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS[0]])
+def test_what_cannot_be_read_is_named(built, small, stand_in, unreadable, name):
+    unreadable(built / name)
+    with pytest.raises(EngineError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        open_engine(built, small, CPU)
+    assert stand_in.loaded == []
+
+
 def test_another_bundle(built, stand_in, tmp_path):
     other = write_bundle(tmp_path / "other", seed=2)
     with pytest.raises(EngineError, match=f"bundle sha256: built for .*, this is {other.sha256}"):

@@ -101,6 +101,11 @@ def test_a_slow_engine_is_taken_by_name_or_where_nothing_else_has_the_precision(
     assert choose(small, "auto", not_loaded=dict.fromkeys(("onnxruntime", "eager"), "no")).runner == "aoti"
 
 
+def test_an_engine_that_cannot_be_read_is_passed_over(three, small, unreadable):
+    unreadable(three[1] / MANIFEST)
+    assert choose(small, "aoti").engine.folder in (three[0], three[2])
+
+
 def test_a_damaged_engine_is_passed_over(three, small):
     (three[1] / WEIGHTS[0]).write_bytes(b"")
     assert find(small, "auto").folder == three[0]

@@ -74,6 +74,13 @@ def test_a_bundle_that_opens(write, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]  # no work folder left
 
 
+def test_the_manifest_has_the_same_bytes_on_windows(write, tmp_path, monkeypatch):
+    plain = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, text: plain(path, text, newline="\r\n"))
+    manifest = write()
+    assert (tmp_path / "new" / MANIFEST).read_bytes() == manifest.to_json().encode()
+
+
 def test_everybody_may_read_it(write, tmp_path):
     write()
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()} == {0o644}

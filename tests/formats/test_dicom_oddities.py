@@ -409,3 +409,9 @@ def test_what_only_begins_like_one_is_not_dicom(tmp_path):
     ):
         (tmp_path / "a").write_bytes(content)
         assert not is_dicom(tmp_path / "a")
+
+
+def test_samples_per_pixel_may_be_missing(tmp_path):
+    np.testing.assert_array_equal(
+        read(tmp_path, dataset(VALUES, SamplesPerPixel=None)).cxr, read(tmp_path, dataset(VALUES)).cxr
+    )

@@ -198,6 +198,10 @@ REFUSED = {
     "palette": (palette_png(GREY_8, HOT), "colour picture"),
     "one bit": (ONE_BIT, "1 bits"),
     "animated": (with_chunk(encode(".png", GREY_8), b"acTL", struct.pack(">II", 2, 0)), "animated"),
+    "turned PNG, said behind the pixels": (
+        encode(".png", GREY_8)[:-12] + chunk(b"eXIf", exif(6)) + encode(".png", GREY_8)[-12:],
+        "turned",
+    ),
     "turned PNG": (with_chunk(encode(".png", GREY_8), b"eXIf", exif(3)), "turned"),
     "turned JPEG": (jpeg_with(0xE1, TURNED["<"]), "turned"),
     "turned JPEG, big endian": (jpeg_with(0xE1, TURNED[">"]), "turned"),

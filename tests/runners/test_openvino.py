@@ -192,6 +192,15 @@ def test_compiled_models_are_kept(load, monkeypatch, tmp_path):
     assert torch.equal(first, second)
 
 
+def test_without_a_place_for_the_cache_it_runs_all_the_same(load, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
+    x, out = images(2, 1)
+    with load() as runner:
+        runner.enhance(x, out)
+    assert out.isfinite().all()
+
+
 def test_other_weights_are_not_taken_from_the_cache(load, bundle_copy, monkeypatch, tmp_path):
     """The cache goes by content: the same graph with other weights beside it is compiled again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
