@@ -203,7 +203,7 @@ PRESETS: dict[str, Preset] = {
         # Small enough for two CPU cores; five levels so that the attention in the middle sees the whole chest.
         Preset(
             "demo",
-            DenoiserConfig((16, 32, 64, 96, 128), (8, 6, 3, 2, 2), (False,) * 5, norm_groups=8, residual=True),
+            DenoiserConfig((16, 32, 64, 96, 128), (8, 6, 5, 4, 2), (False,) * 5, norm_groups=8, residual=True),
             EnhancerConfig(
                 (16, 48, 128),
                 (1, 1, 3),

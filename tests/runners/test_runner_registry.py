@@ -257,7 +257,7 @@ def test_a_batch_whose_tensors_are_below_2_31(denoiser, enhancer, size, limit):
         assert limit * find_largest_tensor(denoiser, enhancer, size) < 2**31
 
 
-@pytest.mark.parametrize(("device", "most"), [(CPU, None), (GPU, 511)])
+@pytest.mark.parametrize(("device", "most"), [(CPU, None), (GPU, 682)])
 def test_onnxruntime_on_a_gpu_takes_no_more(monkeypatch, device, most):
     limits = []
     monkeypatch.setattr(onnxruntime, "OnnxRuntimeRunner", lambda *_, **options: limits.append(options["batch_max"]))
