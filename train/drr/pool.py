@@ -254,6 +254,7 @@ def _project_all(
         if following is not None:
             prepared = executor.submit(_prepare, following, output / WORK, options, labels)
         entry = entries[source.name]
+        entry.status, entry.reason = "ok", ""  # whatever an earlier call found
         for name, value in result.items():
             setattr(entry, name, value)
         if entry.status != "ok":

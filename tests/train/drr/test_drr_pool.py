@@ -74,6 +74,17 @@ def test_the_record_keeps_what_earlier_calls_found(folder, tmp_path):
     assert (entry.name, entry.bone_ml > 0) == ("one", True)
 
 
+def test_a_ct_that_failed_before_is_tried_again(folder, tmp_path):
+    pool_of(folder, tmp_path / "pool", 1)
+    record = json.loads((tmp_path / "pool" / "pool.json").read_text())
+    record["volumes"][0] |= {"status": "failed", "reason": "not a CT"}
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps(record))
+    for path in (tmp_path / "pool").glob("one_*"):
+        path.unlink()
+    entries = pool_of(folder, tmp_path / "pool", 1)
+    assert [(entry.status, entry.reason, entry.pairs) for entry in entries] == [("ok", "", 1), ("ok", "", 1)]
+
+
 def test_an_interrupted_pool_is_continued_and_extended(folder, tmp_path, monkeypatch):
     pool_of(folder, tmp_path / "whole", 3)
     pool = tmp_path / "pool"
