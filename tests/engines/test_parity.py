@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import randomise
-from safetensors.torch import load_file
 from torch import nn
 
 from bsdiff_rt.bundle import Manifest, open_bundle
@@ -20,7 +19,7 @@ from bsdiff_rt.errors import EngineError
 from bsdiff_rt.networks.autoencoder import Enhancer
 from bsdiff_rt.networks.unet import Denoiser
 from bsdiff_rt.runners.aoti_builder import DTYPES, lower_precision
-from bsdiff_rt.runners.eager import EagerRunner
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
 from bsdiff_rt.sampling.sampler import sample
 from bsdiff_rt.sampling.schedule import sampler_table
 
@@ -190,10 +189,7 @@ def test_calls_within_tolerance_and_a_picture_that_is_not(reference, manifest):
 def test_an_engine_that_leaves_bone_is_rejected(monkeypatch, share, passes):
     """Half of it may be within 45 dB: bones are a small part of a picture. The demo model at a quarter of its side."""
     bundle = open_bundle("demo")
-    preset = PRESETS["demo"]
-    both = Denoiser(preset.denoiser), Enhancer(preset.enhancer)
-    for network, name in zip(both, ("denoiser", "enhancer"), strict=True):
-        network.load_state_dict(load_file(bundle.folder / f"{name}.safetensors"))
+    both = load_networks(bundle)
 
     class Weak(EagerRunner):
         def denoise(self, x_t, cxr, t, out):
