@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks.documents import describe_run, write_json
 from bsdiff_rt.bundle import Manifest, open_bundle
-from bsdiff_rt.config import SAMPLERS, DetailName, SamplerName
+from bsdiff_rt.config import NO_ENHANCER, SAMPLERS, DetailName, SamplerName
 from bsdiff_rt.engines.select import load
 from bsdiff_rt.errors import SettingsError, run_command
 from bsdiff_rt.folder.evaluate import load_lungs
@@ -147,13 +147,15 @@ def judge(
 ) -> dict[tuple[bool, DetailName], Quality]:
     """Return the quality of what `infer` would write, by (stage 2 on, detail), compared at `size` px.
 
-    Stage 1 runs once.
+    Stage 1 runs once. A bundle without stage 2 has no such entries.
     """
     prepared = prepare(pair.cxr, manifest.preprocessing)
     noise = ImageNoise(0, pair.digest)
     lungs = None if pair.lungs is None else resize_longer(pair.lungs.astype(np.float32), size) > 0.5
     found: dict[tuple[bool, DetailName], Quality] = {}
-    for stage2, (passes, _) in zip((False, True), run_stages(runner, table, prepared, noise, mirror), strict=True):
+    without, with_stage2 = run_stages(runner, table, prepared, noise, mirror)
+    stages = {False: without[0]} if manifest.enhancer == NO_ENHANCER else {False: without[0], True: with_stage2[0]}
+    for stage2, passes in stages.items():
         for detail in DETAILS:
             picture = finish(prepared, passes, mirror=mirror, detail=detail).soft_tissue
             cxr, truth, result = (resize_longer(image, size) for image in (pair.cxr, pair.soft_tissue, picture))

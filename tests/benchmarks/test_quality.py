@@ -2,20 +2,25 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import quality as quality_module
 from benchmarks.quality import app, load_pairs
-from bsdiff_rt.config import InferSettings
+from bsdiff_rt.bundle import open_bundle
+from bsdiff_rt.config import NO_ENHANCER, InferSettings
 from bsdiff_rt.errors import SettingsError
 from bsdiff_rt.folder import evaluate as evaluate_module
 from bsdiff_rt.folder.evaluate import read_result
 from bsdiff_rt.folder.pipeline import Inference
 from bsdiff_rt.imaging.metrics import mean_quality, quality
+from bsdiff_rt.runners.eager import EagerRunner, load_networks
+from bsdiff_rt.sampling.schedule import sampler_table
 from train.phantoms import write_pairs
 
 
@@ -154,3 +159,13 @@ def test_only_the_lungs_count(tiny_bundle, tmp_path, monkeypatch):
     cv2.imwrite(str(folder / f"{name}_lungs.png"), mask[:50].astype(np.uint8) * 255)
     with pytest.raises(SettingsError, match="its X-ray has another size"):
         load_pairs(folder, lungs=True)
+
+
+@pytest.mark.parametrize("enhancer", [None, NO_ENHANCER])
+def test_a_bundle_without_stage_2_has_no_rows_of_it(phantoms, tiny_bundle, enhancer):
+    bundle = open_bundle(tiny_bundle)
+    manifest = bundle.manifest if enhancer is None else replace(bundle.manifest, enhancer=enhancer)
+    runner = EagerRunner(*load_networks(bundle), manifest.preprocessing.size, torch.device("cpu"))
+    table = sampler_table(manifest.schedule, "ddim", 1)
+    found = quality_module.judge(runner, manifest, table, load_pairs(phantoms)[0], 96, False)
+    assert {stage2 for stage2, _ in found} == ({False, True} if enhancer is None else {False})
