@@ -1,4 +1,4 @@
-"""`python -m train demo`: train both stages of the demo model."""
+"""`python -m train demo`: train a model like the bundled one from nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from train.commands.denoiser import denoiser
-from train.commands.enhancer import enhancer
 from train.commands.options import SharedOptions
 
 
@@ -21,7 +20,5 @@ def demo_command(
     ] = None,
     drrs: Annotated[Path | None, typer.Option(help="Folder of pairs projected from CTs.")] = None,
 ) -> None:
-    """Train a small model from nothing, both stages. It is weaker than the bundled one. Takes hours on two cores."""
-    shared = SharedOptions(pairs=pairs, drrs=drrs)
-    denoiser(output, shared=shared)
-    enhancer(output, shared=shared)
+    """Train a model of the bundled one's shape from nothing, stage 1 alone. Takes two hours on two cores."""
+    denoiser(output, shared=SharedOptions(pairs=pairs, drrs=drrs))
