@@ -1,4 +1,4 @@
-"""Frozen training settings by name: `demo`, the model that ships with the package, and `paper`.
+"""Frozen training settings by name: `demo`, for a small model like the bundled one, and `paper`.
 
 The text of the paper (Chen et al., ISBI 2024, section 3) and its published code differ. `paper` follows the text:
 

@@ -55,11 +55,13 @@ def test_steps_given_for_a_recipe_of_epochs_keep_its_share_between_checkpoints()
     assert resolve(RECIPES["demo"], pairs=0, steps=600).save_every == 250
 
 
-def test_the_demo_is_what_trained_the_bundled_model():
+def test_the_settings_of_the_demo_recipe():
+    """The model card names figures of a model that was trained with these."""
     demo = RECIPES["demo"]
-    assert demo.options(demo.denoiser, 3, 1) == TrainOptions(steps=6000, clip_to_usual=1.5)
+    crops = ((0.5,), (1.0,), (1.0,), (1.0,))
+    assert demo.options(demo.denoiser, 3, 1) == TrainOptions(steps=5000, clip_to_usual=1.5, crops=crops)
     assert demo.enhancer == TrainOptions(steps=1500)
-    assert (demo.phantoms, demo.real_share, demo.samples, demo.clean_share) == (900, 0.5, 600, 0.25)
-    assert (demo.drr_share, demo.response, demo.augmentation.inserts) == (0.3, 0.015, 0.8)
+    assert (demo.phantoms, demo.real_share, demo.samples, demo.clean_share) == (400, 0.35, 600, 0.25)
+    assert (demo.drr_share, demo.response, demo.augmentation.inserts) == (0.45, 0.02, 0.8)
     assert demo.losses == LossWeights(mae=1.0, ms_ssim=1.0)
     assert demo.schedule.objective == "x0"

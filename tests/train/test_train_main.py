@@ -164,6 +164,13 @@ def test_a_size_nothing_can_be_drawn_at_is_refused_at_once(tmp_path, monkeypatch
         run(app, "denoiser", "-o", tmp_path, *TINY, "--size", size)
 
 
+def test_demo_trains_stage_1_by_the_demo_recipe(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr("train.commands.demo.denoiser", lambda output, shared: runs.append((output, shared)))
+    run(app, "demo", "-o", tmp_path, "--pairs", tmp_path / "p", "--drrs", tmp_path / "d")
+    assert runs == [(tmp_path, SharedOptions(pairs=tmp_path / "p", drrs=tmp_path / "d", recipe="demo"))]
+
+
 def test_groups_to_validate_on_where_no_pair_is_held_out(caplog):
     def choose(phantoms, size, patience):
         recipe = replace(RECIPES["demo"], phantoms=phantoms)
