@@ -33,11 +33,12 @@ from bsdiff_rt.imaging.tone import BONES_WINDOW_PX, measure_tone
 from bsdiff_rt.imaging.view import remove_borders
 from train.agreement import explain_by_soft_tissue, restore_kept
 from train.augment import Augmentation, Curve, Image, degrade, keep_grey_levels, tone_curve, warp
-from train.inserts import WHOLE_IMAGE_MM, draw_inserts
+from train.inserts import WHOLE_IMAGE_MM, draw_inserts, weigh
 
 NO_PAIRS = np.empty((0, 2, 1, 1), np.uint8)
 ONE_SHAPE_WITHIN = 0.02  # of the aspect ratio: rounding of a reduced picture
 FOREIGN_BONE = (0.2, 1.25)  # how strong another scanner shows bone, of what this one does
+CALCIFIED_WEIGHT = 0.5  # of drawn calcifications, of that of all inserts of a sample
 KEEP_ABOVE = 0.25  # grey level of a reduced mask that still counts as marked
 STORED_PX = 384  # real pairs are kept at this size: room to zoom in by half without losing sharpness
 
@@ -60,6 +61,22 @@ class Pair:
     soft_tissue: Image
     tone_matched: Image
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One augmented sample, [crop, crop] float32.
+
+    Attributes:
+        cxr, soft_tissue: X-ray and truth.
+        curve: tone curve to put on both.
+        calcified: calcifications of the ribs' cartilage that `cxr` lacks: what they add to it.
+    """
+
+    cxr: Image
+    soft_tissue: Image
+    curve: Curve = keep_grey_levels
+    calcified: Image | None = None
 
 
 def load_pair(name: str, cxr_path: Path, soft_tissue_path: Path, size: int = STORED_PX) -> Pair:
@@ -103,16 +120,23 @@ def read_mask(folder: Path, name: str, *shapes: tuple[int, ...]) -> Image | None
 
 
 def load_projected(folder: Path, size: int) -> NDArray[np.uint8]:
-    """Read the pairs of a folder that were projected from CTs: [N, 2, size, size] uint8, X-ray and soft tissue.
+    """Read the pairs of a folder that were projected from CTs.
+
+    Returns:
+        [N, 2, size, size] uint8, X-ray and soft tissue. If a pair has the X-ray without drawn calcifications
+        (NAME_plain.*), [N, 3, size, size] with it, or with the X-ray again where there is none.
 
     Raises:
         SettingsError: a pair's images differ in shape, or there is no pair.
     """
     pool = []
+    calcified = any(folder.glob("*_plain.*"))
     for name, *paths in find_pairs(folder):
+        if calcified:
+            paths += sorted(folder.glob(f"{glob.escape(name)}_plain.*"))[:1] or paths[:1]
         images = [picture.cxr for picture in read_together(paths)]
-        if images[0].shape != images[1].shape:
-            raise SettingsError(f"pair {name}: X-ray and soft tissue differ in shape; project the CT anew")
+        if len({image.shape for image in images}) > 1:
+            raise SettingsError(f"pair {name}: its images differ in shape; project the CT anew")
         squares = (to_network(image, Preprocessing(size))[0] for image in images)
         pool.append(np.rint((np.stack(list(squares)) + 1) * np.float32(127.5)).astype(np.uint8))
     return np.stack(pool)
@@ -209,7 +233,7 @@ class Batches:
         augmentation: see `Augmentation`.
         seed: every batch is a function of this and its step.
         clahe: clip limit the pairs were equalised with; 0: they were not; None: not known.
-        projected: [M, 2, Q, Q] uint8, X-ray and soft tissue of pairs projected from CTs.
+        projected: pairs projected from CTs, see `load_projected`.
         projected_share: share of such samples in a batch; 0 when there are none, all when there is nothing else.
 
     Raises:
@@ -319,7 +343,7 @@ class Batches:
 
         Returns:
             [count, 5, crop, crop] float32: X-ray and truth without the inserts, X-ray and truth with them, all in
-            [-1, 1]; and the inserts' weight (`train.inserts.Inserts`) for errors in [-1, 1].
+            [-1, 1]; and the weight of inserts and calcifications (`train.inserts.Inserts`) for errors in [-1, 1].
         """
         rng = np.random.default_rng([self.seed, step])
         inserts = 1.0 if self.augmentation.inserts else 0.0  # each sample is shown without them anyway
@@ -335,24 +359,29 @@ class Batches:
     def _draw_pair(self, rng: np.random.Generator, size: int, crop: int, inserts: float) -> list[Image]:
         """Return X-ray and truth without and with inserts, in [0, 1], and the inserts' weight; all [crop, crop].
 
-        `inserts` is the share of samples that have any.
+        Drawn calcifications of the ribs' cartilage come with the inserts, in the X-ray alone. `inserts` is the share of
+        samples that have inserts.
         """
-        cxr, soft_tissue, curve = self._draw_any(rng, size, crop)
-        images = [cxr, soft_tissue]
+        drawn = self._draw_any(rng, size, crop)
+        cxr, soft_tissue = drawn.cxr, drawn.soft_tissue
         weight = np.zeros_like(cxr)
+        if drawn.calcified is not None:
+            cxr = cxr + drawn.calcified
+            weight = CALCIFIED_WEIGHT * weigh(drawn.calcified)
+        images = [drawn.cxr, soft_tissue]
         if rng.random() < inserts:
-            drawn = draw_inserts(rng, cxr, cxr - soft_tissue, WHOLE_IMAGE_MM / size)
-            images += [cxr + drawn.layer, soft_tissue + drawn.layer]
-            weight = drawn.weight
+            added = draw_inserts(rng, cxr, cxr - soft_tissue, WHOLE_IMAGE_MM / size)
+            images += [cxr + added.layer, soft_tissue + added.layer]
+            weight = np.maximum(weight, added.weight)
         else:
             images += [cxr, soft_tissue]
-        images = [curve(image) for image in images]
+        images = [drawn.curve(image) for image in images]
         if rng.random() < self.augmentation.blur_noise:
             images = degrade(rng, *images)
         return [*(np.clip(image, 0.0, 1.0) for image in images), weight]
 
-    def _draw_any(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
-        """Draw X-ray and truth of one sample, and the tone curve of both."""
+    def _draw_any(self, rng: np.random.Generator, size: int, crop: int) -> Drawn:
+        """Draw one sample of any kind."""
         kind = rng.random()
         if kind < self.real_share:
             return self._draw_real(rng, size, crop)
@@ -360,7 +389,7 @@ class Batches:
             return self._draw_projected(rng, size, crop)
         return self._phantom(rng, size, crop)
 
-    def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+    def _phantom(self, rng: np.random.Generator, size: int, crop: int) -> Drawn:
         stored = self.phantoms[rng.integers(len(self.phantoms))].astype(np.float32) / 255.0
         augmentation = self.augmentation
         if rng.random() >= augmentation.phantoms:
@@ -369,23 +398,25 @@ class Batches:
         if augmentation.foreign:
             cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * (cxr - soft_tissue)
         if rng.random() < augmentation.foreign:
-            return cxr, soft_tissue, tone_curve(rng)
-        return cxr, soft_tissue, keep_grey_levels
+            return Drawn(cxr, soft_tissue, tone_curve(rng))
+        return Drawn(cxr, soft_tissue)
 
-    def _draw_projected(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
-        """Draw a pair projected from a CT. Its truth is exact and has the X-ray's tone."""
+    def _draw_projected(self, rng: np.random.Generator, size: int, crop: int) -> Drawn:
+        """Draw a pair projected from a CT, and its calcifications. Its truth is exact and has the X-ray's tone."""
         stored = self.projected[rng.integers(len(self.projected))].astype(np.float32) / 255.0
-        cxr, soft_tissue = warp(rng, [stored[0], stored[1]], size, crop, self.augmentation)
-        bone = cxr - soft_tissue
+        cxr, soft_tissue, *plain = warp(rng, list(stored), size, crop, self.augmentation)
+        bones = [cxr - image for image in (soft_tissue, *plain)]
         if rng.random() < self.augmentation.swap_bones / 2:
             donor = self.projected[rng.integers(len(self.projected))].astype(np.float32) / 255.0
-            (bone,) = warp(rng, [donor[0] - donor[1]], size, crop, self.augmentation)
-        cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
+            bones = warp(rng, list(donor[0] - donor[1:]), size, crop, self.augmentation)
+        strength = np.float32(rng.uniform(*FOREIGN_BONE))
+        bone, calcified = strength * bones[0], strength * bones[1] if plain else None
+        cxr = soft_tissue + (bone if calcified is None else bone - calcified)
         if rng.random() < self.augmentation.foreign:
-            return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
-        return cxr, soft_tissue, keep_grey_levels
+            return Drawn(np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng), calcified)
+        return Drawn(cxr, soft_tissue, calcified=calcified)
 
-    def _draw_real(self, rng: np.random.Generator, size: int, crop: int) -> tuple[Image, Image, Curve]:
+    def _draw_real(self, rng: np.random.Generator, size: int, crop: int) -> Drawn:
         pair = self.real[rng.integers(len(self.real))]
         foreign = rng.random() < self.augmentation.foreign
         truth = pair.tone_matched if foreign else pair.soft_tissue
@@ -395,13 +426,13 @@ class Batches:
             bone = self._draw_other_bone(rng, size, crop, foreign)
         if foreign:
             cxr = soft_tissue + rng.uniform(*FOREIGN_BONE) * bone
-            return np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng)
+            return Drawn(np.clip(cxr, 0, 1), soft_tissue, tone_curve(rng))
         if not self.augmentation.contrast:
-            return soft_tissue + bone, soft_tissue, keep_grey_levels
+            return Drawn(soft_tissue + bone, soft_tissue)
         # The scanner's own look: only as much variation as exposures of one scanner show.
         gain, offset = rng.uniform(0.96, 1.04), rng.uniform(-0.02, 0.02)
         cxr = soft_tissue + rng.uniform(0.9, 1.1) * bone
-        return gain * cxr + offset, gain * soft_tissue + offset, keep_grey_levels
+        return Drawn(gain * cxr + offset, gain * soft_tissue + offset)
 
     def _draw_other_bone(self, rng: np.random.Generator, size: int, crop: int, foreign: bool) -> Image:
         """Draw a bone layer of another patient or of a phantom."""

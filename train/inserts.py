@@ -63,18 +63,23 @@ def draw_inserts(rng: np.random.Generator, cxr: Image, bone: Image, mm_per_px: f
         alone = np.zeros_like(cxr)
         insert.add_to(alone, -contrast if rng.random() < NEGATIVE else contrast)
         alone *= headroom
-        energy = float(np.sum(np.square(alone)))
-        if energy > NO_ENERGY:
-            drawn.append((energy, alone))
+        drawn.append((float(np.sum(np.square(alone))), alone))
     layer, weight = np.zeros_like(cxr), np.zeros_like(cxr)
     for energy, alone in sorted(drawn, key=lambda one: one[0]):
-        layer += alone
-        mask = np.abs(alone) > MASK_SHARE * np.abs(alone).max()
-        # Where two overlap the stronger one's weight counts: by the fainter one's its errors would be all there is.
-        weight[cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0] = 1 / (
-            len(places) * (energy + LEAST_ENERGY)
-        )
+        if energy > NO_ENERGY:
+            layer += alone
+            # Where two overlap the stronger one's weight counts: by the fainter one's its errors would be all there is.
+            own = weigh(alone)
+            weight = np.where(own > 0, own / np.float32(len(places)), weight)
     return Inserts(layer, weight)
+
+
+def weigh(layer: Image) -> Image:
+    """Return one over the energy of what is added, [H, W], at its pixels and those beside them; else 0."""
+    energy = np.sum(np.square(layer), dtype=np.float64)
+    mask = np.abs(layer) > MASK_SHARE * np.abs(layer).max()
+    near = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    return np.where(near & (energy > NO_ENERGY), np.float32(1 / (energy + LEAST_ENERGY)), np.float32(0))
 
 
 def _places(rng: np.random.Generator, cxr: Image, bone: Image, count: int) -> list[Centre]:

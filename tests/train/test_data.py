@@ -12,8 +12,11 @@ from bsdiff_rt.errors import InputFailed, SettingsError
 from bsdiff_rt.formats.raster import find_pairs
 from train.augment import AUGMENTATION_SETS, BLACK_OUTSIDE, Augmentation, degrade, tone_curve, warp
 from train.data import (
+    CALCIFIED_WEIGHT,
     FOREIGN_BONE,
+    NO_PAIRS,
     Batches,
+    Drawn,
     Pair,
     load_dataset,
     load_pair,
@@ -279,7 +282,7 @@ def test_phantoms_that_would_be_drawn_for_nothing(pair, pool):
 def count_kinds(monkeypatch, batches):
     kinds = []
     for kind in ("_draw_real", "_draw_projected", "_phantom"):
-        drawn = *(np.zeros((2, 64, 64), np.float32)), lambda image: image
+        drawn = Drawn(*np.zeros((2, 64, 64), np.float32))
         monkeypatch.setattr(Batches, kind, lambda *_, kind=kind, drawn=drawn: kinds.append(kind) or drawn)
     for step in range(400):
         batches.batch(step, 1, 64, 64)
@@ -301,6 +304,48 @@ def test_projected_pairs_have_their_share_whatever_else_there_is(monkeypatch, pa
     assert (batches.real_share, batches.projected_share) == pytest.approx(shares[:2])
     # Three standard errors of a share in 400 draws.
     assert count_kinds(monkeypatch, batches) == pytest.approx(shares, abs=0.075)
+
+
+@pytest.fixture(scope="module")
+def calcified():
+    """X-ray with a calcification, soft tissue, X-ray without it; then a pair without any."""
+    soft_tissue = np.tile(np.linspace(60, 120, 64, dtype=np.uint8), (64, 1))
+    plain = soft_tissue.copy()
+    plain[10:14] += 40
+    cxr = plain.copy()
+    cxr[40:50, 20:40] += 60
+    return np.stack([[cxr, soft_tissue, plain], [plain, soft_tissue, plain]])
+
+
+def test_calcifications_are_in_the_second_x_ray_and_in_no_truth(calcified):
+    batches = Batches([], NO_PAIRS, 0.0, replace(PLAIN, rotation=False, zoom=False), 0, projected=calcified[:1])
+    for sample in batches.draw_pairs(0, 6, 64, 64):
+        plain, truth, cxr, same_truth, weight = sample
+        np.testing.assert_array_equal(truth, same_truth)
+        change = cxr - plain
+        strength = change.max() / (2 * 60 / 255)  # both in [-1, 1]
+        assert FOREIGN_BONE[0] - 0.01 < strength < FOREIGN_BONE[1] + 0.01
+        assert 180 < (change > change.max() / 2).sum() < 220  # 10 x 20 px
+        assert (plain - truth).max() == pytest.approx(strength * 2 * 40 / 255, rel=0.05)  # the rib, in both
+        # Left in the result, it is an error of about CALCIFIED_WEIGHT; less where LEAST_ENERGY counts.
+        assert (weight * change**2).sum() == pytest.approx(CALCIFIED_WEIGHT, rel=0.1)
+        assert not weight[:30].any()
+    (without,) = Batches([], NO_PAIRS, 0.0, PLAIN, 0, projected=calcified[1:]).draw_pairs(0, 1, 64, 64)
+    np.testing.assert_array_equal(without[0], without[2])
+    assert not without[4].any()
+
+
+def test_a_folder_where_some_pairs_have_calcifications(tmp_path, calcified):
+    for name, images in zip("ab", calcified, strict=True):
+        for role, image in zip(("cxr", "soft_tissue", "plain"), images, strict=True):
+            cv2.imwrite(str(tmp_path / f"{name}_{role}.png"), image)
+    (tmp_path / "b_plain.png").unlink()
+    np.testing.assert_array_equal(load_projected(tmp_path, 64), calcified)
+    (tmp_path / "a_plain.png").unlink()
+    np.testing.assert_array_equal(load_projected(tmp_path, 64), calcified[:, :2])
+    cv2.imwrite(str(tmp_path / "a_plain.png"), calcified[0, 0, :32])
+    with pytest.raises(SettingsError, match="pair a: its images differ in shape"):
+        load_projected(tmp_path, 64)
 
 
 def test_shares_that_leave_something_out(pair, pool):
@@ -454,5 +499,5 @@ def test_pairs_projected_from_cts_are_a_source_of_their_own(tmp_path, pool):
     assert batches.description()["projected"] == 2
     assert batches.fingerprint() != Batches([], pool[:0], 0.0, PLAIN, 0, projected=projected[:1]).fingerprint()
     cv2.imwrite(str(tmp_path / "phantom000020_soft_tissue.png"), np.eye(64, dtype=np.uint8)[:32] * 255)
-    with pytest.raises(SettingsError, match="pair phantom000020: X-ray and soft tissue differ in shape"):
+    with pytest.raises(SettingsError, match="pair phantom000020: its images differ in shape"):
         load_projected(tmp_path, 64)

@@ -18,6 +18,7 @@ from train.drr.volume import Mask, Spacing, Volume3D
 LEAST_HU, MOST_HU = 65, 190  # of cartilage that is not calcified: muscle has 40 to 60
 ORGANS_PERCENTILE, ABOVE_ORGANS_HU = 90, 3  # cartilage is denser than most of what the ribs enclose
 SMOOTH_MM = 1.5
+BONE_HU, FROM_BONE_MM = 260, 2.5  # where labels count cartilage as bone, it is what lies apart from dense bone
 HALF_THICKNESS_MM = (2.5, 9.0)  # what is thinner is muscle or noise, what is thicker an organ
 ORGAN_MM = 14.0  # how far about an organ nothing counts
 FRONT = 0.5  # of the chest, from the front
@@ -25,15 +26,18 @@ SMALLEST_ML = 1.0
 TOUCH_MM = 3.0  # from a rib or the breastbone
 DEPTH_UNITS = 10  # per mm
 
-SHELL_MM = 1.8  # thickness of a calcified border
-SHELL_HU, LUMP_HU = (300.0, 1200.0), (200.0, 800.0)
+SHELL_MM = (1.5, 3.5)  # thickness of a calcified border
+SHELL_HU, LUMP_HU = (500.0, 1200.0), (300.0, 1200.0)
 PATCH_MM, LUMP_MM, RIB_MM = 20.0, 6.0, 45.0  # size of border patches, of lumps, and of what differs from rib to rib
 
 
-def find_cartilage(hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spacing: Spacing) -> NDArray[np.int16]:
+def find_cartilage(
+    hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spacing: Spacing, *, labelled: bool = False
+) -> NDArray[np.int16]:
     """Return how deep each voxel lies in rib cartilage, [Z, Y, X], in 1 / DEPTH_UNITS mm; 0 outside of it.
 
-    Cartilage is a little denser than muscle, not thick, in the wall of the chest's front half, and touches bone.
+    Cartilage is a little denser than muscle, not thick, in the wall of the chest's front half, and touches bone. Where
+    `tissues.bone` is `labelled`, cartilage may count as bone: then what is soft in it counts, too.
     """
     cage = inside_of_cage(lungs, spacing)
     depth = np.zeros(hu.shape, np.int16)
@@ -51,10 +55,15 @@ def find_cartilage(hu: Volume3D, body: Mask, lungs: Mask, tissues: Tissues, spac
     if len(organs):
         least = max(least, float(np.percentile(organs, ORGANS_PERCENTILE)) + ABOVE_ORGANS_HU)
     found = ~other[front] & ~cage[front] & (smooth > least) & (smooth < MOST_HU)
+    allowed = ~other[front]
+    if labelled:
+        dense = ndimage.distance_transform_edt(hu[front] <= BONE_HU, sampling=spacing)
+        soft = tissues.bone[front] & (smooth > LEAST_HU) & (smooth < MOST_HU) & (dense > FROM_BONE_MM)
+        found, allowed = found | soft, allowed | (tissues.bone[front] & (hu[front] <= BONE_HU))
     found = _neither_thin_nor_thick(found, spacing)
     found = _beside_bone(found, tissues.bone[front], spacing)
     in_plane = ndimage.generate_binary_structure(2, 1)[None]  # slices may be thick
-    inside = ndimage.binary_dilation(found, in_plane) & ~other[front]
+    inside = ndimage.binary_dilation(found, in_plane) & allowed
     if inside.any():
         mm = ndimage.distance_transform_edt(inside, sampling=spacing)
         depth[front] = np.clip(np.rint(mm * DEPTH_UNITS), 0, np.iinfo(np.int16).max)
@@ -99,8 +108,9 @@ def calcify(rng: np.random.Generator, depth: NDArray[np.int16], spacing: Spacing
     places = np.stack([axis * step for axis, step in zip(voxels, spacing, strict=True)]).astype(np.float32)
     patches, lumps, ribs = (_draw_field(rng, places, size) for size in (PATCH_MM, LUMP_MM, RIB_MM))
     border, inner = rng.uniform(0, 1, 2)
-    shell = np.exp(-((mm / SHELL_MM) ** 2)) * _rise(patches + 0.7 * ribs, 1.2 - 3 * border) * rng.uniform(*SHELL_HU)
-    lump = (mm > SHELL_MM) * _rise(lumps + 0.7 * ribs, 2.0 - 2.5 * inner) * rng.uniform(*LUMP_HU)
+    thick = rng.uniform(*SHELL_MM)
+    shell = np.exp(-((mm / thick) ** 2)) * _rise(patches + 0.7 * ribs, 1.2 - 3.5 * border) * rng.uniform(*SHELL_HU)
+    lump = (mm > thick / 2) * _rise(lumps + 0.7 * ribs, 1.7 - 2.5 * inner) * rng.uniform(*LUMP_HU)
     excess[voxels] = np.rint(np.maximum(shell, lump))
     return excess
 

@@ -11,6 +11,7 @@ count adds pairs.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -65,7 +66,8 @@ class DrrOptions:
         beam: "cone", "parallel" or "mixed".
         pose: multiplies the random rotations; 0 is straight.
         lungs: also write NAME_lungs.png, the lung fields.
-        calcified: share of pairs with calcifications drawn into the rib cartilage.
+        calcified: share of pairs with calcifications drawn into the rib cartilage. They also have NAME_plain.png, the
+            X-ray without them.
     """
 
     size: int = 512
@@ -329,29 +331,41 @@ def _make_pair(output: Path, name: str, number: int, options: DrrOptions) -> Non
     """Write one pair, in a worker; the X-ray last, so that a pair with an X-ray is whole."""
     materials, anatomy = _load(output / WORK, name)
     made = draw_pair(materials, anatomy, name, number, options)
-    for role in ("lungs", "soft_tissue", "cxr"):
+    for role in ("lungs", "plain", "soft_tissue", "cxr"):
         if role in made:
             write_png(_file(output, name, number, role), made[role], BITS)
 
 
 def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, options: DrrOptions) -> dict[str, Array]:
-    """Return one pair, "cxr" and "soft_tissue", and "lungs" where the options say so; [S, S] float32 in [0, 1]."""
+    """Return one pair, [S, S] float32 in [0, 1].
+
+    "cxr" and "soft_tissue"; "lungs" where the options say so; and "plain" where calcifications were drawn: the X-ray
+    without them.
+    """
     seed = [options.seed, zlib.crc32(os.fsencode(name)), number]
     rng = np.random.default_rng(seed)
     framing = draw_framing(rng, anatomy, options.size, options.view, options.beam, options.pose)
-    excess = materials.excess
     drawn = np.random.default_rng([*seed, CALCIFIED])  # its own, so that the share changes nothing else
-    if materials.cartilage is not None and drawn.random() < options.calcified:
+    calcified = materials.cartilage is not None and drawn.random() < options.calcified
+    maps = [materials.soft, materials.excess] + ([materials.lungs] if options.lungs else [])
+    if calcified:
         y_z_x = (anatomy.spacing[1], anatomy.spacing[0], anatomy.spacing[2])
-        excess = excess + calcify(drawn, materials.cartilage, y_z_x)
-    maps = [materials.soft, excess] + ([materials.lungs] if options.lungs else [])
-    soft_path, excess_path, *rest = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
+        maps.append(calcify(drawn, materials.cartilage, y_z_x))
+    paths = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
     pixel_mm = framing.beam.side_mm / options.size
-    logs = expose(soft_path, excess_path, draw_exposure(rng), pixel_mm, rng)
-    cxr, soft_tissue = display(*logs, draw_display(rng), pixel_mm)
+    exposure = draw_exposure(rng)
+    twin = copy.deepcopy(rng)  # draws the same noise
+    bones = [paths[1] + paths[-1], paths[1]] if calcified else [paths[1]]
+    logs = [expose(paths[0], bone, exposure, pixel_mm, each) for bone, each in zip(bones, (rng, twin), strict=False)]
+    shown = draw_display(rng)
+    (cxr, soft_tissue), *plain = (display(*each, shown, pixel_mm) for each in logs)
     made = {"cxr": cxr, "soft_tissue": soft_tissue}
-    if rest:
-        path = rest[0] / np.float32(SCALE)
+    if plain:
+        # The display follows the X-ray, so both soft-tissue images differ a little. The bone without calcifications, on
+        # this pair's soft tissue, is what a network should tell from `cxr`.
+        made["plain"] = np.clip(soft_tissue + plain[0][0] - plain[0][1], 0, 1)
+    if options.lungs:
+        path = paths[2] / np.float32(SCALE)
         long = np.percentile(path[path > 0], 95) if (path > 0).any() else 1.0
         made["lungs"] = (path > LUNG_SHARE * long).astype(np.float32)
     return made

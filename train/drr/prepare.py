@@ -67,7 +67,7 @@ def prepare_ct(
     anatomy = Anatomy.measure(body, lungs, spacing)
     materials = split_materials(hu, body, lungs, tissues, spacing)
     if cartilage:
-        depth = find_cartilage(hu, body, lungs, tissues, spacing)
+        depth = find_cartilage(hu, body, lungs, tissues, spacing, labelled=known is not None)
         materials = replace(materials, cartilage=np.ascontiguousarray(depth.transpose(1, 0, 2)))
     return Prepared(materials, anatomy, *millilitres)
 
