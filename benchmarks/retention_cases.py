@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bsdiff_rt.errors import InputRefused
 from bsdiff_rt.imaging.inserts import Insert, box, nodule, opacity, pleural_edge, spiculated_nodule, tube
+from bsdiff_rt.imaging.lungs import find_lungs
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -21,12 +23,6 @@ GAP = 10.0  # between two inserts of one picture
 MOST_ROUNDS = 12  # pictures with inserts made of one X-ray
 TRIES = 60  # places tried in a picture before the next one is taken
 BRIGHTEST = 0.98  # an insert is not put where it would be cut off at white
-LUNG_PX = 128  # side at which the lungs are found
-LUNG_NECK_PX = 9  # dark areas joined by less are apart
-LUNG_AT = (0.45, 0.3)  # middle of the lung on the left of the picture: row and column as shares of the sides
-LUNG_REACH = (0.37, 0.22)  # half axes of the ellipse around it that holds the lung
-LEAST_CONTRAST = 0.02  # grey levels of [0, 1] between lung and what is around it
-LEAST_LUNG = 0.05  # of the picture: less is not taken for lungs
 CLAVICLE_SHARE = 0.25  # of the lungs' height, from above: bone there is mostly clavicle and first rib
 ANYWHERE = "not known"
 
@@ -175,9 +171,9 @@ def find_places(cxr: Image, truth: Image | None) -> dict[str, Mask]:
     With a truth the bone layer tells ribs, clavicles and what lies between ribs; without one only lung and heart are
     told apart, by grey level. Where no lungs are found: the middle of the picture, as ANYWHERE.
     """
-    soft = cxr if truth is None else truth
-    lungs = find_lungs(soft)
-    if lungs is None:
+    try:
+        lungs = find_lungs(cxr if truth is None else truth)
+    except InputRefused:
         middle = np.zeros(cxr.shape, np.bool_)
         rows, columns = cxr.shape
         middle[rows // 6 : -rows // 6, columns // 6 : -columns // 6] = True
@@ -194,40 +190,6 @@ def find_places(cxr: Image, truth: Image | None) -> dict[str, Mask]:
     upper = np.arange(cxr.shape[0])[:, None] < top + CLAVICLE_SHARE * (bottom - top)
     places |= {"clavicle": on_bone & upper, "rib": on_bone & ~upper, "between ribs": lungs & (level <= threshold)}
     return {name: mask for name, mask in places.items() if mask.any()}
-
-
-def find_lungs(picture: Image) -> Mask | None:
-    """Return the dark areas where the two lungs of a frontal X-ray are expected: [H, W].
-
-    Each is thresholded (Otsu) within an ellipse of its own, so that air beside the body does not count.
-
-    Returns: the mask, or None where the areas are too small to be lungs.
-    """
-    side = LUNG_PX
-    small = cv2.GaussianBlur(cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA), (0, 0), 1.5)
-    axis = (np.arange(side) + 0.5) / side
-    lungs = np.zeros((side, side), np.uint8)
-    for column in (LUNG_AT[1], 1 - LUNG_AT[1]):
-        r = ((axis[:, None] - LUNG_AT[0]) / LUNG_REACH[0]) ** 2 + ((axis[None, :] - column) / LUNG_REACH[1]) ** 2
-        window, likely = r < 1, np.exp(-2.4 * r)
-        low, high = np.quantile(small[window], [0.02, 0.98])
-        if high - low < LEAST_CONTRAST:
-            continue
-        level = np.clip((small - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-        threshold, _ = cv2.threshold(level[window], 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-        dark = ((level <= threshold) & window).astype(np.uint8)
-        count, parts = cv2.connectedComponents(cv2.morphologyEx(dark, cv2.MORPH_OPEN, _disc(LUNG_NECK_PX)))
-        if count > 1:
-            weights = [float(likely[parts == part].sum()) for part in range(1, count)]
-            lungs[parts == 1 + int(np.argmax(weights))] = 1
-    if lungs.mean() < LEAST_LUNG:
-        return None
-    closed = cv2.morphologyEx(lungs, cv2.MORPH_CLOSE, _disc(LUNG_NECK_PX))
-    return cv2.resize(closed, picture.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
-
-
-def _disc(side: int) -> NDArray[np.uint8]:
-    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)), dtype=np.uint8)
 
 
 def _between_lungs(lungs: Mask, top: int, bottom: int) -> Mask:

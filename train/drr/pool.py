@@ -346,16 +346,16 @@ def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, op
     rng = np.random.default_rng(seed)
     framing = draw_framing(rng, anatomy, options.size, options.view, options.beam, options.pose)
     drawn = np.random.default_rng([*seed, CALCIFIED])  # its own, so that the share changes nothing else
-    calcified = materials.cartilage is not None and drawn.random() < options.calcified
+    cartilage = materials.cartilage if drawn.random() < options.calcified else None
     maps = [materials.soft, materials.excess] + ([materials.lungs] if options.lungs else [])
-    if calcified:
+    if cartilage is not None:
         y_z_x = (anatomy.spacing[1], anatomy.spacing[0], anatomy.spacing[2])
-        maps.append(calcify(drawn, materials.cartilage, y_z_x))
+        maps.append(calcify(drawn, cartilage, y_z_x))
     paths = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
     pixel_mm = framing.beam.side_mm / options.size
     exposure = draw_exposure(rng)
     twin = copy.deepcopy(rng)  # draws the same noise
-    bones = [paths[1] + paths[-1], paths[1]] if calcified else [paths[1]]
+    bones = [paths[1]] if cartilage is None else [paths[1] + paths[-1], paths[1]]
     logs = [expose(paths[0], bone, exposure, pixel_mm, each) for bone, each in zip(bones, (rng, twin), strict=False)]
     shown = draw_display(rng)
     (cxr, soft_tissue), *plain = (display(*each, shown, pixel_mm) for each in logs)
