@@ -20,7 +20,7 @@ def average_checkpoints(parts: Sequence[tuple[Path, float]], output: Path) -> No
 
     Args:
         parts: stage 1's checkpoints and their weights, which are divided by their sum.
-        output: file to write. Its folder exists.
+        output: file to write.
 
     Raises:
         SettingsError: a checkpoint cannot be read or is of another network, a weight is not positive, or `output`
@@ -44,6 +44,7 @@ def average_checkpoints(parts: Sequence[tuple[Path, float]], output: Path) -> No
     averaged = {name: tensor.to(first["averaged"][name].dtype) for name, tensor in mean.items()}
     kept = {name: part for name, part in first.items() if name not in ("network", "averaged", "optimizer")}
     kept |= {"trained_on": sorted(trained_on), "averaged": averaged}
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(kept, output, None)
 
 

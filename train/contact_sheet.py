@@ -71,8 +71,9 @@ def _strip(row: Row) -> NDArray[np.uint8]:
     strip = np.zeros((CELL_PX + TEXT_PX + GAP_PX, 3 * CELL_PX + GAP_PX, 3), np.uint8)
     strip[TEXT_PX : TEXT_PX + CELL_PX, : 3 * CELL_PX] = np.rint(np.clip(grey, 0, 1) * 255)[..., None]
     r = row.registration
-    moved = "moved" if r["applied"] else "left"
-    text = f"{r['correlation_before']:.2f} > {r['correlation_after']:.2f}  {moved} {r['displacement_px']:.1f} px"
+    pixels = f"{r['displacement_px']:.1f} px"
+    moved = f"moved by {pixels}" if r["applied"] else f"not moved ({pixels})"
+    text = f"edges {r['correlation_before']:.2f} > {r['correlation_after']:.2f}, {moved}"
     text = f"{'' if row.used else 'BAD '}{text}  {row.name}"
     style = (cv2.FONT_HERSHEY_SIMPLEX, 0.42, _USED if row.used else _BAD, 1, cv2.LINE_AA)
     cv2.putText(strip, text.encode("ascii", "replace").decode(), (4, TEXT_PX - 5), *style)

@@ -347,8 +347,8 @@ def _divide(
     counts = Counter(part_of.values())
     if unnamed := sum(who.startswith(("study ", "stem ", "folder ")) for who in patients.values()):
         logger.warning(
-            "%d pairs name no patient. Each study counts as a patient, else each folder, else each file. A patient of "
-            "two studies may land in two parts: give --patient-pattern.",
+            "%d pairs name no patient. Each study counts as a patient, else each subfolder, else each file. A patient "
+            "of two studies, or of two files in one folder, may land in two parts: give --patient-pattern.",
             unnamed,
         )
     for part, share in zip(PARTS, options.split, strict=True):

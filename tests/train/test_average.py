@@ -27,7 +27,7 @@ def test_weights_are_averaged_and_training_images_united(tmp_path):
     runs = (str(first.parent), f"{second}=2", "--output", str(tmp_path / "mean"))
     result = CliRunner().invoke(app, ["average", *runs], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "the mean of 2 runs" in result.output
+    assert f"the mean of {first} (1), {second} (2)" in result.output
     mean = load_checkpoint(tmp_path / "mean" / "denoiser.pt")
     torch.testing.assert_close(mean["averaged"]["a"], torch.full((2, 2), 3.0))
     torch.testing.assert_close(mean["averaged"]["b"], torch.full((3,), -3.0))
@@ -51,6 +51,19 @@ def test_other_networks_and_weights_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="the weight a number"):
         parse_run("RUN=much")
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_folder_with_an_equals_sign_in_its_name_is_a_run(tmp_path):
+    run = save(tmp_path / "lr=5e-4", 1.0)
+    assert parse_run(str(run.parent)) == (run, 1.0)
+    assert parse_run(f"{run.parent}=2") == (run, 2.0)
+
+
+def test_a_refused_call_leaves_no_folder(tmp_path):
+    first = save(tmp_path / "a", 1.0)
+    result = CliRunner().invoke(app, ["average", f"{first}=0", "--output", str(tmp_path / "mean")])
+    assert result.exit_code
+    assert not (tmp_path / "mean").exists()
 
 
 def test_a_mean_is_not_trained_on(tmp_path):

@@ -19,18 +19,18 @@ def average_command(
 ) -> None:
     """Average the weights of several runs of stage 1 of one network. Export the result as any run."""
     parts = [parse_run(run) for run in runs]
-    output.mkdir(parents=True, exist_ok=True)
     average_checkpoints(parts, output / "denoiser.pt")
-    typer.echo(f"wrote {output / 'denoiser.pt'}, the mean of {len(parts)} runs")
+    named = ", ".join(f"{path} ({weight:g})" for path, weight in parts)
+    typer.echo(f"wrote {output / 'denoiser.pt'}, the mean of {named}")
 
 
 def parse_run(text: str) -> tuple[Path, float]:
-    """Return the checkpoint and the weight of RUN or RUN=WEIGHT.
+    """Return the checkpoint and the weight of RUN or RUN=WEIGHT. A text that is a path is RUN.
 
     Raises:
         SettingsError: the weight is no number.
     """
-    name, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+    name, _, weight = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "1")
     try:
         value = float(weight)
     except ValueError:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,10 +77,32 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
         if not here:
             raise SettingsError(f"{path}: holds no CT (DICOM series, {', '.join(ITK_SUFFIXES)}, {NPZ_SUFFIX})")
         found += here
-    names = [source.name for source in found]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise SettingsError(f"{doubled[0]}: two CTs have this name; rename one of the files or folders")
-    return sorted(found, key=lambda source: source.name)
+    return sorted(_name_apart(found), key=lambda source: source.name)
+
+
+def _name_apart(sources: list[Source]) -> list[Source]:
+    """Return the volumes; those of one name get the names of the folders above before it, as many as it takes.
+
+    Raises:
+        SettingsError: a volume is given twice, or two files of one folder differ in their suffix only.
+    """
+    files = Counter(source.files[0].resolve() for source in sources)
+    if twice := sorted(path for path, count in files.items() if count > 1):
+        raise SettingsError(f"{twice[0]}: this CT is given twice")
+    level = 0
+    while doubled := {name for name, count in Counter(source.name for source in sources).items() if count > 1}:
+        sources = [_prefix(source, level) if source.name in doubled else source for source in sources]
+        level += 1
+    return sources
+
+
+def _prefix(source: Source, level: int) -> Source:
+    """Return the volume with the name of the folder so many levels above it before its own."""
+    above = source.files[0].resolve().parents
+    level += source.dicom  # a series has the name of its folder already
+    if level >= len(above) - 1:
+        raise SettingsError(f"{source.files[0]}: another CT beside it has this name; rename one of them")
+    return replace(source, name=f"{above[level].name}-{source.name}")
 
 
 def strip_suffixes(path: Path) -> str:

@@ -128,9 +128,22 @@ def test_a_folder_gives_all_its_volumes_by_name(tmp_path, chest):
     write_nifti(tmp_path / "c.nii.gz", chest)
     (tmp_path / "notes.txt").write_text("no volume")
     assert [source.name for source in find_sources([tmp_path])] == ["a", "b", "c"]
-    (tmp_path / "more").mkdir()
-    write_npz(tmp_path / "more" / "a.npz", chest)
-    with pytest.raises(SettingsError, match="a: two CTs have this name"):
+
+
+def test_volumes_of_one_name_get_those_of_their_folders(tmp_path, chest):
+    """Archives often lay out a patient as PATIENT/CT."""
+    for patient in ("p1", "p2"):
+        write_series(tmp_path / "site" / patient / "CT", chest[:20])
+    (tmp_path / "other" / "p2").mkdir(parents=True)
+    write_npz(tmp_path / "other" / "p2" / "CT.npz", chest)
+    write_npz(tmp_path / "alone.npz", chest)
+    names = {source.name: source.files[0] for source in find_sources([tmp_path])}
+    assert set(names) == {"alone", "p1-CT", "site-p2-CT", "other-p2-CT"}
+    assert names["p1-CT"].parent == tmp_path / "site" / "p1" / "CT"
+    with pytest.raises(SettingsError, match=r"alone\.npz: this CT is given twice"):
+        find_sources([tmp_path, tmp_path / "alone.npz"])
+    write_nifti(tmp_path / "alone.nii.gz", chest)
+    with pytest.raises(SettingsError, match=r"alone.*: another CT beside it has this name"):
         find_sources([tmp_path])
 
 
