@@ -63,14 +63,15 @@ def draw_inserts(rng: np.random.Generator, cxr: Image, bone: Image, mm_per_px: f
         alone = np.zeros_like(cxr)
         insert.add_to(alone, -contrast if rng.random() < NEGATIVE else contrast)
         alone *= headroom
-        drawn.append((float(np.sum(np.square(alone))), alone))
-    layer, weight = np.zeros_like(cxr), np.zeros_like(cxr)
-    for energy, alone in sorted(drawn, key=lambda one: one[0]):
+        energy = float(np.sum(np.square(alone)))
         if energy > NO_ENERGY:
-            layer += alone
-            # Where two overlap the stronger one's weight counts: by the fainter one's its errors would be all there is.
-            own = weigh(alone)
-            weight = np.where(own > 0, own / np.float32(len(places)), weight)
+            drawn.append((energy, alone))
+    layer, weight = np.zeros_like(cxr), np.zeros_like(cxr)
+    for _, alone in sorted(drawn, key=lambda one: one[0]):
+        layer += alone
+        # Where two overlap the stronger one's weight counts: by the fainter one's its errors would be all there is.
+        own = weigh(alone)
+        weight = np.where(own > 0, own / np.float32(len(places)), weight)
     return Inserts(layer, weight)
 
 

@@ -111,14 +111,14 @@ def test_places_follow_the_bone_layer():
     assert set(find_places(np.full((64, 64), 0.5, np.float32), None)) == {"not known"}
 
 
-@pytest.mark.parametrize("seed", [2, 5])
+@pytest.mark.parametrize("seed", [4, 5, 6])
 def test_no_nodule_of_the_lungs_lies_above_the_shoulders(seed):
     """Dark soft tissue beside the neck was taken for lung, joined to it above the clavicle."""
     pair = draw_phantom(seed, 256)
     cxr = pair.cxr.copy()
     top = int(np.flatnonzero(find_places(pair.cxr, None)["lung"].any(1))[0])
     cxr[max(top - 45, 0) : top + 10, 40:216] = np.quantile(cxr, 0.15)  # as dark as lung, down to the apices
-    above = find_places(cxr, None).get("lung", np.zeros(cxr.shape, bool))[: max(top - 10, 0)]
+    above = find_places(cxr, None)["lung"][: top - 10]
     assert above.mean() < 0.02
 
 

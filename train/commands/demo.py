@@ -20,5 +20,5 @@ def demo_command(
     ] = None,
     drrs: Annotated[Path | None, typer.Option(help="Folder of pairs projected from CTs.")] = None,
 ) -> None:
-    """Train a model of the bundled one's shape from nothing, stage 1 alone. Takes two hours on two cores."""
+    """Train a model of the bundled one's shape from nothing, stage 1 alone. It is weaker. Takes hours on two cores."""
     denoiser(output, shared=SharedOptions(pairs=pairs, drrs=drrs))

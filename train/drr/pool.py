@@ -354,16 +354,17 @@ def draw_pair(materials: Materials, anatomy: Anatomy, name: str, number: int, op
     paths = project(maps, framing.spacing, framing.pose, framing.beam, framing.heights)
     pixel_mm = framing.beam.side_mm / options.size
     exposure = draw_exposure(rng)
-    twin = copy.deepcopy(rng)  # draws the same noise
-    bones = [paths[1]] if cartilage is None else [paths[1] + paths[-1], paths[1]]
-    logs = [expose(paths[0], bone, exposure, pixel_mm, each) for bone, each in zip(bones, (rng, twin), strict=False)]
+    same_noise = copy.deepcopy(rng)
+    bone = paths[1] if cartilage is None else paths[1] + paths[-1]
+    logs = expose(paths[0], bone, exposure, pixel_mm, rng)
     shown = draw_display(rng)
-    (cxr, soft_tissue), *plain = (display(*each, shown, pixel_mm) for each in logs)
+    cxr, soft_tissue = display(*logs, shown, pixel_mm)
     made = {"cxr": cxr, "soft_tissue": soft_tissue}
-    if plain:
+    if cartilage is not None:
+        plain, its_soft_tissue = display(*expose(paths[0], paths[1], exposure, pixel_mm, same_noise), shown, pixel_mm)
         # The display follows the X-ray, so both soft-tissue images differ a little. The bone without calcifications, on
         # this pair's soft tissue, is what a network should tell from `cxr`.
-        made["plain"] = np.clip(soft_tissue + plain[0][0] - plain[0][1], 0, 1)
+        made["plain"] = np.clip(soft_tissue + plain - its_soft_tissue, 0, 1)
     if options.lungs:
         path = paths[2] / np.float32(SCALE)
         long = np.percentile(path[path > 0], 95) if (path > 0).any() else 1.0
